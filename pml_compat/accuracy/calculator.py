@@ -1,0 +1,322 @@
+"""PML's AccuracyCalculator, for queries and galleries that come from different models."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from functools import partialmethod
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils.accuracy_calculator import (
+    AccuracyCalculator,
+    get_label_match_counts,
+    get_lone_query_labels,
+    get_unique_labels,
+)
+from pytorch_metric_learning.utils.inference import FaissKMeans
+
+from ..checks import as_tensor, check_embeddings
+from ..width import fit_width
+from .rank_metrics import average_precision, hit_rate, r_precision, reciprocal_rank
+from .ranking import Mask, PositiveRanks, exact_ranks, listed_ranks, nearest, query_chunks
+
+RANK_METRICS = (
+    "precision_at_1",
+    "mean_average_precision",
+    "mean_average_precision_at_r",
+    "mean_reciprocal_rank",
+    "r_precision",
+    "cmc_top_1",
+    "cmc_top_5",
+    "cmc_top_10",
+)
+
+
+class CrossModelAccuracyCalculator(AccuracyCalculator):
+    """Retrieval accuracy of one model's queries on any model's gallery.
+
+    A drop-in for PML's ``AccuracyCalculator``: same constructor, same metrics, and ``cmc_top_1``, ``cmc_top_5``,
+    ``cmc_top_10`` besides. It differs in that
+
+    - an item is kept out of its own ranking by position or by id, whatever model embedded it;
+    - ranks are exact and full by default (``k=None``), in memory set by a chunk of queries;
+    - metrics do not depend on the order of tied items (see :mod:`pml_compat.accuracy.rank_metrics`);
+    - labels are compared as integers of any size, and ``device`` may be a string;
+    - faiss is not needed: without it NMI and AMI use scikit-learn's k-means;
+    - a query of another width than the gallery is fitted to it by :func:`pml_compat.width.fit_width`.
+
+    Distances are Euclidean on the embeddings as given, as with PML's default; normalise them for cosine ranking.
+
+    Args:
+        include: names of the metrics to compute; all by default.
+        exclude: names of metrics not to compute.
+        avg_of_avgs: average within each query label first, then over the labels.
+        return_per_class: a list with each query label's average, in label order, instead of one number.
+        k: cut rankings off after k items, as PML does (not the ``cmc_top`` metrics, which name their own);
+            None, the full ranking; ``"max_bin_count"``, the size of the largest label in the gallery.
+        label_comparison_fn: tells which labels match, as in PML.
+        device: where to compute, a string or a ``torch.device``; a GPU where there is one by default.
+        knn_func: finds neighbours instead of the exact search; called as PML's
+            ``knn_func(query, k, reference, ref_includes_query=False)``. It cannot see which items are excluded, so it
+            is asked for as many more.
+        kmeans_func: as in PML.
+    Example:
+        >>> calculator = CrossModelAccuracyCalculator(include=("precision_at_1",))
+        >>> old, new, labels = torch.eye(4), torch.eye(4)[:, [1, 0, 3, 2]], torch.tensor([0, 0, 1, 1])
+        >>> calculator.get_accuracy(new, labels, old, labels, ref_includes_query=True)
+        {'precision_at_1': 1.0}
+    """
+
+    def __init__(
+        self,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        avg_of_avgs: bool = False,
+        return_per_class: bool = False,
+        k: int | str | None = None,
+        label_comparison_fn: Callable | None = None,
+        device: str | torch.device | None = None,
+        knn_func: Callable | None = None,
+        kmeans_func: Callable | None = None,
+    ) -> None:
+        device = c_f.use_cuda_if_available() if device is None else torch.device(device)
+        if kmeans_func is None:
+            has_faiss = importlib.util.find_spec("faiss") is not None
+            kmeans_func = FaissKMeans(niter=20, gpu=device.type == "cuda") if has_faiss else _sklearn_kmeans
+        super().__init__(
+            include=include,
+            exclude=exclude,
+            avg_of_avgs=avg_of_avgs,
+            return_per_class=return_per_class,
+            k=k,
+            label_comparison_fn=label_comparison_fn,
+            device=device,
+            knn_func=knn_func or _exact_search,  # given none, PML would reach for faiss
+            kmeans_func=kmeans_func,
+        )
+
+    def requires_knn(self) -> list[str]:
+        """Name the metrics that are made from neighbours."""
+        return [*RANK_METRICS]
+
+    def _mean_of(
+        self, metric: str, per_query: dict[str, torch.Tensor], query_labels: torch.Tensor, **kwargs: Any
+    ) -> float | list[float]:
+        """Average a metric over the queries that have a positive, as the constructor says."""
+        scored = per_query["relevant"] > 0
+        values, labels = per_query[metric][scored], query_labels[scored]
+        if not len(values):
+            c_f.LOGGER.warning("None of the query labels are in the reference set.")
+            return [float("nan")] * len(get_unique_labels(query_labels)) if self.return_per_class else float("nan")
+        if not (self.avg_of_avgs or self.return_per_class):
+            return values.mean().item()
+        unique, row = torch.unique(labels, dim=0, return_inverse=True)
+        sums = values.new_zeros(len(unique)).index_add_(0, row, values)
+        averages = sums / torch.bincount(row, minlength=len(unique))
+        return averages.tolist() if self.return_per_class else averages.mean().item()
+
+    calculate_precision_at_1 = partialmethod(_mean_of, "precision_at_1")
+    calculate_mean_average_precision = partialmethod(_mean_of, "mean_average_precision")
+    calculate_mean_average_precision_at_r = partialmethod(_mean_of, "mean_average_precision_at_r")
+    calculate_mean_reciprocal_rank = partialmethod(_mean_of, "mean_reciprocal_rank")
+    calculate_r_precision = partialmethod(_mean_of, "r_precision")
+    calculate_cmc_top_1 = partialmethod(_mean_of, "cmc_top_1")
+    calculate_cmc_top_5 = partialmethod(_mean_of, "cmc_top_5")
+    calculate_cmc_top_10 = partialmethod(_mean_of, "cmc_top_10")
+
+    def get_accuracy(
+        self,
+        query: Any,
+        query_labels: Any,
+        reference: Any = None,
+        reference_labels: Any = None,
+        ref_includes_query: bool = False,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        query_ids: Any = None,
+        reference_ids: Any = None,
+        query_cameras: Any = None,
+        reference_cameras: Any = None,
+    ) -> dict[str, Any]:
+        """Return each metric of the queries on the gallery.
+
+        Queries with no positive in the gallery are left out, as PML does; where all are, metrics are NaN.
+
+        Args:
+            query: ``(Q, D_query)`` embeddings, a tensor or an array.
+            query_labels: ``(Q,)``, integers of any size.
+            reference: ``(N, D_reference)`` gallery embeddings of any model; by default the queries themselves, each
+                left out of its own ranking.
+            reference_labels: ``(N,)``.
+            ref_includes_query: row i of ``query`` and row i of ``reference`` are the same item, whatever models
+                embedded them, and i is left out of query i's ranking. The gallery may go on after them.
+            include: metrics to compute in this call.
+            exclude: metrics not to compute in this call.
+            query_ids: ``(Q,)`` item ids, which say the same for galleries in any order: every gallery item with the
+                query's id is left out.
+            reference_ids: ``(N,)``, with ``query_ids``.
+            query_cameras: ``(Q,)``; gallery items of the query's own label and camera are left out (the
+                re-identification protocol).
+            reference_cameras: ``(N,)``, with ``query_cameras``.
+        Raises:
+            ValueError: NaN, infinite or empty embeddings; lengths that differ; one of a pair of arguments alone;
+                ids beside ``ref_includes_query``; with ``ref_includes_query`` a gallery that is shorter than the
+                queries or has other labels in their rows.
+        """
+        if reference is None:
+            if reference_labels is not None or reference_ids is not None or reference_cameras is not None:
+                raise ValueError("reference must be given with reference_labels, reference_ids or reference_cameras")
+            reference, reference_labels = query, query_labels
+            reference_ids, reference_cameras = query_ids, query_cameras
+            ref_includes_query = query_ids is None
+        query = check_embeddings(query, "query").to(self.device)
+        reference = check_embeddings(reference, "reference").to(self.device)
+        query_labels = self._labels(query_labels, "query_labels", len(query))
+        reference_labels = self._labels(reference_labels, "reference_labels", len(reference))
+        if ref_includes_query:
+            self._check_same_items(query_labels, reference_labels, query_ids)
+        ids = _codes(query_ids, reference_ids, "ids", len(query), len(reference), self.device)
+        cameras = _codes(query_cameras, reference_cameras, "cameras", len(query), len(reference), self.device)
+
+        def relevant(rows: slice) -> torch.Tensor:
+            own = query_labels[rows, None]
+            return self.label_comparison_fn(own, reference_labels.expand(len(own), *reference_labels.shape))
+
+        def excluded(rows: slice) -> torch.Tensor:
+            size = len(query_labels[rows])
+            out = torch.zeros(size, len(reference_labels), dtype=torch.bool, device=self.device)
+            if ref_includes_query:
+                position = torch.arange(size, device=self.device)
+                out[position, position + rows.start] = True
+            if ids is not None:
+                out |= ids[0][rows, None] == ids[1]
+            if cameras is not None:
+                out |= (cameras[0][rows, None] == cameras[1]) & relevant(rows)
+            return out
+
+        self.curr_function_dict = self.get_function_dict(include, exclude)
+        metrics = set(self.get_curr_metrics())
+        kwargs: dict[str, Any] = {
+            "query": query,
+            "reference": reference,
+            "query_labels": query_labels,
+            "reference_labels": reference_labels,
+            "ref_includes_query": ref_includes_query,
+            "label_comparison_fn": self.label_comparison_fn,
+        }
+        narrow = fit_width(query, reference.shape[1])
+        if metrics & set(self.requires_knn()):
+            label_counts = get_label_match_counts(query_labels, reference_labels, self.label_comparison_fn)
+            kwargs["label_counts"] = label_counts
+            k = self.determine_k(label_counts[1], len(reference), ref_includes_query)
+            k = None if self.k is None else min(k, len(reference))
+        if metrics & set(RANK_METRICS):
+            if self.knn_func is _exact_search:
+                ranks = exact_ranks(narrow, reference, relevant, excluded)
+            else:
+                ranks = self._listed_ranks(narrow, reference, relevant, excluded, k)
+            kwargs["per_query"] = _score(ranks, k)
+        if metrics & (set(self.requires_knn()) - set(RANK_METRICS)):  # a subclass's own
+            kwargs["knn_labels"] = reference_labels[self._neighbors(narrow, reference, excluded, k)]
+            kwargs["lone_query_labels"], kwargs["not_lone_query_mask"] = get_lone_query_labels(
+                query_labels, label_counts, ref_includes_query, self.label_comparison_fn
+            )
+        if metrics & set(self.requires_clustering()):
+            kwargs["cluster_labels"] = self.get_cluster_labels(**kwargs)
+        return self._get_accuracy(self.curr_function_dict, **kwargs)
+
+    def _listed_ranks(
+        self, query: torch.Tensor, reference: torch.Tensor, relevant: Mask, excluded: Mask, k: int | None
+    ) -> Iterator[tuple[slice, PositiveRanks]]:
+        """Ask ``knn_func`` for k items, and as many more as are left out of any of these queries' rankings."""
+        for rows in query_chunks(len(query), len(reference)):
+            out = excluded(rows)
+            size = len(reference) if k is None else min(k + int(out.sum(1).max()), len(reference))
+            _, indices = self.knn_func(query[rows].float(), size, reference.float(), False)
+            indices = indices.to(self.device)
+            found = indices >= 0  # faiss fills up with -1
+            indices = indices.clamp_min(0)
+            yield rows, listed_ranks(indices, found & ~out.gather(1, indices), relevant(rows), out)
+
+    def _neighbors(self, query: torch.Tensor, reference: torch.Tensor, excluded: Mask, k: int | None) -> torch.Tensor:
+        """The nearest gallery rows of each query, as many as every query has, at most k."""
+        left = min(
+            len(reference) - int(excluded(rows).sum(1).max()) for rows in query_chunks(len(query), len(reference))
+        )
+        return torch.cat(list(nearest(query, reference, excluded, left if k is None else min(k, left))))
+
+    def _labels(self, labels: Any, name: str, length: int) -> torch.Tensor:
+        if labels is None:
+            raise ValueError(f"{name} must be given, got None")
+        labels = as_tensor(labels, name).to(self.device)
+        if len(labels) != length:
+            raise ValueError(f"{name} must have one entry an embedding: expected {length}, got {len(labels)}")
+        if labels.ndim != 1 and self.label_comparison_fn is torch.eq:
+            raise ValueError(f"{name} must be 1-dimensional without a label_comparison_fn, got {tuple(labels.shape)}")
+        return labels
+
+    @staticmethod
+    def _check_same_items(query_labels: torch.Tensor, reference_labels: torch.Tensor, query_ids: Any) -> None:
+        if query_ids is not None:
+            raise ValueError("ref_includes_query must be False where query_ids tell which items are the same")
+        if len(reference_labels) < len(query_labels):
+            raise ValueError(
+                "reference must hold every query with ref_includes_query=True, got "
+                f"{len(reference_labels)} rows for {len(query_labels)} queries"
+            )
+        if not torch.equal(query_labels, reference_labels[: len(query_labels)]):
+            raise ValueError(
+                "reference_labels must begin with query_labels with ref_includes_query=True, as row i is the same item "
+                "in both; where the order differs, pass query_ids and reference_ids"
+            )
+
+
+def _score(ranks: Iterator[tuple[slice, PositiveRanks]], k: int | None) -> dict[str, torch.Tensor]:
+    """Score queries chunk by chunk; only one number a query and metric is kept."""
+    chunks = []
+    for _, chunk in ranks:
+        at_r = chunk.relevant if k is None else chunk.relevant.clamp_max(k)
+        chunks.append(
+            {
+                "relevant": chunk.relevant,
+                "precision_at_1": hit_rate(chunk, 1),
+                "mean_average_precision": average_precision(chunk, k),
+                "mean_average_precision_at_r": average_precision(chunk, at_r),
+                "mean_reciprocal_rank": reciprocal_rank(chunk, k),
+                "r_precision": r_precision(chunk, k),
+                **{f"cmc_top_{places}": hit_rate(chunk, places) for places in (1, 5, 10)},
+            }
+        )
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _codes(
+    query: Any, reference: Any, name: str, n_query: int, n_reference: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Number the distinct values of a pair of ``(Q,)`` and ``(N,)`` arguments, whatever their type."""
+    if query is None and reference is None:
+        return None
+    if query is None or reference is None:
+        missing, given = ("query", "reference") if query is None else ("reference", "query")
+        raise ValueError(f"{missing}_{name} must be given with {given}_{name}, got None")
+    values = [c_f.to_numpy(side) for side in (query, reference)]
+    for side, value, length in zip(("query", "reference"), values, (n_query, n_reference), strict=True):
+        if np.shape(value) != (length,):
+            raise ValueError(f"{side}_{name} must have shape ({length},), got {np.shape(value)}")
+    codes = torch.from_numpy(np.unique(np.concatenate(values), return_inverse=True)[1]).to(device)
+    return codes[:n_query], codes[n_query:]
+
+
+def _exact_search(*args: Any, **kwargs: Any) -> None:
+    """Stand in PML's attribute for the exact search, which needs no neighbour lists."""
+    raise NotImplementedError("CrossModelAccuracyCalculator ranks exactly unless it is given a knn_func")
+
+
+def _sklearn_kmeans(embeddings: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    from sklearn.cluster import KMeans  # PML depends on it; slow to import
+
+    clusters = KMeans(num_clusters, n_init=1, max_iter=20, random_state=0).fit_predict(embeddings.float().cpu().numpy())
+    return torch.from_numpy(clusters).long()

@@ -1,0 +1,67 @@
+"""Retrieval metrics of single queries, from the ranks of their positives.
+
+Where items tie, no order among them is assumed: average precision counts as scikit-learn's
+``average_precision_score`` (precision at the end of the tie), the others take the expectation over random orders,
+or, for the reciprocal rank, the expected first place.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .ranking import PositiveRanks
+
+
+def average_precision(ranks: PositiveRanks, k: int | torch.Tensor | None = None) -> torch.Tensor:
+    r"""Return :math:`\frac{1}{R} \sum_{hits} \frac{\text{hits up to here}}{\text{rank}}`, cut off after rank k.
+
+    ``R`` is the number of positives, within the first k or not: PML's denominator. ``k=R`` gives AP@R.
+    """
+    precision = ranks.positives_within / ranks.within.clamp_min(1)
+    return (precision * _chance_within(ranks, k)).sum(1) / ranks.relevant
+
+
+def r_precision(ranks: PositiveRanks, k: int | None = None) -> torch.Tensor:
+    """Return the share of the first R places that positives hold; R is their number, or k where that is less."""
+    places = ranks.relevant if k is None else ranks.relevant.clamp_max(k)
+    return _chance_within(ranks, places).sum(1) / places
+
+
+def hit_rate(ranks: PositiveRanks, k: int) -> torch.Tensor:
+    """Return CMC at k: whether one of the first k places holds a positive, or the chance of it where items tie."""
+    before, size, positives = _first_group(ranks)
+    slots = (k - before).clamp_min(0).minimum(size)
+    # Of the ways to fill the slots from the tied items, those without a positive: C(size - positives, slots).
+    wrong = size - positives
+    log_miss = _log_choose(wrong, slots.minimum(wrong)) - _log_choose(size, slots)
+    miss = torch.where(slots > wrong, 0.0, log_miss.exp())
+    miss = torch.where(positives == size, (slots == 0).double(), miss)
+    return torch.where(ranks.valid[:, 0], 1 - miss, 0.0)
+
+
+def reciprocal_rank(ranks: PositiveRanks, k: int | None = None) -> torch.Tensor:
+    """Return one over the place of the first positive; 0 where it is past k."""
+    before, size, positives = _first_group(ranks)
+    place = before + (size + 1) / (positives + 1)
+    found = ranks.valid[:, 0] if k is None else ranks.valid[:, 0] & (place <= k)
+    return torch.where(found, 1 / place, 0.0)
+
+
+def _chance_within(ranks: PositiveRanks, places: int | torch.Tensor | None) -> torch.Tensor:
+    """The chance of each positive to stand in the first ``places``: 0 or 1 but for ties across the border."""
+    if places is None:
+        return ranks.valid.double()
+    if isinstance(places, torch.Tensor):
+        places = places[:, None]
+    size = (ranks.within - ranks.closer).clamp_min(1)
+    return ((places - ranks.closer) / size).clamp(0, 1).double() * ranks.valid
+
+
+def _first_group(ranks: PositiveRanks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For each query: the items before its nearest positive, those tied with it, and the positives among these."""
+    before = ranks.closer[:, 0].double()
+    return before, (ranks.within[:, 0] - before).clamp_min(1), ranks.positives_within[:, 0].double().clamp_min(1)
+
+
+def _log_choose(n: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)

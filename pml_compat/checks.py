@@ -1,0 +1,97 @@
+"""Checks of what comes in, made once at the public edge.
+
+Every error names the argument, the rule, the value received and, where it is known, the fix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def as_tensor(value: Any, name: str) -> torch.Tensor:
+    """Return ``value`` (a tensor or a NumPy array) as a tensor, without a copy where that is possible."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        if not value.flags.writeable:  # a read-only memory map: torch cannot borrow it silently
+            value = value.copy()
+        return torch.from_numpy(value)
+    raise ValueError(f"{name} must be a torch.Tensor or a numpy.ndarray, got {type(value).__name__}")
+
+
+def check_embeddings(value: Any, name: str = "embeddings", width: int | None = None) -> torch.Tensor:
+    """Return ``value`` as a non-empty, finite, floating-point ``(N, D)`` tensor.
+
+    Raises:
+        ValueError: not 2-dimensional, no rows or columns, not floating point, NaN or infinite, or ``D != width``.
+    """
+    embeddings = check_matrix(value, name, width)
+    check_finite(embeddings, name)
+    return embeddings
+
+
+def check_matrix(value: Any, name: str, width: int | None = None) -> torch.Tensor:
+    """:func:`check_embeddings` without the pass over the values."""
+    matrix = as_tensor(value, name)
+    if matrix.ndim != 2:
+        raise ValueError(f"{name} must be 2-dimensional, (N, D), got shape {tuple(matrix.shape)}")
+    if 0 in matrix.shape:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(matrix.shape)}")
+    if not matrix.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {matrix.dtype}; convert them with .float()")
+    if width is not None and matrix.shape[1] != width:
+        raise ValueError(f"{name} must be {width} wide, got width {matrix.shape[1]}")
+    return matrix
+
+
+def check_finite(values: torch.Tensor, name: str) -> None:
+    """Raise a ValueError that names the first row of ``values`` with a NaN or an infinity."""
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        row = int((~finite).reshape(len(values), -1).any(1).nonzero()[0])
+        raise ValueError(
+            f"{name} must be finite, row {row} has a NaN or an infinity; "
+            "look for a diverged training, a division by zero or a broken file"
+        )
+
+
+def check_labels(value: Any, name: str = "labels", length: int | None = None) -> torch.Tensor:
+    """Return ``value`` as an int64 ``(N,)`` tensor.
+
+    Raises:
+        ValueError: missing, not 1-dimensional, not of an integer type, or not ``length`` long.
+    """
+    if value is None:
+        raise ValueError(f"{name} must be given, got None")
+    labels = as_tensor(value, name)
+    if labels.ndim != 1:
+        raise ValueError(f"{name} must be 1-dimensional, (N,), got shape {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {labels.dtype}; convert them with .long()")
+    if length is not None and len(labels) != length:
+        raise ValueError(f"{name} must have one entry a row: expected {length}, got {len(labels)}")
+    return labels.long()
+
+
+def check_same_device(tensor: torch.Tensor, name: str, owner: torch.Tensor, owner_name: str) -> None:
+    """Raise a ValueError where ``tensor`` is on another device than what it meets."""
+    if tensor.device != owner.device:
+        raise ValueError(
+            f"{name} must be on the device of {owner_name}: got {tensor.device} and {owner.device}; "
+            f"move {owner_name} with .to({str(tensor.device)!r})"
+        )
+
+
+def check_number(value: Any, name: str, *, minimum: float, exclusive: bool = False) -> float:
+    """Return ``value`` as a float that is finite and at least (``exclusive``: above) ``minimum``."""
+    rule = f"a finite number {'above' if exclusive else 'of at least'} {minimum:g}"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be {rule}, got {value!r}") from None
+    if not np.isfinite(number) or number < minimum or (exclusive and number == minimum):
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+    return number

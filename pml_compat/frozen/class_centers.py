@@ -1,0 +1,285 @@
+"""Class centres and boundaries of the old embeddings: what the old system knows of each class."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..checks import as_tensor, check_embeddings, check_finite, check_labels, check_matrix
+from ..files import whole_file
+from .label_map import LabelMap
+
+Boundary = Literal["max", "iqr"]
+_FORMAT = "pml_compat.ClassCenters/1"
+_BATCH_ROWS = 8192  # from_embeddings reads its array in pieces, so that a memory map stays on disk
+
+
+class ClassCenters(torch.nn.Module):
+    r"""Centre, boundary and size of each class in the old embedding space.
+
+    .. math:: c_y = \frac{m_y}{\lVert m_y \rVert},\quad m_y = \operatorname{mean}_{i: y_i = y} \frac{f_i}{\lVert f_i
+        \rVert},\quad \theta_y = \max_{i: y_i = y} \angle(f_i, c_y)
+
+    Run the old model, in eval mode and without augmentation, over the *new* training set: then classes that the old
+    model never saw have a centre too.
+
+    Args:
+        centers: ``(C, D)``, any length but 0; kept as unit rows.
+        labels: ``(C,)`` integers, 0 or more, no duplicates: the label of each row.
+        boundaries: ``(C,)`` angles in radians, in [0, pi]; None where none were measured.
+        counts: ``(C,)`` number of samples behind each row; None where it is not known.
+    Raises:
+        ValueError: shapes that disagree, NaN or infinity, a centre of length 0, labels that repeat.
+    Example:
+        >>> centers = ClassCenters.from_embeddings(torch.eye(2).repeat(2, 1), torch.tensor([7, 3, 7, 3]))
+        >>> centers.labels, centers.index_of(torch.tensor([3, 7, 9]))
+        (tensor([3, 7]), tensor([ 0,  1, -1]))
+    Reference:
+        Meng et al., "Learning Compatible Embeddings", ICCV 2021, Fig. 3 (centre, maximum angle);
+        Pan et al., "Boundary-Aware Backward-Compatible Representation via Adversarial Learning", CVPR 2023
+        (the 1.5 IQR rule).
+    """
+
+    centers: torch.Tensor
+    boundaries: torch.Tensor | None
+    counts: torch.Tensor | None
+
+    def __init__(self, centers: Any, labels: Any, boundaries: Any = None, counts: Any = None) -> None:
+        super().__init__()
+        centers = check_embeddings(centers, "centers").detach()
+        check_labels(labels, length=len(centers))
+        self.label_map = LabelMap(labels)
+        self.register_buffer("centers", _unit_centers(centers, self.labels).to(_storage_dtype(centers)))
+        if boundaries is not None:
+            boundaries = _check_per_class(boundaries, "boundaries", len(centers))
+            if not bool(((boundaries >= 0) & (boundaries <= math.pi + 1e-6)).all()):
+                raise ValueError(
+                    "boundaries must be angles in radians in [0, pi], got values in "
+                    f"[{float(boundaries.min()):.4g}, {float(boundaries.max()):.4g}]"
+                )
+            boundaries = boundaries.to(self.centers.dtype)
+        if counts is not None:
+            counts = check_labels(counts, "counts", len(centers)).clone()
+            if int(counts.min()) < 1:
+                raise ValueError(f"counts must be 1 or more, got {int(counts.min())}; leave the class out")
+        self.register_buffer("boundaries", boundaries)
+        self.register_buffer("counts", counts)
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """The ``(C,)`` label of each row."""
+        return self.label_map.labels
+
+    def index_of(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the ``(N,)`` row of each label, -1 where no centre is known."""
+        return self.label_map(labels)
+
+    def __len__(self) -> int:
+        return len(self.centers)
+
+    def extra_repr(self) -> str:
+        """Show the sizes, as torch's own modules do."""
+        return f"classes={len(self)}, features={self.centers.shape[1]}, boundaries={self.boundaries is not None}"
+
+    @classmethod
+    def from_embeddings(
+        cls, embeddings: Any, labels: Any, *, normalize: bool = True, boundary: Boundary | None = "max"
+    ) -> ClassCenters:
+        """Measure the classes of old embeddings held as one tensor, array or memory map.
+
+        Args:
+            embeddings: ``(N, D)``, finite; read in pieces.
+            labels: ``(N,)`` labels of the new training set.
+            normalize: average unit-length embeddings (LCE) instead of the embeddings as they are.
+            boundary: ``"max"``, the largest angle between the centre and a sample of its class; ``"iqr"``, the same
+                after dropping the angles above Q3 + 1.5 (Q3 - Q1), in classes of four samples and more; None, none.
+        Raises:
+            ValueError: empty, NaN or infinite, lengths that differ, unknown ``boundary``, a class whose mean is 0.
+        """
+        if isinstance(embeddings, torch.Tensor):
+            check_matrix(embeddings, "embeddings")
+        elif getattr(embeddings, "ndim", None) != 2:
+            raise ValueError(f"embeddings must be an (N, D) tensor or array, got {type(embeddings).__name__}")
+        labels = check_labels(labels, length=len(embeddings))
+        starts = range(0, len(embeddings), _BATCH_ROWS)
+        batches = [(embeddings[s : s + _BATCH_ROWS], labels[s : s + _BATCH_ROWS]) for s in starts]
+        return cls.from_batches(batches, normalize=normalize, boundary=boundary)
+
+    @classmethod
+    def from_batches(
+        cls,
+        batches: Iterable[tuple[Any, Any]],
+        *,
+        normalize: bool = True,
+        boundary: Boundary | None = "max",
+    ) -> ClassCenters:
+        """Measure the classes of old embeddings that arrive in batches, in memory set by the classes.
+
+        Memory is O(C D) for the centres; ``boundary="iqr"`` keeps one angle and one row number a sample besides.
+
+        Args:
+            batches: pairs of ``(n, D)`` embeddings and ``(n,)`` labels. With a ``boundary`` it is read twice and must
+                give the same samples both times: a list, or a DataLoader without augmentation, not a generator.
+            normalize: see :meth:`from_embeddings`.
+            boundary: see :meth:`from_embeddings`.
+        Raises:
+            ValueError: as :meth:`from_embeddings`; a one-shot iterator with a ``boundary``; a second reading with
+                other samples than the first.
+        """
+        if boundary not in ("max", "iqr", None):
+            raise ValueError(f"boundary must be 'max', 'iqr' or None, got {boundary!r}")
+        if boundary is not None and iter(batches) is batches:
+            raise ValueError(
+                "batches must be readable twice to measure boundaries, got a one-shot iterator; "
+                "pass a list or a DataLoader, or boundary=None for centres alone"
+            )
+        sums, labels, counts, dtype = _sum_classes(batches, normalize)
+        centers = _unit_centers(sums, labels)
+        boundaries = None
+        if boundary is not None:
+            boundaries = _measure_boundaries(batches, centers, LabelMap(labels), counts, boundary)
+        return cls(centers.to(dtype), labels, boundaries, counts)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write centres, labels, boundaries and counts to a safetensors file; it appears whole or not at all."""
+        tensors = {"centers": self.centers, "labels": self.labels}
+        for name, tensor in (("boundaries", self.boundaries), ("counts", self.counts)):
+            if tensor is not None:
+                tensors[name] = tensor
+        with whole_file(path) as temporary:
+            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, {"format": _FORMAT})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ClassCenters:
+        """Read what :meth:`save` wrote, onto the CPU.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a truncated file, or one that holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                form = (file.metadata() or {}).get("format")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise ValueError(f"path must be a whole safetensors file, {os.fspath(path)!r} is not: {error}") from error
+        if form != _FORMAT or not {"centers", "labels"} <= tensors.keys():
+            raise ValueError(
+                f"path must be a file written by ClassCenters.save, {os.fspath(path)!r} holds {sorted(tensors)}"
+            )
+        return cls(**tensors)
+
+
+def _storage_dtype(embeddings: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(embeddings.dtype, torch.float32)
+
+
+def _check_per_class(values: Any, name: str, length: int) -> torch.Tensor:
+    values = as_tensor(values, name).detach()
+    if values.shape != (length,) or not values.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating point of shape ({length},), got {values.dtype} {tuple(values.shape)}"
+        )
+    check_finite(values, name)
+    return values.clone()
+
+
+def _unit_centers(means: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    norms = torch.linalg.vector_norm(means.double(), dim=1, keepdim=True)
+    if not bool((norms > 0).all()):
+        label = int(labels[int((norms[:, 0] == 0).nonzero()[0])])
+        raise ValueError(f"centers must not be 0, the centre of label {label} is: its samples cancel out or are all 0")
+    return means.double() / norms
+
+
+def _directions(embeddings: torch.Tensor) -> torch.Tensor:
+    """Unit rows in float64; rows of length 0 stay 0."""
+    return torch.nn.functional.normalize(embeddings.double(), dim=1, eps=0.0).nan_to_num_(nan=0.0)
+
+
+def _sum_classes(
+    batches: Iterable[tuple[Any, Any]], normalize: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype]:
+    """One pass: the sum and the number of each class's embeddings, in label order. Sums are float64, so that the
+    result does not depend on how the samples were batched."""
+    rows: dict[int, int] = {}
+    sums: torch.Tensor | None = None
+    counts = torch.zeros(0, dtype=torch.long)
+    dtype = torch.float32
+    for embeddings, labels in batches:
+        embeddings = check_embeddings(embeddings, width=None if sums is None else sums.shape[1]).detach()
+        labels = check_labels(labels, length=len(embeddings)).to(embeddings.device)
+        unique, inverse, n = torch.unique(labels, return_inverse=True, return_counts=True)
+        row = torch.tensor([rows.setdefault(label, len(rows)) for label in unique.tolist()], device=embeddings.device)
+        if sums is None:
+            dtype = _storage_dtype(embeddings)
+            sums = embeddings.new_zeros((len(rows), embeddings.shape[1]), dtype=torch.float64)
+            counts = torch.zeros(len(rows), dtype=torch.long, device=embeddings.device)
+        if len(rows) > len(sums):  # doubling keeps the copies of a growing table O(C)
+            grow = max(len(rows), 2 * len(sums)) - len(sums)
+            sums = torch.cat([sums, sums.new_zeros(grow, sums.shape[1])])
+            counts = torch.cat([counts, counts.new_zeros(grow)])
+        values = _directions(embeddings) if normalize else embeddings.double()
+        sums.index_add_(0, row[inverse], values)
+        counts.index_add_(0, row, n)
+    if sums is None:
+        raise ValueError("batches must not be empty, got none")
+    labels = torch.tensor(list(rows), device=sums.device)
+    sums, counts = sums[: len(rows)], counts[: len(rows)]
+    order = torch.argsort(labels)
+    return sums[order], labels[order], counts[order], dtype
+
+
+def _measure_boundaries(
+    batches: Iterable[tuple[Any, Any]],
+    centers: torch.Tensor,
+    label_map: LabelMap,
+    counts: torch.Tensor,
+    boundary: Boundary,
+) -> torch.Tensor:
+    """The second pass: the angle of every sample to its centre, and each class's largest (kept) one."""
+    largest = centers.new_zeros(len(centers))
+    seen = torch.zeros_like(counts)
+    all_angles, all_rows = [], []
+    for embeddings, labels in batches:
+        embeddings = check_embeddings(embeddings, width=centers.shape[1]).detach()
+        row = label_map(check_labels(labels, length=len(embeddings))).to(embeddings.device)
+        if int(row.min()) < 0:
+            raise ValueError("batches must give the same samples at both readings, the second has a new label")
+        directions = _directions(embeddings)
+        angles = (directions * centers[row]).sum(1).clamp_(-1, 1).arccos_()
+        angles[(directions == 0).all(1)] = 0.0  # a row of length 0 has no angle and moves no boundary
+        seen.index_add_(0, row, torch.ones_like(row))
+        largest.scatter_reduce_(0, row, angles, "amax")
+        if boundary == "iqr":
+            all_angles.append(angles)
+            all_rows.append(row.int())
+    if not torch.equal(seen, counts):
+        raise ValueError(
+            f"batches must give the same samples at both readings, got {int(counts.sum())} and then {int(seen.sum())}, "
+            "or other labels; switch shuffling with replacement and drop_last off"
+        )
+    if boundary == "max":
+        return largest
+    return _largest_without_outliers(torch.cat(all_angles), torch.cat(all_rows).long(), counts)
+
+
+def _largest_without_outliers(angles: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The largest angle of each class up to Q3 + 1.5 (Q3 - Q1); classes of fewer than four samples keep all.
+
+    The quartiles are the sorted angles number n // 4 and 3 n // 4, counted from 0.
+    """
+    angles, order = torch.sort(angles)
+    rows, by_class = torch.sort(rows[order], stable=True)
+    angles = angles[by_class]
+    start = torch.cumsum(counts, 0) - counts
+    q1, q3 = angles[start + counts // 4], angles[start + (3 * counts) // 4]
+    limit = torch.where(counts >= 4, q3 + 1.5 * (q3 - q1), torch.inf)
+    kept = angles <= limit[rows]
+    return angles.new_zeros(len(counts)).scatter_reduce_(0, rows[kept], angles[kept], "amax")

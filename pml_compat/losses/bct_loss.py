@@ -1,0 +1,148 @@
+"""Backward-compatible training: the old classifier's influence on a new model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.utils import common_functions as c_f
+
+from ..checks import check_embeddings, check_labels, check_number, check_same_device
+from ..frozen import FrozenClassifier, class_weights
+from ..width import fit_width
+from .named_terms import NamedTermsLoss
+
+
+class BCTLoss(NamedTermsLoss):
+    r"""Train a new model so that its queries find the vectors that an old model stored.
+
+    .. math:: L = L_{task}(f_n, y) + \lambda \operatorname{mean}_{i: y_i \text{ known}}
+        \ell_{old}(\tau(f_{n,i}), y_i)
+
+    :math:`\ell_{old}` is the old classifier's own loss with its weights frozen, and :math:`\tau` fits the new
+    embedding to the old width: its first coordinates, or zeros appended (:func:`pml_compat.width.fit_width`).
+    Samples whose label the old classifier does not know take no part in the second term; give it pseudo rows for
+    them with ``FrozenClassifier.extend``.
+
+    Args:
+        loss: the task loss, any PML loss; it keeps its own reducer and may have parameters, which are in
+            ``parameters()`` of this loss.
+        old_classifier: the frozen classifier; its tensors are buffers.
+        influence_weight: the multiplier ``lambda``; 0 or more, no unit.
+        **kwargs: ``reducer`` (for the influence term, one loss a known sample; default ``MeanReducer``),
+            ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats`` the share of
+            the batch that the old classifier knows is recorded as ``known_fraction``.
+    Shape:
+        - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set
+        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]`` and ``terms["influence_loss"]`` after the call
+    Raises:
+        ValueError: ``influence_weight`` < 0; ``old_classifier`` no FrozenClassifier; embeddings empty, NaN, infinite
+            or on another device; labels missing, negative or past the task loss's classes.
+    Example:
+        >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
+        >>> old_classifier = FrozenClassifier(torch.randn(5, 8), kind="cosine")  # old classes: labels 0 to 4
+        >>> loss_func = BCTLoss(NormalizedSoftmaxLoss(num_classes=10, embedding_size=16), old_classifier)
+        >>> loss = loss_func(torch.randn(4, 16), torch.tensor([0, 3, 7, 9]))
+        >>> sorted(loss_func.terms)
+        ['influence_loss', 'task_loss']
+    Reference:
+        Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020. Differs from the
+        paper in: the label map is explicit and unknown labels are left out; the old loss's family, margin and scale
+        are kept, where the public implementations use a softmax over plain logits.
+    """
+
+    def __init__(
+        self,
+        loss: torch.nn.Module,
+        old_classifier: FrozenClassifier,
+        influence_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(loss, torch.nn.Module):
+            raise ValueError(f"loss must be a PML loss object, got {loss!r}")
+        if not isinstance(old_classifier, FrozenClassifier):
+            raise ValueError(
+                f"old_classifier must be a FrozenClassifier, got {type(old_classifier).__name__}; make one with "
+                "FrozenClassifier.from_loss(old_loss), .from_layer(old_linear) or .from_centers(class_centers)"
+            )
+        self.loss = loss
+        self.old_classifier = old_classifier
+        self.influence_weight = check_number(influence_weight, "influence_weight", minimum=0)
+        self.num_classes = _count_classes(loss)
+        self.add_to_recordable_attributes(list_of_names=["influence_weight"], is_stat=False)
+        self.add_to_recordable_attributes(name="known_fraction", is_stat=True)
+
+    def _sub_loss_names(self) -> list[str]:
+        return ["task_loss", "influence_loss"]
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor,
+        indices_tuple: Any = None,
+        ref_emb: torch.Tensor | None = None,
+        ref_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss; ``indices_tuple``, ``ref_emb`` and ``ref_labels`` go to the task loss alone."""
+        check_embeddings(embeddings)
+        labels = check_labels(labels, length=len(embeddings))
+        _check_range(labels, self.num_classes)
+        return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
+    def compute_loss(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor,
+        indices_tuple: Any,
+        ref_emb: torch.Tensor,
+        ref_labels: torch.Tensor,
+    ) -> dict[str, Any]:
+        """Return both terms; the task loss has reduced itself, the influence has one loss a known sample."""
+        # PML's classification losses turn their weights, for good, to the dtype of what they are given.
+        task_emb, task_ref = _at_least_float32(embeddings), None
+        if ref_emb is not embeddings:
+            task_ref = (_at_least_float32(ref_emb), ref_labels)
+        task_loss = self.loss(task_emb, labels, indices_tuple, *(task_ref or ()))
+        return {
+            "task_loss": {"losses": task_loss, "indices": None, "reduction_type": "already_reduced"},
+            "influence_loss": self._influence(embeddings, labels),
+        }
+
+    def _influence(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        if self.influence_weight == 0:
+            return self.zero_loss()
+        check_same_device(embeddings, "embeddings", self.old_classifier.rows, "the loss")
+        old_space = fit_width(embeddings, self.old_classifier.in_features)
+        losses, known = self.old_classifier.losses(old_space, labels)
+        if self.collect_stats:
+            self.known_fraction = known.float().mean().item()
+        index = known.nonzero()[:, 0]
+        if len(index) == 0:
+            return self.zero_loss()
+        return {
+            "losses": losses[index] * self.influence_weight,
+            "indices": c_f.to_device(index, embeddings),
+            "reduction_type": "element",
+            "divisor": len(index),
+        }
+
+
+def _at_least_float32(embeddings: torch.Tensor) -> torch.Tensor:
+    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+
+
+def _count_classes(loss: torch.nn.Module) -> int | None:
+    """The number of classes of a classification loss; None for pair and triplet losses, whose labels are free."""
+    try:
+        return len(class_weights(loss))
+    except ValueError:
+        return None
+
+
+def _check_range(labels: torch.Tensor, num_classes: int | None) -> None:
+    """On a GPU a label past the classes would end the process in a device-side assertion."""
+    low, high = torch.stack(torch.aminmax(labels)).tolist()
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        rule = "0 or more" if num_classes is None else f"in [0, {num_classes - 1}], the task loss's classes"
+        raise ValueError(f"labels must be {rule}, got {low if low < 0 else high}")

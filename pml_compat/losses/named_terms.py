@@ -1,0 +1,58 @@
+"""Losses of several named terms that can each be read after the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.reducers import MultipleReducers
+
+
+class NamedTermsLoss(BaseMetricLossFunction):
+    """Base of our losses with more than one term; after a call ``loss.terms`` holds each term's reduced value.
+
+    ``terms`` maps every sub-loss name (the regularizer's too) to a detached 0-dimensional tensor, as it went into
+    the sum; it is empty before the first call and with PML's ``DoNothingReducer``, which reduces nothing. With
+    ``collect_stats=True`` the same values are PML stats of ``loss.reducer``, for record-keeping.
+    """
+
+    reducer: torch.nn.Module
+
+    def set_reducer(self, reducer: Any) -> None:
+        """Give every term its own copy of ``reducer``, as PML does, and keep the reduced values."""
+        super().set_reducer(reducer)
+        if isinstance(self.reducer, MultipleReducers):
+            self.reducer = TermReducers(
+                self.sub_loss_names(),
+                self.reducer.reducers,
+                default_reducer=self.reducer.default_reducer,
+                collect_stats=self.collect_stats,
+            )
+
+    @property
+    def terms(self) -> dict[str, torch.Tensor]:
+        """The reduced, detached value of each term in the last call."""
+        return dict(getattr(self.reducer, "terms", {}))
+
+
+class TermReducers(MultipleReducers):
+    """PML's ``MultipleReducers``, summed in float32 (PML's sum in float16 overflows at 65504), values kept."""
+
+    def __init__(self, names: list[str], reducers: Any, **kwargs: Any) -> None:
+        super().__init__(reducers, **kwargs)
+        self.terms: dict[str, torch.Tensor] = {}
+        self.add_to_recordable_attributes(list_of_names=list(names), is_stat=True)
+
+    def forward(self, loss_dict: dict[str, Any], embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Reduce each term by its reducer and return their sum in the dtype of ``embeddings``."""
+        self.reset_stats()
+        values = {}
+        for name, info in loss_dict.items():
+            reducer = self.reducers[name] if name in self.reducers else self.default_reducer  # noqa: SIM401 (no .get)
+            values[name] = reducer({name: info}, embeddings, labels).float().squeeze()
+        self.terms = {name: value.detach() for name, value in values.items()}
+        if self.collect_stats:
+            for name, term in self.terms.items():
+                setattr(self, name, term.item())
+        return torch.stack(list(values.values())).sum().to(embeddings.dtype)
