@@ -17,7 +17,7 @@ def average_precision(ranks: PositiveRanks, k: int | torch.Tensor | None = None)
 
     ``R`` is the number of positives, within the first k or not: PML's denominator. ``k=R`` gives AP@R.
     """
-    precision = ranks.positives_within / ranks.within.clamp_min(1)
+    precision = ranks.positives_within.double() / ranks.within.clamp_min(1)
     return (precision * _chance_within(ranks, k)).sum(1) / ranks.relevant
 
 
@@ -54,7 +54,7 @@ def _chance_within(ranks: PositiveRanks, places: int | torch.Tensor | None) -> t
     if isinstance(places, torch.Tensor):
         places = places[:, None]
     size = (ranks.within - ranks.closer).clamp_min(1)
-    return ((places - ranks.closer) / size).clamp(0, 1).double() * ranks.valid
+    return ((places - ranks.closer).double() / size).clamp(0, 1).double() * ranks.valid
 
 
 def _first_group(ranks: PositiveRanks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

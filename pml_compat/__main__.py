@@ -1,0 +1,5 @@
+"""``python -m pml_compat`` is ``pml-compat``."""
+
+from .cli.main import main
+
+raise SystemExit(main())

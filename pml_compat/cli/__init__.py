@@ -1,0 +1,1 @@
+"""The ``pml-compat`` command."""

@@ -1,0 +1,96 @@
+"""The outcome as a picture: how well each pair of models retrieves, and what a few queries find."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..extras import import_extra
+from .results import METRICS, PAIRS, Results
+
+_COLORS = {"old_to_old": "#8a8f98", "new_to_old": "#d1603d", "new_to_new": "#2f6f8f"}
+_RIGHT, _WRONG = "#2e8b57", "#c0392b"
+
+
+@dataclass(frozen=True)
+class RetrievalExample:
+    """One query image and what each method's model finds in the old gallery, nearest first."""
+
+    query: np.ndarray
+    found: dict[str, Sequence[tuple[np.ndarray, bool]]]  # method -> (image, has the query's label)
+
+
+def plot_compatibility(
+    results: Results, path: str | os.PathLike[str], examples: Sequence[RetrievalExample] = ()
+) -> None:
+    """Draw every method's accuracies against the old system's, and ``examples`` below them, into an image file.
+
+    Bars are means over the seeds, dots the seeds. The dashed line is the old system: where a new/old bar passes it,
+    the upgrade pays without re-embedding anything.
+    """
+    figure_module = import_extra("matplotlib.figure", "demo")
+    figure = figure_module.Figure(figsize=(11, 4.6 + 2.5 * bool(examples)), layout="constrained")
+    top, *below = figure.subfigures(2, 1, height_ratios=[4.6, 2.5]) if examples else [figure]
+    top.suptitle("Can new queries search the old gallery?", fontsize=15, fontweight="bold")
+    panels = top.subplots(1, len(METRICS), sharey=True)
+    for panel, metric in zip(panels, METRICS, strict=True):
+        _draw_bars(panel, results, metric)
+    panels[0].set_ylabel("percent")
+    handles, labels = panels[0].get_legend_handles_labels()
+    top.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    for subfigure in below:
+        _draw_examples(subfigure, examples)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_bars(panel: Any, results: Results, metric: str) -> None:
+    width = 0.38
+    methods = list(results.methods)
+    for pair, name in PAIRS.items():
+        shown = [m for m in methods if results.values(m, pair, metric)]
+        shift = {"old_to_old": 0.0, "new_to_old": -width / 2, "new_to_new": width / 2}[pair]
+        places = [methods.index(m) + shift for m in shown]
+        means = [100 * results.mean(m, pair, metric) for m in shown]
+        bars = panel.bar(places, means, width, color=_COLORS[pair], label=f"{name} (query/gallery)")
+        panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
+        for place, method in zip(places, shown, strict=True):
+            values = 100 * np.array(results.values(method, pair, metric))
+            if len(values) > 1:
+                panel.scatter(np.full(len(values), place), values, s=9, color="black", alpha=0.45, zorder=3)
+    panel.axhline(100 * results.mean("old", "old_to_old", metric), color="#555", linestyle="--", linewidth=1)
+    panel.set_title(METRICS[metric])
+    panel.set_xticks(range(len(methods)), methods)
+    panel.set_ylim(0, 112)
+    panel.set_yticks(range(0, 101, 20))
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_examples(figure: Any, examples: Sequence[RetrievalExample]) -> None:
+    methods = list(examples[0].found)
+    depth = max(len(found) for example in examples for found in example.found.values())
+    figure.suptitle("What a new query finds among the old vectors (green: right class)", fontsize=11)
+    columns = len(examples) * (depth + 2) - 1  # a query, what it finds, and a gap
+    axes = figure.subplots(len(methods), columns, squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.1})
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, example in enumerate(examples):
+        first = number * (depth + 2)
+        for row, method in enumerate(methods):
+            _draw_image(axes[row, first], example.query, "black", "query" if row == 0 else "")
+            if number == 0:
+                axes[row, 0].text(-0.3, 0.5, method, transform=axes[row, 0].transAxes, ha="right", va="center")
+            for place, (image, right) in enumerate(example.found[method]):
+                _draw_image(axes[row, first + 1 + place], image, _RIGHT if right else _WRONG, "")
+
+
+def _draw_image(axis: Any, image: np.ndarray, color: str, heading: str) -> None:
+    axis.axis("on")
+    axis.imshow(image, cmap="gray_r")
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(heading, fontsize=8, pad=2)
+    for spine in axis.spines.values():
+        spine.set(color=color, linewidth=2)

@@ -1,0 +1,100 @@
+"""What an upgrade experiment measured: the one structure that tables, pictures and verdicts are made from."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..accuracy import is_compatible, update_gain
+
+METRICS = {"precision_at_1": "P@1", "mean_average_precision": "mAP"}
+PAIRS = {"old_to_old": "old/old", "new_to_old": "new/old", "new_to_new": "new/new"}
+
+
+@dataclass
+class Results:
+    """Accuracies of every method, pair of models and metric, one value a seed, as fractions in [0, 1].
+
+    Args:
+        data: what was measured on, in words and numbers.
+        seeds: the seeds, in the order of the values.
+        methods: ``methods[method][pair][metric]`` is a list with one value a seed. The methods ``old`` (pair
+            ``old_to_old``) and ``independent`` (``new_to_new``) are what the others are compared with.
+        chance: the accuracy of a random ranking, where it is known.
+    """
+
+    data: dict[str, Any]
+    seeds: list[int]
+    methods: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
+
+    def add(self, method: str, pair: str, accuracies: Mapping[str, float]) -> None:
+        """Append one seed's accuracies."""
+        for metric in METRICS:
+            self.methods.setdefault(method, {}).setdefault(pair, {}).setdefault(metric, []).append(accuracies[metric])
+
+    def values(self, method: str, pair: str, metric: str) -> list[float]:
+        """Return one value a seed; nothing where the method has no such pair."""
+        return self.methods.get(method, {}).get(pair, {}).get(metric, [])
+
+    def mean(self, method: str, pair: str, metric: str) -> float:
+        """Return the mean over the seeds; NaN where the method has no such pair."""
+        values = self.values(method, pair, metric)
+        return statistics.fmean(values) if values else math.nan
+
+    def new_methods(self) -> list[str]:
+        """Return the methods that made a new model."""
+        return [method for method in self.methods if method != "old"]
+
+    def holds(self, method: str, metric: str) -> list[bool]:
+        """Return, for each seed, whether the compatibility criterion holds."""
+        return [
+            is_compatible(old_to_old=old, new_to_old=new)
+            for old, new in self._paired(("old", "old_to_old"), (method, "new_to_old"), metric=metric)
+        ]
+
+    def gains(self, method: str, metric: str) -> list[float]:
+        """Return the update gain of each seed."""
+        independent = ("independent", "new_to_new")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # an undefined gain stands as NaN in the tables
+            return [
+                update_gain(old_to_old=old, new_to_old=new, independent=best)
+                for old, new, best in self._paired(
+                    ("old", "old_to_old"), (method, "new_to_old"), independent, metric=metric
+                )
+            ]
+
+    def _paired(self, *sources: tuple[str, str], metric: str) -> list[tuple[float, ...]]:
+        return list(zip(*(self.values(method, pair, metric) for method, pair in sources), strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of ``metrics.json``."""
+        return {
+            "data": self.data,
+            "seeds": self.seeds,
+            "chance": self.chance,
+            "methods": {
+                method: {
+                    pair: {metric: _summary(values) for metric, values in metrics.items()}
+                    for pair, metrics in pairs.items()
+                }
+                for method, pairs in self.methods.items()
+            },
+            "compatibility": {
+                method: {
+                    metric: {"update_gain": _summary(self.gains(method, metric)), "holds": self.holds(method, metric)}
+                    for metric in METRICS
+                }
+                for method in self.new_methods()
+            },
+        }
+
+
+def _summary(values: Sequence[float]) -> dict[str, Any]:
+    finite = [value if math.isfinite(value) else None for value in values]  # JSON has no NaN
+    return {"mean": None if None in finite else statistics.fmean(values), "per_seed": finite}

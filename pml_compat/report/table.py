@@ -1,0 +1,65 @@
+"""One table of every method and pair of models, for a terminal and for Markdown."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from ..extras import import_extra
+from .results import METRICS, PAIRS, Results
+from .verdict import criterion_in_words
+
+
+def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Return the header and one row a method; a cell holds P@1 / mAP, in percent, means over the seeds."""
+    header = ["method", *PAIRS.values(), "update gain", "criterion"]
+    rows = []
+    for method in results.methods:
+        row = [method]
+        row += [_cell(_percent(results.mean(method, pair, metric)) for metric in METRICS) for pair in PAIRS]
+        if method == "old":
+            row += ["", ""]
+        else:
+            row.append(_cell(_number(statistics.fmean(results.gains(method, metric))) for metric in METRICS))
+            row.append(criterion_in_words(results, method))
+        rows.append(row)
+    return header, rows
+
+
+def rich_table(results: Results) -> Any:
+    """Return the table as a ``rich.table.Table``; needs the ``demo`` extra."""
+    table = import_extra("rich.table", "demo").Table(title=title(results))
+    header, rows = table_rows(results)
+    for column in header:
+        table.add_column(column, justify="left" if column in (header[0], header[-1]) else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(results: Results) -> str:
+    """Return the table as Markdown."""
+    header, rows = table_rows(results)
+    lines = [header, ["---"] + ["---:"] * (len(header) - 2) + ["---"], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def title(results: Results) -> str:
+    """Return the table's heading: what was measured, over how many seeds."""
+    seeds = f"{len(results.seeds)} seeds" if len(results.seeds) > 1 else "1 seed"
+    what = " / ".join(METRICS.values())
+    return f"{results.data.get('name', 'results')}: query/gallery, {what} in percent, mean of {seeds}"
+
+
+def _cell(values: Iterable[str]) -> str:
+    return " / ".join(value for value in values if value)
+
+
+def _percent(value: float) -> str:
+    return "" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _number(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.2f}"

@@ -1,0 +1,48 @@
+"""The outcome in words that a team can act on."""
+
+from __future__ import annotations
+
+import statistics
+
+from .results import METRICS, Results
+
+
+def verdict(results: Results, method: str) -> str:
+    """Return one paragraph: does the criterion hold, by how much, and what it cost the new model."""
+    met = [all(seed) for seed in zip(*(results.holds(method, metric) for metric in METRICS), strict=True)]
+    seeds = f"in {sum(met)} of {len(met)} seeds" if len(met) > 1 else "in the one seed run"
+    if all(met):
+        opening = f"{method}: compatible. New queries find the old gallery better than old queries did, {seeds}"
+    elif any(met):
+        opening = f"{method}: not reliably compatible. The criterion holds {seeds}"
+    else:
+        opening = f"{method}: not compatible. New queries find the old gallery no better than old queries did"
+    numbers = "; ".join(_against_old(results, method, metric) for metric in METRICS)
+    sentences = [f"{opening}: {numbers}."]
+    if method != "independent":
+        gain = ", ".join(f"{METRICS[m]} {statistics.fmean(results.gains(method, m)):.2f}" for m in METRICS)
+        cost = ", ".join(f"{METRICS[m]} {_points(_cost(results, method, m))}" for m in METRICS)
+        sentences.append(f"Update gain (1 is as good as re-embedding everything): {gain}.")
+        sentences.append(f"New queries on a new gallery, against the independent model: {cost}.")
+    return " ".join(sentences)
+
+
+def criterion_in_words(results: Results, method: str) -> str:
+    """Return whether the compatibility criterion holds, for one cell of a table."""
+    met = [all(seed) for seed in zip(*(results.holds(method, metric) for metric in METRICS), strict=True)]
+    return "holds" if all(met) else f"fails in {len(met) - sum(met)} of {len(met)} seeds"
+
+
+def _against_old(results: Results, method: str, metric: str) -> str:
+    new, old = results.mean(method, "new_to_old", metric), results.mean("old", "old_to_old", metric)
+    text = f"{METRICS[metric]} {new:.1%} against {old:.1%} ({_points(new - old)})"
+    chance = results.chance.get(metric)
+    return text if chance is None or new > 2 * chance else f"{text}, where chance is {chance:.1%}"
+
+
+def _cost(results: Results, method: str, metric: str) -> float:
+    return results.mean(method, "new_to_new", metric) - results.mean("independent", "new_to_new", metric)
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f} points"
