@@ -21,6 +21,7 @@ def fit_width(embeddings: torch.Tensor, width: int) -> torch.Tensor:
         tensor([[1., 2.]])
         >>> fit_width(torch.tensor([[1.0, 2.0, 3.0]]), 4)
         tensor([[1., 2., 3., 0.]])
+
     Reference:
         Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020, as in its public code.
     """

@@ -21,6 +21,7 @@ def is_compatible(*, old_to_old: float, new_to_old: float) -> bool:
     Example:
         >>> is_compatible(old_to_old=0.46, new_to_old=0.47)
         True
+
     Reference:
         Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020, the empirical criterion
         (strict).
@@ -47,6 +48,7 @@ def update_gain(*, old_to_old: float, new_to_old: float, independent: float) -> 
     Example:
         >>> round(update_gain(old_to_old=0.40, new_to_old=0.45, independent=0.60), 3)
         0.25
+
     Reference:
         Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020.
     """

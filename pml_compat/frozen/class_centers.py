@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,7 @@ class ClassCenters(torch.nn.Module):
         >>> centers = ClassCenters.from_embeddings(torch.eye(2).repeat(2, 1), torch.tensor([7, 3, 7, 3]))
         >>> centers.labels, centers.index_of(torch.tensor([3, 7, 9]))
         (tensor([3, 7]), tensor([ 0,  1, -1]))
+
     Reference:
         Meng et al., "Learning Compatible Embeddings", ICCV 2021, Fig. 3 (centre, maximum angle);
         Pan et al., "Boundary-Aware Backward-Compatible Representation via Adversarial Learning", CVPR 2023
@@ -134,7 +135,7 @@ class ClassCenters(torch.nn.Module):
         """
         if boundary not in ("max", "iqr", None):
             raise ValueError(f"boundary must be 'max', 'iqr' or None, got {boundary!r}")
-        if boundary is not None and iter(batches) is batches:
+        if boundary is not None and isinstance(batches, Iterator):
             raise ValueError(
                 "batches must be readable twice to measure boundaries, got a one-shot iterator; "
                 "pass a list or a DataLoader, or boundary=None for centres alone"

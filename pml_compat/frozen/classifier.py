@@ -39,6 +39,7 @@ class FrozenClassifier(torch.nn.Module):
         >>> losses, known = old.losses(torch.eye(2)[[0, 0]], torch.tensor([4, 5]))
         >>> losses, known
         (tensor([0.3133, 0.0000]), tensor([ True, False]))
+
     Reference:
         Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020. The paper keeps
         the classifier of the old training; the kinds, the label map and :meth:`extend` are ours.
@@ -204,7 +205,9 @@ class FrozenClassifier(torch.nn.Module):
             return chosen.sum() + embeddings.new_zeros(len(embeddings)), known
         with torch.autocast(embeddings.device.type, enabled=False):
             losses = self.head.losses(*self._operands(chosen), targets[index]).to(embeddings.dtype)
-        return (losses if chosen is embeddings else losses.new_zeros(len(known)).index_copy(0, index, losses)), known
+            if chosen is not embeddings:
+                losses = losses.new_zeros(len(known)).index_copy(0, index, losses)
+        return losses, known
 
     def _check(self, embeddings: torch.Tensor) -> torch.Tensor:
         embeddings = check_embeddings(embeddings, width=self.in_features)

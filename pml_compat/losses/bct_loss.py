@@ -45,6 +45,7 @@ class BCTLoss(NamedTermsLoss):
         >>> loss = loss_func(torch.randn(4, 16), torch.tensor([0, 3, 7, 9]))
         >>> sorted(loss_func.terms)
         ['influence_loss', 'task_loss']
+
     Reference:
         Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020. Differs from the
         paper in: the label map is explicit and unknown labels are left out; the old loss's family, margin and scale
@@ -99,14 +100,14 @@ class BCTLoss(NamedTermsLoss):
         ref_labels: torch.Tensor,
     ) -> dict[str, Any]:
         """Return both terms; the task loss has reduced itself, the influence has one loss a known sample."""
-        # PML's classification losses turn their weights, for good, to the dtype of what they are given.
-        task_emb, task_ref = _at_least_float32(embeddings), None
-        if ref_emb is not embeddings:
-            task_ref = (_at_least_float32(ref_emb), ref_labels)
-        task_loss = self.loss(task_emb, labels, indices_tuple, *(task_ref or ()))
+        # float32 for both terms: PML's classification losses turn their weights, for good, to the dtype of what they
+        # are given, and a weighted sum of float16 losses can overflow.
+        precise = _at_least_float32(embeddings)
+        reference = () if ref_emb is embeddings else (_at_least_float32(ref_emb), ref_labels)
+        task_loss = self.loss(precise, labels, indices_tuple, *reference)
         return {
             "task_loss": {"losses": task_loss, "indices": None, "reduction_type": "already_reduced"},
-            "influence_loss": self._influence(embeddings, labels),
+            "influence_loss": self._influence(precise, labels),
         }
 
     def _influence(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:

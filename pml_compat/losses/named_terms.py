@@ -37,7 +37,7 @@ class NamedTermsLoss(BaseMetricLossFunction):
 
 
 class TermReducers(MultipleReducers):
-    """PML's ``MultipleReducers``, summed in float32 (PML's sum in float16 overflows at 65504), values kept."""
+    """PML's ``MultipleReducers``, summed in float32 or better (PML's float16 overflows at 65504), values kept."""
 
     def __init__(self, names: list[str], reducers: Any, **kwargs: Any) -> None:
         super().__init__(reducers, **kwargs)
@@ -47,10 +47,11 @@ class TermReducers(MultipleReducers):
     def forward(self, loss_dict: dict[str, Any], embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Reduce each term by its reducer and return their sum in the dtype of ``embeddings``."""
         self.reset_stats()
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
         values = {}
         for name, info in loss_dict.items():
             reducer = self.reducers[name] if name in self.reducers else self.default_reducer  # noqa: SIM401 (no .get)
-            values[name] = reducer({name: info}, embeddings, labels).float().squeeze()
+            values[name] = reducer({name: info}, embeddings, labels).to(dtype).squeeze()
         self.terms = {name: value.detach() for name, value in values.items()}
         if self.collect_stats:
             for name, term in self.terms.items():

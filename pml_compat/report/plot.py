@@ -33,8 +33,8 @@ def plot_compatibility(
     the upgrade pays without re-embedding anything.
     """
     figure_module = import_extra("matplotlib.figure", "demo")
-    figure = figure_module.Figure(figsize=(11, 4.6 + 2.5 * bool(examples)), layout="constrained")
-    top, *below = figure.subfigures(2, 1, height_ratios=[4.6, 2.5]) if examples else [figure]
+    figure = figure_module.Figure(figsize=(11, 4.6 + 1.9 * bool(examples)), layout="constrained")
+    top, *below = figure.subfigures(2, 1, height_ratios=[4.6, 1.9]) if examples else [figure]
     top.suptitle("Can new queries search the old gallery?", fontsize=15, fontweight="bold")
     panels = top.subplots(1, len(METRICS), sharey=True)
     for panel, metric in zip(panels, METRICS, strict=True):
@@ -55,12 +55,12 @@ def _draw_bars(panel: Any, results: Results, metric: str) -> None:
         shift = {"old_to_old": 0.0, "new_to_old": -width / 2, "new_to_new": width / 2}[pair]
         places = [methods.index(m) + shift for m in shown]
         means = [100 * results.mean(m, pair, metric) for m in shown]
-        bars = panel.bar(places, means, width, color=_COLORS[pair], label=f"{name} (query/gallery)")
-        panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
-        for place, method in zip(places, shown, strict=True):
+        panel.bar(places, means, width, color=_COLORS[pair], label=f"{name} (query/gallery)")
+        for place, mean, method in zip(places, means, shown, strict=True):
             values = 100 * np.array(results.values(method, pair, metric))
             if len(values) > 1:
                 panel.scatter(np.full(len(values), place), values, s=9, color="black", alpha=0.45, zorder=3)
+            panel.text(place, values.max() + 2, f"{mean:.1f}", ha="center", fontsize=9)
     panel.axhline(100 * results.mean("old", "old_to_old", metric), color="#555", linestyle="--", linewidth=1)
     panel.set_title(METRICS[metric])
     panel.set_xticks(range(len(methods)), methods)
@@ -74,7 +74,7 @@ def _draw_examples(figure: Any, examples: Sequence[RetrievalExample]) -> None:
     depth = max(len(found) for example in examples for found in example.found.values())
     figure.suptitle("What a new query finds among the old vectors (green: right class)", fontsize=11)
     columns = len(examples) * (depth + 2) - 1  # a query, what it finds, and a gap
-    axes = figure.subplots(len(methods), columns, squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.1})
+    axes = figure.subplots(len(methods), columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for number, example in enumerate(examples):

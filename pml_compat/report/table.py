@@ -14,7 +14,7 @@ from .verdict import criterion_in_words
 
 def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     """Return the header and one row a method; a cell holds P@1 / mAP, in percent, means over the seeds."""
-    header = ["method", *PAIRS.values(), "update gain", "criterion"]
+    header = ["method", *PAIRS.values(), "gain", "criterion"]
     rows = []
     for method in results.methods:
         row = [method]
@@ -30,10 +30,12 @@ def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
 
 def rich_table(results: Results) -> Any:
     """Return the table as a ``rich.table.Table``; needs the ``demo`` extra."""
-    table = import_extra("rich.table", "demo").Table(title=title(results))
+    table_module, box = import_extra("rich.table", "demo"), import_extra("rich.box", "demo")
+    table = table_module.Table(title=title(results), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     header, rows = table_rows(results)
-    for column in header:
-        table.add_column(column, justify="left" if column in (header[0], header[-1]) else "right")
+    for column in header[:-1]:
+        table.add_column(column, justify="left" if column == header[0] else "right", no_wrap=True)
+    table.add_column(header[-1])
     for row in rows:
         table.add_row(*row)
     return table
@@ -62,4 +64,4 @@ def _percent(value: float) -> str:
 
 
 def _number(value: float) -> str:
-    return "undefined" if math.isnan(value) else f"{value:.2f}"
+    return "undefined" if math.isnan(value) else f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"

@@ -1,0 +1,55 @@
+"""What every loss of the library is put through the shared suites with: a new loss joins by one line in ``LOSSES``.
+
+A case builds a fresh loss for embeddings ``WIDTH`` wide and labels 0 to ``CLASSES - 1``; the same seed builds the
+same loss.
+"""
+
+from collections.abc import Callable
+
+import torch
+from pytorch_metric_learning import losses
+
+from pml_compat.frozen import ClassCenters, FrozenClassifier
+from pml_compat.losses import BCTLoss
+
+WIDTH, OLD_WIDTH, CLASSES = 8, 6, 5
+
+
+def old_classifier() -> FrozenClassifier:
+    """Knows labels 0, 2 and 4."""
+    return FrozenClassifier(torch.randn(3, OLD_WIDTH), labels=[2, 0, 4], kind="cosine", scale=5.0)
+
+
+def old_centers() -> ClassCenters:
+    return ClassCenters(torch.randn(CLASSES, OLD_WIDTH), torch.arange(CLASSES))
+
+
+def classification() -> torch.nn.Module:
+    return losses.NormalizedSoftmaxLoss(CLASSES, WIDTH)
+
+
+LOSSES: dict[str, Callable[..., torch.nn.Module]] = {
+    "bct": lambda **kwargs: BCTLoss(classification(), old_classifier(), 0.5, **kwargs),
+    "bct_arcface": lambda **kwargs: BCTLoss(
+        losses.ArcFaceLoss(CLASSES, WIDTH),
+        FrozenClassifier.from_loss(losses.ArcFaceLoss(3, OLD_WIDTH)).extend(old_centers()),
+        **kwargs,
+    ),
+    "bct_linear": lambda **kwargs: BCTLoss(
+        classification(), FrozenClassifier.from_layer(torch.nn.Linear(OLD_WIDTH, 3)), **kwargs
+    ),
+    "bct_pairs": lambda **kwargs: BCTLoss(losses.ContrastiveLoss(), old_classifier(), **kwargs),
+    "bct_proxy_anchor": lambda **kwargs: BCTLoss(losses.ProxyAnchorLoss(CLASSES, WIDTH), old_classifier(), **kwargs),
+}
+
+
+def build(name: str, seed: int = 0, **kwargs: object) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return LOSSES[name](**kwargs)
+
+
+def batch(n: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return embeddings that ask for a gradient, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(n, WIDTH, generator=generator, dtype=dtype).requires_grad_()
+    return embeddings, torch.arange(n) % CLASSES

@@ -1,0 +1,216 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pml_compat.frozen import ClassCenters
+from tests import reference
+
+
+def data(seed=0, n=60, d=5, classes=4, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=generator) * 3 + 2  # 2, 5, 8, ...: not 0 to C-1
+    return torch.randn(n, d, generator=generator, dtype=dtype) + labels[:, None] / 4, labels
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("boundary", ["max", "iqr"])
+def test_matches_naive_loop(seed, normalize, boundary):
+    embeddings, labels = data(seed)
+    embeddings[0] *= -3  # an outlier, so that the rules differ
+    centers = ClassCenters.from_embeddings(embeddings, labels, normalize=normalize, boundary=boundary)
+    expected = reference.class_centers(embeddings.numpy(), labels, normalize, boundary)
+    assert centers.labels.tolist() == list(expected)
+    for row, (center, limit, count) in enumerate(expected.values()):
+        np.testing.assert_allclose(centers.centers[row], center, atol=1e-12)
+        assert float(centers.boundaries[row]) == pytest.approx(limit, abs=1e-7)
+        assert int(centers.counts[row]) == count
+
+
+def test_by_hand():
+    centers = ClassCenters.from_embeddings(torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, -1.0]]), torch.tensor([4, 4, 1]))
+    half = math.sqrt(0.5)
+    torch.testing.assert_close(centers.centers, torch.tensor([[0.0, -1.0], [half, half]]))
+    torch.testing.assert_close(centers.boundaries, torch.tensor([0.0, math.pi / 4]))
+    assert centers.counts.tolist() == [1, 2]
+
+
+def test_iqr_drops_the_outlier():
+    angles = torch.tensor([-0.02, -0.01, 0.0, 0.01, 0.02, 0.03, -0.03, 1.0])
+    embeddings = torch.stack([angles.cos(), angles.sin()], 1).double()
+    labels = torch.zeros(8, dtype=torch.long)
+    widest = float(ClassCenters.from_embeddings(embeddings, labels).boundaries)
+    trimmed = float(ClassCenters.from_embeddings(embeddings, labels, boundary="iqr").boundaries)
+    assert widest > 0.8 and trimmed < 0.2
+
+
+@pytest.mark.parametrize("boundary", ["max", "iqr", None])
+@pytest.mark.parametrize("size", [1, 7, 60])
+def test_batches_give_what_the_whole_gives(size, boundary):
+    embeddings, labels = data()
+    batches = [(embeddings[s : s + size].numpy(), labels[s : s + size].numpy()) for s in range(0, 60, size)]
+    ours = ClassCenters.from_batches(batches, boundary=boundary)
+    whole = ClassCenters.from_embeddings(embeddings, labels, boundary=boundary)
+    torch.testing.assert_close(ours.centers, whole.centers, rtol=0, atol=1e-12)
+    assert ours.labels.equal(whole.labels) and ours.counts.equal(whole.counts)
+    if boundary is None:
+        assert ours.boundaries is None
+    else:
+        torch.testing.assert_close(ours.boundaries, whole.boundaries, rtol=0, atol=1e-7)
+
+
+def test_many_classes_that_appear_late():
+    labels = torch.arange(1000).flip(0)
+    batches = [(torch.randn(10, 3), labels[s : s + 10]) for s in range(0, 1000, 10)]
+    centers = ClassCenters.from_batches(batches)
+    assert centers.labels.equal(torch.arange(1000))
+    torch.testing.assert_close(centers.centers[5], torch.nn.functional.normalize(batches[99][0][4], dim=0))
+
+
+def test_a_generator_gives_centers_without_boundaries():
+    embeddings, labels = data()
+    one_shot = ((embeddings[s : s + 9], labels[s : s + 9]) for s in range(0, 60, 9))
+    with pytest.raises(ValueError, match=r"readable twice.*boundary=None"):
+        ClassCenters.from_batches(one_shot)
+    centers = ClassCenters.from_batches(one_shot, boundary=None)
+    torch.testing.assert_close(centers.centers, ClassCenters.from_embeddings(embeddings, labels).centers)
+
+
+def test_second_reading_with_other_samples_is_refused():
+    class Shrinking(list):
+        reads = 0
+
+        def __iter__(self):
+            self.reads += 1
+            return iter(self[: 3 - self.reads])
+
+    batches = Shrinking([data(seed) for seed in range(3)])
+    with pytest.raises(ValueError, match=r"same samples at both readings, got 120 and then 60"):
+        ClassCenters.from_batches(batches)
+
+
+def test_reads_a_memory_map(tmp_path):
+    embeddings, labels = data(dtype=torch.float32)
+    np.save(tmp_path / "old.npy", embeddings.numpy())
+    mapped = np.load(tmp_path / "old.npy", mmap_mode="r")
+    torch.testing.assert_close(
+        ClassCenters.from_embeddings(mapped, labels).centers, ClassCenters.from_embeddings(embeddings, labels).centers
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_kept_in_float32(dtype):
+    embeddings, labels = data(dtype=torch.float32)
+    centers = ClassCenters.from_embeddings(embeddings.to(dtype), labels)
+    assert centers.centers.dtype == centers.boundaries.dtype == torch.float32
+    torch.testing.assert_close(
+        centers.centers, ClassCenters.from_embeddings(embeddings, labels).centers, atol=2e-2, rtol=0
+    )
+
+
+def test_a_zero_embedding_moves_no_boundary():
+    embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 0.0]])
+    centers = ClassCenters.from_embeddings(embeddings, torch.zeros(3, dtype=torch.long))
+    assert float(centers.boundaries) < 0.1
+
+
+def test_index_of_and_repr():
+    centers = ClassCenters(torch.eye(3), torch.tensor([9, 2, 2**60]))
+    assert centers.index_of(torch.tensor([2, 9, 2**60, 2**60 + 1, 0, -1])).tolist() == [1, 0, 2, -1, -1, -1]
+    assert "classes=3" in repr(centers) and len(centers) == 3
+
+
+def test_centers_are_unit_rows_and_buffers():
+    centers = ClassCenters(torch.tensor([[3.0, 4.0]]), torch.tensor([0]), torch.tensor([0.5]), torch.tensor([7]))
+    torch.testing.assert_close(centers.centers, torch.tensor([[0.6, 0.8]]))
+    assert not list(centers.parameters())
+    assert centers.double().centers.dtype == torch.float64
+    assert centers.to("meta").boundaries.device.type == "meta"
+
+
+@pytest.mark.parametrize("boundary", ["max", None])
+def test_save_and_load(tmp_path, boundary):
+    centers = ClassCenters.from_embeddings(*data(), boundary=boundary)
+    centers.save(tmp_path / "folder" / "centers.safetensors")
+    loaded = ClassCenters.load(tmp_path / "folder" / "centers.safetensors")
+    state, expected = loaded.state_dict(), centers.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-15)
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["centers.safetensors"]
+
+
+def test_state_dict_restores_the_label_lookup():
+    source = ClassCenters(torch.eye(2), torch.tensor([8, 3]))
+    target = ClassCenters(torch.eye(2), torch.tensor([0, 1]))
+    target.load_state_dict(source.state_dict())
+    assert target.index_of(torch.tensor([3, 8, 0])).tolist() == [1, 0, -1]
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        ClassCenters.load(tmp_path / "missing.safetensors")
+    whole = tmp_path / "whole.safetensors"
+    ClassCenters.from_embeddings(*data()).save(whole)
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(whole.read_bytes()[:-8])
+    empty = tmp_path / "empty.safetensors"
+    empty.write_bytes(b"")
+    for path in (truncated, empty):
+        with pytest.raises(ValueError, match=rf"whole safetensors file.*{path.name}"):
+            ClassCenters.load(path)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.eye(2)}, foreign)
+    with pytest.raises(ValueError, match=r"written by ClassCenters.save.*'weight'"):
+        ClassCenters.load(foreign)
+
+
+LABELS = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.eye(2), torch.tensor([1, 1])), r"labels must not repeat, got 1"),
+        ((torch.eye(2), torch.tensor([-1, 1])), r"labels must be 0 or more, got -1"),
+        ((torch.eye(2), torch.tensor([1])), r"labels must have one entry a row: expected 2, got 1"),
+        ((torch.eye(2), torch.tensor([0.0, 1.0])), r"labels must be integers, got torch.float32"),
+        ((torch.ones(2), LABELS), r"centers must be 2-dimensional"),
+        ((torch.tensor([[1.0, 0.0], [torch.nan, 0.0]]), LABELS), r"centers must be finite, row 1"),
+        ((torch.tensor([[1.0, 0.0], [0.0, 0.0]]), LABELS), r"centre of label 1 is"),
+        ((torch.eye(2), LABELS, torch.tensor([0.1, 4.0])), r"boundaries must be angles in radians in \[0, pi\]"),
+        ((torch.eye(2), LABELS, torch.tensor([0.1])), r"boundaries must be floating point of shape \(2,\)"),
+        ((torch.eye(2), LABELS, torch.tensor([0.1, torch.inf])), r"boundaries must be finite, row 1"),
+        ((torch.eye(2), LABELS, None, torch.tensor([0, 3])), r"counts must be 1 or more, got 0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ClassCenters(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "labels", "options", "message"),
+    [
+        (torch.eye(2), LABELS, {"boundary": "median"}, r"boundary must be 'max', 'iqr' or None, got 'median'"),
+        (torch.eye(2), None, {}, r"labels must be given"),
+        (torch.eye(2), torch.tensor([0]), {}, r"labels must have one entry a row: expected 2, got 1"),
+        (torch.zeros(0, 2), torch.zeros(0, dtype=torch.long), {}, r"embeddings must not be empty"),
+        (torch.tensor([[1.0, torch.inf]]), torch.tensor([0]), {}, r"embeddings must be finite, row 0"),
+        (torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([5, 5]), {}, r"centre of label 5 is"),
+        ([[1.0, 2.0]], torch.tensor([0]), {}, r"embeddings must be an \(N, D\) tensor or array, got list"),
+    ],
+)
+def test_bad_embeddings(embeddings, labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        ClassCenters.from_embeddings(embeddings, labels, **options)
+
+
+def test_no_batches_and_batches_of_other_widths():
+    with pytest.raises(ValueError, match=r"batches must not be empty"):
+        ClassCenters.from_batches([])
+    with pytest.raises(ValueError, match=r"embeddings must be 2 wide, got width 3"):
+        ClassCenters.from_batches([(torch.eye(2), LABELS), (torch.eye(3), torch.arange(3))])

@@ -1,0 +1,241 @@
+"""Every loss of the library does what PML's own do, in PML's own machinery."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning import miners, reducers, regularizers, trainers
+from pytorch_metric_learning.utils import distributed as pml_distributed
+
+from tests.cases import CLASSES, LOSSES, WIDTH, batch, build
+
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+REDUCERS = {
+    "default": lambda: None,
+    "mean": reducers.MeanReducer,
+    "sum": reducers.SumReducer,
+    "avg_non_zero": reducers.AvgNonZeroReducer,
+    "divisor": reducers.DivisorReducer,
+    "threshold": lambda: reducers.ThresholdReducer(low=0),
+    "class_weighted": lambda: reducers.ClassWeightedReducer(torch.ones(CLASSES)),
+    "multiple": lambda: reducers.MultipleReducers({"task_loss": reducers.MeanReducer()}, reducers.SumReducer()),
+}
+
+
+def step(loss_func, *arguments, **kwargs):
+    embeddings, labels = batch()
+    loss = loss_func(embeddings, labels, *arguments, **kwargs)
+    loss.backward()
+    assert loss.shape == () and torch.isfinite(loss)
+    assert torch.isfinite(embeddings.grad).all() and embeddings.grad.abs().sum() > 0
+    return loss.detach()
+
+
+@every_loss
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_reducers(name, reducer):
+    step(build(name, reducer=REDUCERS[reducer]()))
+
+
+@every_loss
+def test_do_nothing_reducer_returns_the_named_terms(name):
+    loss_func = build(name, reducer=reducers.DoNothingReducer())
+    loss_dict = loss_func(*batch())
+    assert list(loss_dict) == loss_func.sub_loss_names()
+    assert all({"losses", "indices", "reduction_type"} <= set(term) for term in loss_dict.values())
+
+
+@every_loss
+def test_per_anchor_reducer(name):
+    embeddings, labels = batch()
+    loss_func = build(name, reducer=reducers.PerAnchorReducer())
+    loss_func(embeddings, labels).backward()
+    assert torch.isfinite(embeddings.grad).all()
+
+
+@every_loss
+def test_terms_add_up_to_the_loss(name):
+    loss_func = build(name)
+    assert loss_func.terms == {}
+    loss = step(loss_func)
+    assert set(loss_func.terms) == set(loss_func.sub_loss_names())
+    torch.testing.assert_close(sum(loss_func.terms.values()), loss)
+
+
+@every_loss
+def test_embedding_regularizer(name):
+    plain = step(build(name))
+    loss_func = build(name, embedding_regularizer=regularizers.LpRegularizer(), embedding_reg_weight=0.3)
+    expected = plain + 0.3 * regularizers.LpRegularizer()(batch()[0])
+    torch.testing.assert_close(step(loss_func), expected.detach())
+
+
+@every_loss
+def test_collect_stats_changes_nothing(name):
+    assert step(build(name, collect_stats=True)) == step(build(name))
+
+
+@every_loss
+@pytest.mark.parametrize("miner", [miners.BatchHardMiner(), miners.MultiSimilarityMiner(), miners.TripletMarginMiner()])
+def test_miner_tuples(name, miner):
+    step(build(name), miner(*batch()))
+
+
+@every_loss
+def test_state_dict_round_trip(name):
+    source, target = build(name, seed=0), build(name, seed=1)
+    assert step(source) != step(target)
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    target.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert step(source) == step(target)
+
+
+@every_loss
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
+def test_copies(name, duplicate, called):
+    loss_func = build(name)
+    if called:
+        step(loss_func)
+    assert step(duplicate(loss_func)) == step(loss_func)
+
+
+@every_loss
+def test_train_and_eval_mode_give_the_same(name):
+    loss_func = build(name)
+    assert step(loss_func.train()) == step(loss_func.eval())
+
+
+@every_loss
+def test_old_tensors_are_buffers_and_follow_to(name):
+    loss_func = build(name)
+    frozen = {key for key, _ in loss_func.named_buffers()}
+    assert any(key.startswith("old_") for key in frozen)
+    assert not any(key.startswith("old_") for key, _ in loss_func.named_parameters())
+    loss_func.to("meta")
+    assert {tensor.device.type for tensor in loss_func.state_dict().values()} == {"meta"}
+
+
+@every_loss
+def test_inputs_are_not_changed(name):
+    embeddings, labels = batch()
+    before = embeddings.detach().clone(), labels.clone()
+    build(name)(embeddings, labels).backward()
+    assert embeddings.equal(before[0]) and labels.equal(before[1])
+
+
+@every_loss
+def test_permuted_batch(name):
+    embeddings, labels = batch()
+    order, loss_func = torch.randperm(len(labels)), build(name)
+    torch.testing.assert_close(loss_func(embeddings[order], labels[order]), loss_func(embeddings, labels))
+
+
+@every_loss
+def test_one_sample_and_one_class(name):
+    for n in (1, 4):
+        embeddings, _ = batch(n)
+        loss = build(name)(embeddings, torch.zeros(n, dtype=torch.long))
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(embeddings.grad).all()
+
+
+@every_loss
+def test_autocast(name):
+    embeddings, labels = batch()
+    loss_func = build(name)
+    expected = loss_func(embeddings, labels)
+    before = {key: tensor.dtype for key, tensor in loss_func.state_dict().items()}
+    low = embeddings.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_func(low, labels)
+    loss.backward()
+    assert torch.isfinite(low.grad).all() and loss.dtype == torch.bfloat16
+    assert loss.item() == pytest.approx(expected.item(), rel=0.1)
+    assert {key: tensor.dtype for key, tensor in loss_func.state_dict().items()} == before
+
+
+@every_loss
+def test_in_multiple_losses(name):
+    embeddings, labels = batch()
+    both = pml_losses.MultipleLosses([build(name), pml_losses.TripletMarginLoss()], weights=[0.5, 1.0])
+    expected = 0.5 * build(name)(embeddings, labels) + pml_losses.TripletMarginLoss()(embeddings, labels)
+    torch.testing.assert_close(both(embeddings, labels), expected)
+
+
+class Samples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return torch.randn(4, generator=torch.Generator().manual_seed(index)), index % CLASSES
+
+
+@every_loss
+def test_one_step_of_a_pml_trainer(name):
+    torch.manual_seed(0)
+    model, loss_func = torch.nn.Linear(4, WIDTH), build(name)
+    models = {"trunk": model}
+    optimizers = {"trunk_optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    before = copy.deepcopy((model.state_dict(), loss_func.state_dict()))
+    if list(loss_func.parameters()):
+        optimizers["metric_loss_optimizer"] = torch.optim.SGD(loss_func.parameters(), lr=0.1)
+    trainer = trainers.MetricLossOnly(
+        models,
+        optimizers,
+        10,
+        {"metric_loss": loss_func},
+        Samples(),
+        mining_funcs={"tuple_miner": miners.MultiSimilarityMiner()},
+        dataloader_num_workers=0,
+        iterations_per_epoch=1,
+    )
+    trainer.train()
+    assert not model.weight.equal(before[0]["weight"])
+    for key, tensor in loss_func.state_dict().items():
+        assert key.startswith("old_") == tensor.equal(before[1][key])
+
+
+def run_rank(rank, world_size, rendezvous, results):
+    """Every loss, wrapped for distributed training, on this rank's share of the batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+    for name in LOSSES:
+        embeddings, labels = batch()
+        own = embeddings.detach().chunk(world_size)[rank].requires_grad_()
+        loss = pml_distributed.DistributedLossWrapper(build(name))(own, labels.chunk(world_size)[rank])
+        loss.backward()
+        results[name, rank] = loss.item(), own.grad.numpy()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def ranks(request, tmp_path_factory):
+    rendezvous = f"file://{tmp_path_factory.mktemp('rendezvous') / 'file'}"
+    if request.param == 1:
+        threads, results = torch.get_num_threads(), {}
+        run_rank(0, 1, rendezvous, results)
+        torch.set_num_threads(threads)
+        return 1, results
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(run_rank, (request.param, rendezvous, results), nprocs=request.param)
+        return request.param, dict(results)
+
+
+@every_loss
+def test_distributed_loss_wrapper(name, ranks):
+    """PML multiplies the loss by the world size; only the own rows carry a gradient."""
+    world_size, results = ranks
+    embeddings, labels = batch()
+    expected = build(name)(embeddings, labels)
+    expected.backward()
+    for rank, grad in enumerate(embeddings.grad.chunk(world_size)):
+        loss, own_grad = results[name, rank]
+        assert loss == pytest.approx(world_size * expected.item(), rel=1e-5)
+        torch.testing.assert_close(torch.from_numpy(own_grad), world_size * grad, rtol=1e-4, atol=1e-6)
