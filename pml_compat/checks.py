@@ -18,7 +18,10 @@ def as_tensor(value: Any, name: str) -> torch.Tensor:
     if isinstance(value, np.ndarray):
         if not value.flags.writeable:  # a read-only memory map: torch cannot borrow it silently
             value = value.copy()
-        return torch.from_numpy(value)
+        try:
+            return torch.from_numpy(value)
+        except TypeError:
+            raise ValueError(f"{name} must be numbers, got an array of {value.dtype}") from None
     raise ValueError(f"{name} must be a torch.Tensor or a numpy.ndarray, got {type(value).__name__}")
 
 

@@ -208,11 +208,10 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             "label_comparison_fn": self.label_comparison_fn,
         }
         narrow = fit_width(query, reference.shape[1])
-        if metrics & set(self.requires_knn()):
-            label_counts = get_label_match_counts(query_labels, reference_labels, self.label_comparison_fn)
-            kwargs["label_counts"] = label_counts
-            k = self.determine_k(label_counts[1], len(reference), ref_includes_query)
-            k = None if self.k is None else min(k, len(reference))
+        size = len(query), len(reference)
+        k = self.k
+        if k == "max_bin_count":
+            k = max(int((relevant(rows) & ~excluded(rows)).sum(1).max()) for rows in query_chunks(*size)) or 1
         if metrics & set(RANK_METRICS):
             if self.knn_func is _exact_search:
                 ranks = exact_ranks(narrow, reference, relevant, excluded)
@@ -221,8 +220,9 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             kwargs["per_query"] = _score(ranks, k)
         if metrics & (set(self.requires_knn()) - set(RANK_METRICS)):  # a subclass's own
             kwargs["knn_labels"] = reference_labels[self._neighbors(narrow, reference, excluded, k)]
+            kwargs["label_counts"] = get_label_match_counts(query_labels, reference_labels, self.label_comparison_fn)
             kwargs["lone_query_labels"], kwargs["not_lone_query_mask"] = get_lone_query_labels(
-                query_labels, label_counts, ref_includes_query, self.label_comparison_fn
+                query_labels, kwargs["label_counts"], ref_includes_query, self.label_comparison_fn
             )
         if metrics & set(self.requires_clustering()):
             kwargs["cluster_labels"] = self.get_cluster_labels(**kwargs)
@@ -306,6 +306,8 @@ def _codes(
     for side, value, length in zip(("query", "reference"), values, (n_query, n_reference), strict=True):
         if np.shape(value) != (length,):
             raise ValueError(f"{side}_{name} must have shape ({length},), got {np.shape(value)}")
+    if {np.asarray(value).dtype.kind for value in values} == {"i", "u"}:  # their common type would be a float
+        values = [np.asarray(value).astype(object) for value in values]
     codes = torch.from_numpy(np.unique(np.concatenate(values), return_inverse=True)[1]).to(device)
     return codes[:n_query], codes[n_query:]
 
