@@ -48,15 +48,26 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         if path.exists():
-            for file in sorted(temporary.rglob("*")):
-                if file.is_file():
-                    target = path / file.relative_to(temporary)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(file, target)
+            _move_into(temporary, path)
         else:
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into(source: Path, target: Path) -> None:
+    """Move the files of ``source`` to the same places in ``target``; none, where one of them cannot go."""
+    files = [file.relative_to(source) for file in sorted(source.rglob("*")) if file.is_file()]
+    for file in files:
+        in_the_way = [target / folder for folder in file.parents if (target / folder).is_file()]
+        in_the_way += [target / file] if (target / file).is_dir() else []
+        if in_the_way:
+            raise FileExistsError(
+                f"{in_the_way[0]} is in the way of {target / file}; move it, or choose another folder"
+            )
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / file, target / file)
 
 
 def _umask() -> int:

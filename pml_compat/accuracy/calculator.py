@@ -13,7 +13,6 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.accuracy_calculator import (
     AccuracyCalculator,
     get_label_match_counts,
-    get_lone_query_labels,
     get_unique_labels,
 )
 from pytorch_metric_learning.utils.inference import FaissKMeans
@@ -172,8 +171,8 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             reference, reference_labels = query, query_labels
             reference_ids, reference_cameras = query_ids, query_cameras
             ref_includes_query = query_ids is None
-        query = check_embeddings(query, "query").to(self.device)
-        reference = check_embeddings(reference, "reference").to(self.device)
+        query = check_embeddings(query, "query").detach().to(self.device)
+        reference = check_embeddings(reference, "reference").detach().to(self.device)
         query_labels = self._labels(query_labels, "query_labels", len(query))
         reference_labels = self._labels(reference_labels, "reference_labels", len(reference))
         if ref_includes_query:
@@ -221,17 +220,21 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         if metrics & (set(self.requires_knn()) - set(RANK_METRICS)):  # a subclass's own
             kwargs["knn_labels"] = reference_labels[self._neighbors(narrow, reference, excluded, k)]
             kwargs["label_counts"] = get_label_match_counts(query_labels, reference_labels, self.label_comparison_fn)
-            kwargs["lone_query_labels"], kwargs["not_lone_query_mask"] = get_lone_query_labels(
-                query_labels, kwargs["label_counts"], ref_includes_query, self.label_comparison_fn
-            )
+            chunks = query_chunks(*size)
+            scored = torch.cat([(relevant(rows) & ~excluded(rows)).any(1) for rows in chunks])
+            kwargs["not_lone_query_mask"] = scored
+            kwargs["lone_query_labels"] = get_unique_labels(query_labels[~scored])
         if metrics & set(self.requires_clustering()):
             kwargs["cluster_labels"] = self.get_cluster_labels(**kwargs)
         return self._get_accuracy(self.curr_function_dict, **kwargs)
 
-    def _listed_ranks(
-        self, query: torch.Tensor, reference: torch.Tensor, relevant: Mask, excluded: Mask, k: int | None
-    ) -> Iterator[tuple[slice, PositiveRanks]]:
-        """Ask ``knn_func`` for k items, and as many more as are left out of any of these queries' rankings."""
+    def _search(
+        self, query: torch.Tensor, reference: torch.Tensor, excluded: Mask, k: int | None
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Ask ``knn_func`` for k items, and as many more as are left out of any of these queries' rankings.
+
+        Yields the queries, the ``(q, k')`` gallery rows found, which of them count, and the ``(q, N)`` exclusions.
+        """
         for rows in query_chunks(len(query), len(reference)):
             out = excluded(rows)
             size = len(reference) if k is None else min(k + int(out.sum(1).max()), len(reference))
@@ -239,14 +242,26 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             indices = indices.to(self.device)
             found = indices >= 0  # faiss fills up with -1
             indices = indices.clamp_min(0)
-            yield rows, listed_ranks(indices, found & ~out.gather(1, indices), relevant(rows), out)
+            yield rows, indices, found & ~out.gather(1, indices), out
+
+    def _listed_ranks(
+        self, query: torch.Tensor, reference: torch.Tensor, relevant: Mask, excluded: Mask, k: int | None
+    ) -> Iterator[tuple[slice, PositiveRanks]]:
+        at_least = None if k is None else max(k, 10)  # cmc_top_10 looks at ten, whatever k is
+        for rows, indices, kept, out in self._search(query, reference, excluded, at_least):
+            yield rows, listed_ranks(indices, kept, relevant(rows), out)
 
     def _neighbors(self, query: torch.Tensor, reference: torch.Tensor, excluded: Mask, k: int | None) -> torch.Tensor:
         """The nearest gallery rows of each query, as many as every query has, at most k."""
-        left = min(
-            len(reference) - int(excluded(rows).sum(1).max()) for rows in query_chunks(len(query), len(reference))
+        chunks = query_chunks(len(query), len(reference))
+        left = min(len(reference) - int(excluded(rows).sum(1).max()) for rows in chunks)
+        k = left if k is None else min(k, left)
+        if self.knn_func is _exact_search:
+            return torch.cat(list(nearest(query, reference, excluded, k)))
+        lists = self._search(query, reference, excluded, k)
+        return torch.cat(
+            [indices.gather(1, torch.argsort(~kept, dim=1, stable=True)[:, :k]) for _, indices, kept, _ in lists]
         )
-        return torch.cat(list(nearest(query, reference, excluded, left if k is None else min(k, left))))
 
     def _labels(self, labels: Any, name: str, length: int) -> torch.Tensor:
         if labels is None:

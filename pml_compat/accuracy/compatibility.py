@@ -103,7 +103,9 @@ def compatibility_matrix(
         raise ValueError("queries must name at least one model, got none")
     if galleries is None:
         galleries, gallery_labels = queries, query_labels
-        ref_includes_query = "query_ids" not in kwargs if ref_includes_query is None else ref_includes_query
+        kwargs.setdefault("reference_ids", kwargs.get("query_ids"))
+        kwargs.setdefault("reference_cameras", kwargs.get("query_cameras"))
+        ref_includes_query = kwargs.get("query_ids") is None if ref_includes_query is None else ref_includes_query
     elif gallery_labels is None:
         raise ValueError("gallery_labels must be given with galleries, got None")
     calculator = calculator or CrossModelAccuracyCalculator(include=("precision_at_1", "mean_average_precision"))

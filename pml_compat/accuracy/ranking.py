@@ -4,13 +4,12 @@ Retrieval metrics need only where the positives stand in each query's full ranki
 queries are sorted by value, and the positives' ranks are looked up in them; no more than one chunk of queries by
 the gallery is ever held.
 
-Distances are taken in float64 and rounded to about 12 digits: gallery rows that are equal then tie, wherever they
-stand, and no order of the rows can change a metric.
+Distances are taken in float64. Gallery rows that are equal tie exactly, wherever they stand: a matrix product may round
+them apart, so their distances are computed once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -52,16 +51,37 @@ def squared_distances(query: torch.Tensor, reference: torch.Tensor) -> Iterator[
     Within a row the order, which is all that ranks need, is that of the Euclidean distance.
     """
     dtype = torch.float32 if query.device.type == "mps" else torch.float64
-    reference_norms = _squared_norms(reference, dtype)
-    bound = 2 * max(float(reference_norms.max()), float(_squared_norms(query, dtype).max()), 1e-300)
-    quantum = 2.0 ** (math.frexp(bound)[1] - (44 if dtype == torch.float64 else 20))
+    reference_norms = torch.cat([part.to(dtype).square().sum(1) for part in reference.split(_GALLERY_BLOCK)])
+    copies, originals = equal_rows(reference)
     for rows in query_chunks(len(query), len(reference)):
         part = query[rows].to(dtype)
         distances = part.new_empty(len(part), len(reference))
         for first in range(0, len(reference), _GALLERY_BLOCK):
             block = slice(first, first + _GALLERY_BLOCK)
             distances[:, block] = torch.addmm(reference_norms[block], part, reference[block].to(dtype).t(), alpha=-2)
-        yield rows, distances.div_(quantum).round_()
+        distances[:, copies] = distances[:, originals]
+        yield rows, distances
+
+
+def equal_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the indices of rows that stand earlier too, and of the first row that each of them equals.
+
+    Rows are matched by a hash of their bits, then compared, in one pass over them and without sorting the rows.
+    """
+    bits_of = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator).to(rows.device)
+    hashes = torch.cat(
+        # Adding 0 turns -0 to 0. Integer products and sums wrap around, the same whatever their order.
+        [((part + 0.0).contiguous().view(bits_of).long() * weights).sum(1) for part in rows.split(_GALLERY_BLOCK)]
+    )
+    unique, group = torch.unique(hashes, return_inverse=True)
+    index = torch.arange(len(rows), device=rows.device)
+    first = index.new_full((len(unique),), len(rows)).scatter_reduce_(0, group, index, "amin")[group]
+    copies = (first != index).nonzero()[:, 0]
+    same = [(rows[part] == rows[first[part]]).all(1) for part in copies.split(_GALLERY_BLOCK)]
+    copies = copies[torch.cat(same)]
+    return copies, first[copies]
 
 
 def exact_ranks(
@@ -126,10 +146,6 @@ def listed_ranks(
         positives_within=torch.arange(1, width + 1, device=indices.device).expand_as(within),
         relevant=(relevant & ~excluded).sum(1),
     )
-
-
-def _squared_norms(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.cat([part.to(dtype).square().sum(1) for part in rows.split(_GALLERY_BLOCK)])
 
 
 def _sort_values(matrix: torch.Tensor) -> torch.Tensor:

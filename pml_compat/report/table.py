@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable
 from typing import Any
 
 from ..extras import import_extra
 from .results import METRICS, PAIRS, Results
-from .verdict import criterion_in_words
+from .verdict import criterion_in_words, gain_in_words
 
 
 def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -22,7 +21,7 @@ def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
         if method == "old":
             row += ["", ""]
         else:
-            row.append(_cell(_number(statistics.fmean(results.gains(method, metric))) for metric in METRICS))
+            row.append(_cell(gain_in_words(results, method, metric) for metric in METRICS))
             row.append(criterion_in_words(results, method))
         rows.append(row)
     return header, rows
@@ -61,7 +60,3 @@ def _cell(values: Iterable[str]) -> str:
 
 def _percent(value: float) -> str:
     return "" if math.isnan(value) else f"{100 * value:.1f}"
-
-
-def _number(value: float) -> str:
-    return "undefined" if math.isnan(value) else f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 from .results import METRICS, Results
@@ -20,7 +21,7 @@ def verdict(results: Results, method: str) -> str:
     numbers = "; ".join(_against_old(results, method, metric) for metric in METRICS)
     sentences = [f"{opening}: {numbers}."]
     if method != "independent":
-        gain = ", ".join(f"{METRICS[m]} {statistics.fmean(results.gains(method, m)):.2f}" for m in METRICS)
+        gain = ", ".join(f"{METRICS[m]} {gain_in_words(results, method, m)}" for m in METRICS)
         cost = ", ".join(f"{METRICS[m]} {_points(_cost(results, method, m))}" for m in METRICS)
         sentences.append(f"Update gain (1 is as good as re-embedding everything): {gain}.")
         sentences.append(f"New queries on a new gallery, against the independent model: {cost}.")
@@ -33,6 +34,14 @@ def criterion_in_words(results: Results, method: str) -> str:
     if all(met):
         return "holds"
     return f"in {sum(met)} of {len(met)}" if any(met) else "fails"
+
+
+def gain_in_words(results: Results, method: str, metric: str) -> str:
+    """Return the mean update gain; "undefined" where the independent model is no better than the old one."""
+    gain = statistics.fmean(results.gains(method, metric))
+    if math.isnan(gain):
+        return "undefined"
+    return f"{gain:.2f}" if abs(gain) < 10 else f"{gain:.0f}"
 
 
 def _against_old(results: Results, method: str, metric: str) -> str:
