@@ -62,9 +62,7 @@ def _move_into(source: Path, target: Path) -> None:
         in_the_way = [target / folder for folder in file.parents if (target / folder).is_file()]
         in_the_way += [target / file] if (target / file).is_dir() else []
         if in_the_way:
-            raise FileExistsError(
-                f"{in_the_way[0]} is in the way of {target / file}; move it, or choose another folder"
-            )
+            raise FileExistsError(f"{in_the_way[0]} is in the way of {target / file}; move it or choose another")
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / file, target / file)
