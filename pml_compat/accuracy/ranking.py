@@ -5,7 +5,8 @@ queries are sorted by value, and the positives' ranks are looked up in them; no 
 the gallery is ever held.
 
 Distances are taken in float64. Gallery rows that are equal tie exactly, wherever they stand: a matrix product may round
-them apart, so their distances are computed once.
+them apart, so their distances are computed once. Unequal rows at the same distance tie where float64 is exact, as for
+integer codes; normalised codes can be told apart by their last digit.
 """
 
 from __future__ import annotations

@@ -46,7 +46,10 @@ def run_demo(out: Path, seeds: Sequence[int]) -> Results:
         seeds: one old and two new models are trained for each.
     Raises:
         ImportError: the ``demo`` extra is not installed; raised before anything is computed.
+        ValueError: a seed twice; ``out`` is a file.
     """
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must differ, got {list(seeds)}")
     console = import_extra("rich.console", "demo").Console()
     import_extra("matplotlib.figure", "demo")
     digits = import_extra("sklearn.datasets", "demo").load_digits()

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-# Logits held at once. On a CPU a block this size stays in the cache between its product, its exponential and its
-# second product; on a GPU it is large enough to fill the device.
-_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+# Logits held at once. On a CPU a block this size stays near the cache between its product, its exponential and its
+# second product, and is large enough that few parallel regions are opened; on a GPU it fills the device.
+_BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 
 
 def wrong_class_logsumexp(

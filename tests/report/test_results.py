@@ -1,0 +1,227 @@
+import copy
+import json
+import math
+import struct
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from pml_compat.report import (
+    Results,
+    RetrievalExample,
+    markdown_table,
+    plot_compatibility,
+    rich_table,
+    title,
+    verdict,
+)
+
+# method -> pair -> one (P@1, mAP) a seed
+NUMBERS = {
+    "old": {"old_to_old": [(0.50, 0.40), (0.52, 0.42)]},
+    "independent": {"new_to_old": [(0.05, 0.10), (0.07, 0.12)], "new_to_new": [(0.90, 0.80), (0.92, 0.82)]},
+    "bct": {"new_to_old": [(0.60, 0.50), (0.62, 0.52)], "new_to_new": [(0.89, 0.78), (0.91, 0.80)]},
+}
+
+
+def results(seeds=2, numbers=NUMBERS, **kwargs):
+    out = Results(data={"name": "digits", "images": 10}, seeds=list(range(seeds)), **kwargs)
+    for seed in range(seeds):
+        for method, pairs in numbers.items():
+            for pair, values in pairs.items():
+                precision, average_precision = values[seed]
+                out.add(
+                    method, pair, {"precision_at_1": precision, "mean_average_precision": average_precision, "other": 1}
+                )
+    return out
+
+
+def changed(method, pair, values):
+    numbers = copy.deepcopy(NUMBERS)
+    numbers[method][pair] = values
+    return numbers
+
+
+def strict_json(value):
+    def refuse(constant):
+        pytest.fail(f"{constant} is not JSON")
+
+    return json.loads(json.dumps(value), parse_constant=refuse)
+
+
+def test_values_and_means_over_the_seeds():
+    one = results()
+    assert one.values("bct", "new_to_old", "precision_at_1") == [0.60, 0.62]
+    assert one.mean("bct", "new_to_old", "precision_at_1") == pytest.approx(0.61)
+    assert one.values("old", "new_to_new", "precision_at_1") == one.values("x", "new_to_old", "precision_at_1") == []
+    assert math.isnan(one.mean("old", "new_to_new", "precision_at_1"))
+    assert one.new_methods() == ["independent", "bct"]
+
+
+def test_gains_and_criterion_seed_by_seed():
+    numbers = changed("bct", "new_to_old", [(0.60, 0.40), (0.41, 0.52)])
+    one = results(numbers=numbers)
+    assert one.gains("bct", "precision_at_1") == pytest.approx([0.1 / 0.4, -0.11 / 0.4])
+    assert one.holds("bct", "precision_at_1") == [True, False]
+    assert one.holds("bct", "mean_average_precision") == [False, True]  # equal is not better
+
+
+def test_gain_without_room_is_nan_and_silent():
+    one = results(numbers=changed("independent", "new_to_new", [(0.50, 0.80), (0.92, 0.82)]))
+    undefined, defined = one.gains("bct", "precision_at_1")
+    assert math.isnan(undefined)
+    assert defined == pytest.approx(0.25)
+
+
+def test_a_method_with_a_missing_seed_is_an_error():
+    numbers = {**NUMBERS, "bct": {"new_to_new": [(0.8, 0.7)] * 2}}
+    with pytest.raises(ValueError, match="zip"):
+        results(numbers=numbers).holds("bct", "precision_at_1")
+
+
+def test_json_schema():
+    one = strict_json(results(chance={"precision_at_1": 0.1}).to_json())
+    assert set(one) == {"data", "seeds", "chance", "methods", "compatibility"}
+    assert one["data"] == {"name": "digits", "images": 10}
+    assert one["seeds"] == [0, 1]
+    assert one["chance"] == {"precision_at_1": 0.1}
+    assert {method: set(pairs) for method, pairs in one["methods"].items()} == {
+        "old": {"old_to_old"},
+        "independent": {"new_to_old", "new_to_new"},
+        "bct": {"new_to_old", "new_to_new"},
+    }
+    assert one["methods"]["bct"]["new_to_old"] == {
+        "precision_at_1": {"mean": pytest.approx(0.61), "per_seed": [0.60, 0.62]},
+        "mean_average_precision": {"mean": pytest.approx(0.51), "per_seed": [0.50, 0.52]},
+    }
+    assert set(one["compatibility"]) == {"independent", "bct"}
+    assert one["compatibility"]["bct"]["precision_at_1"] == {
+        "update_gain": {"mean": pytest.approx(0.25), "per_seed": pytest.approx([0.25, 0.25])},
+        "holds": [True, True],
+    }
+
+
+def test_json_has_null_for_an_undefined_gain():
+    one = strict_json(results(numbers=changed("independent", "new_to_new", [(0.50, 0.80), (0.92, 0.82)])).to_json())
+    gain = one["compatibility"]["bct"]["precision_at_1"]["update_gain"]
+    assert gain == {"mean": None, "per_seed": [None, pytest.approx(0.25)]}
+    assert one["compatibility"]["bct"]["mean_average_precision"]["update_gain"]["mean"] == pytest.approx(0.25)
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_markdown_table():
+    header, rule, *rows = cells(markdown_table(results()))
+    assert header[:4] == ["method", "old/old", "new/old", "new/new"]
+    assert all(set(cell) <= {"-", ":"} for cell in rule)
+    assert {len(row) for row in [header, rule, *rows]} == {6}
+    assert rows == [
+        ["old", "51.0 / 41.0", "", "", "", ""],
+        ["independent", "", "6.0 / 11.0", "91.0 / 81.0", "-1.12 / -0.75", "fails"],
+        ["bct", "", "61.0 / 51.0", "90.0 / 79.0", "0.25 / 0.25", "holds"],
+    ]
+
+
+def test_table_of_some_seeds_and_undefined_gains():
+    numbers = changed("bct", "new_to_old", [(0.60, 0.50), (0.62, 0.42)])
+    numbers["independent"]["new_to_new"] = [(0.50, 0.80), (0.92, 0.82)]
+    *_, row = cells(markdown_table(results(numbers=numbers)))
+    assert row[4].split(" / ")[0] == "undefined"
+    assert row[5] == "in 1 of 2"
+
+
+def test_table_of_huge_gains_stays_narrow():
+    *_, row = cells(markdown_table(results(1, changed("independent", "new_to_new", [(0.501, 0.401)]))))
+    assert row[4] == "100 / 100"
+
+
+def test_rich_table_says_what_the_markdown_table_says():
+    one = results()
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(rich_table(one))
+    printed = capture.get()
+    assert title(one) in printed
+    for row in cells(markdown_table(one))[2:]:
+        assert any(line.split() == " ".join(row).split() for line in printed.splitlines())
+
+
+@pytest.mark.parametrize(("seeds", "expected"), [(1, "1 seed"), (2, "2 seeds")])
+def test_title_names_data_and_seeds(seeds, expected):
+    assert title(results(seeds)).startswith("digits: ")
+    assert title(results(seeds)).endswith(f"mean of {expected}")
+
+
+def test_verdict_of_a_compatible_model():
+    text = verdict(results(), "bct")
+    assert text.startswith("bct: compatible. ")
+    assert "in 2 of 2 seeds" in text
+    assert "P@1 61.0% against 51.0% (+10.0 points); mAP 51.0% against 41.0% (+10.0 points)" in text
+    assert "P@1 0.25, mAP 0.25" in text
+    assert "against the independent model: P@1 -1.0 points, mAP -2.0 points" in text
+
+
+def test_verdict_of_one_seed():
+    assert "in the one seed run" in verdict(results(1), "bct")
+
+
+def test_verdict_of_an_incompatible_model():
+    text = verdict(results(chance={"precision_at_1": 0.05, "mean_average_precision": 0.05}), "independent")
+    assert text.startswith("independent: not compatible. ")
+    assert "P@1 6.0% against 51.0% (-45.0 points), where chance is 5.0%" in text
+    assert text.count("chance") == 1  # mAP is above twice that
+    assert "Update gain" not in text
+
+
+def test_verdict_of_an_unreliable_model():
+    text = verdict(results(numbers=changed("bct", "new_to_old", [(0.60, 0.50), (0.62, 0.42)])), "bct")
+    assert text.startswith("bct: not reliably compatible. The criterion holds in 1 of 2 seeds")
+
+
+def test_criterion_needs_both_metrics_in_the_same_seed():
+    text = verdict(results(numbers=changed("bct", "new_to_old", [(0.60, 0.40), (0.41, 0.52)])), "bct")
+    assert text.startswith("bct: not compatible. ")
+
+
+def test_verdict_of_an_undefined_gain_is_in_words():
+    text = verdict(results(numbers=changed("independent", "new_to_new", [(0.50, 0.80), (0.92, 0.82)])), "bct")
+    assert "nan" not in text
+    assert "P@1 undefined" in text
+
+
+def examples():
+    image = np.outer(np.arange(8), np.arange(8)).astype(np.float32) / 49
+    found = [(image, True), (image.T, False)]
+    return [RetrievalExample(image, {"independent": found, "bct": found[::-1]}) for _ in range(2)]
+
+
+def size_of(path):
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", content[16:24])
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_plot_writes_a_picture(seeds, tmp_path):
+    plot_compatibility(results(seeds), tmp_path / "plain.png")
+    plot_compatibility(results(seeds), tmp_path / "examples.png", examples())
+    (width, height), (width_too, higher) = size_of(tmp_path / "plain.png"), size_of(tmp_path / "examples.png")
+    assert 1200 <= width == width_too <= 2400
+    assert 500 <= height < higher <= 1500
+    picture = imread(tmp_path / "examples.png")[..., :3]
+    assert (picture == 1).all(2).mean() > 0.3  # white ground
+    below = picture[height:]
+    assert below.min() < 0.5  # the examples are drawn
+    for red, green, blue in ((0x2E, 0x8B, 0x57), (0xC0, 0x39, 0x2B)):  # frames of right and wrong finds
+        assert (np.abs(below * 255 - (red, green, blue)).max(2) < 2).any()
+
+
+def test_plot_draws_a_dot_a_seed_where_there_are_several(tmp_path):
+    twice = {method: {pair: values[:1] * 2 for pair, values in pairs.items()} for method, pairs in NUMBERS.items()}
+    plot_compatibility(results(1), tmp_path / "one.png")
+    plot_compatibility(results(2, twice), tmp_path / "two.png")
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()
