@@ -47,7 +47,9 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
     - faiss is not needed: without it NMI and AMI use scikit-learn's k-means;
     - a query of another width than the gallery is fitted to it by :func:`pml_compat.width.fit_width`.
 
-    Distances are Euclidean on the embeddings as given, as with PML's default; normalise them for cosine ranking.
+    Distances are Euclidean on the embeddings as given, as with PML's default; normalise them for cosine ranking. A
+    subclass's own metrics (``calculate_<name>``, named in ``requires_knn``) get PML's arguments but for
+    ``knn_distances``.
 
     Args:
         include: names of the metrics to compute; all by default.
@@ -258,17 +260,20 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         k = left if k is None else min(k, left)
         if self.knn_func is _exact_search:
             return torch.cat(list(nearest(query, reference, excluded, k)))
-        lists = self._search(query, reference, excluded, k)
-        return torch.cat(
-            [indices.gather(1, torch.argsort(~kept, dim=1, stable=True)[:, :k]) for _, indices, kept, _ in lists]
-        )
+        chosen = []
+        for _, indices, kept, _ in self._search(query, reference, excluded, k):
+            if int(kept.sum(1).min()) < k:
+                raise ValueError(f"knn_func must find at least {k} gallery items a query, got {int(kept.sum(1).min())}")
+            chosen.append(indices.gather(1, torch.argsort(~kept, dim=1, stable=True)[:, :k]))
+        return torch.cat(chosen)
 
     def _labels(self, labels: Any, name: str, length: int) -> torch.Tensor:
         if labels is None:
             raise ValueError(f"{name} must be given, got None")
         labels = as_tensor(labels, name).to(self.device)
-        if len(labels) != length:
-            raise ValueError(f"{name} must have one entry an embedding: expected {length}, got {len(labels)}")
+        if labels.ndim == 0 or len(labels) != length:
+            got = len(labels) if labels.ndim else "a single number"
+            raise ValueError(f"{name} must have one entry an embedding: expected {length}, got {got}")
         if labels.ndim != 1 and self.label_comparison_fn is torch.eq:
             raise ValueError(f"{name} must be 1-dimensional without a label_comparison_fn, got {tuple(labels.shape)}")
         return labels

@@ -4,9 +4,8 @@ Retrieval metrics need only where the positives stand in each query's full ranki
 queries are sorted by value, and the positives' ranks are looked up in them; no more than one chunk of queries by
 the gallery is ever held.
 
-Distances are taken in float64. Gallery rows that are equal tie exactly, wherever they stand: a matrix product may round
-them apart, so their distances are computed once. Unequal rows at the same distance tie where float64 is exact, as for
-integer codes; normalised codes can be told apart by their last digit.
+Distances are taken in float64, and items whose distances differ by no more than the rounding of the product tie: copies
+of a vector, or codes at the same distance, wherever they stand. So no order of the rows can change a metric.
 """
 
 from __future__ import annotations
@@ -53,36 +52,13 @@ def squared_distances(query: torch.Tensor, reference: torch.Tensor) -> Iterator[
     """
     dtype = torch.float32 if query.device.type == "mps" else torch.float64
     reference_norms = torch.cat([part.to(dtype).square().sum(1) for part in reference.split(_GALLERY_BLOCK)])
-    copies, originals = equal_rows(reference)
     for rows in query_chunks(len(query), len(reference)):
         part = query[rows].to(dtype)
         distances = part.new_empty(len(part), len(reference))
         for first in range(0, len(reference), _GALLERY_BLOCK):
             block = slice(first, first + _GALLERY_BLOCK)
             distances[:, block] = torch.addmm(reference_norms[block], part, reference[block].to(dtype).t(), alpha=-2)
-        distances[:, copies] = distances[:, originals]
         yield rows, distances
-
-
-def equal_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the indices of rows that stand earlier too, and of the first row that each of them equals.
-
-    Rows are matched by a hash of their bits, then compared, in one pass over them and without sorting the rows.
-    """
-    bits_of = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator).to(rows.device)
-    hashes = torch.cat(
-        # Adding 0 turns -0 to 0. Integer products and sums wrap around, the same whatever their order.
-        [((part + 0.0).contiguous().view(bits_of).long() * weights).sum(1) for part in rows.split(_GALLERY_BLOCK)]
-    )
-    unique, group = torch.unique(hashes, return_inverse=True)
-    index = torch.arange(len(rows), device=rows.device)
-    first = index.new_full((len(unique),), len(rows)).scatter_reduce_(0, group, index, "amin")[group]
-    copies = (first != index).nonzero()[:, 0]
-    same = [(rows[part] == rows[first[part]]).all(1) for part in copies.split(_GALLERY_BLOCK)]
-    copies = copies[torch.cat(same)]
-    return copies, first[copies]
 
 
 def exact_ranks(
@@ -105,13 +81,16 @@ def exact_ranks(
         valid = torch.arange(own.shape[1], device=own.device) < counts[:, None]
         own[valid] = distances[positive]
         own, everyone = _sort_values(own), _sort_values(distances)
+        first = _first_of_tie(everyone, query[rows].to(everyone.dtype).square().sum(1, keepdim=True))
+        places = torch.searchsorted(everyone, own).clamp_max(len(reference) - 1)
+        closer = first.gather(1, places).masked_fill_(~valid, len(reference))
         yield (
             rows,
             PositiveRanks(
                 valid=valid,
-                closer=torch.searchsorted(everyone, own),
-                within=torch.searchsorted(everyone, own, right=True),
-                positives_within=torch.searchsorted(own, own, right=True),
+                closer=closer,
+                within=torch.searchsorted(first, closer, right=True),
+                positives_within=torch.searchsorted(closer, closer, right=True),
                 relevant=counts,
             ),
         )
@@ -154,3 +133,15 @@ def _sort_values(matrix: torch.Tensor) -> torch.Tensor:
     if matrix.device.type == "cpu":
         return torch.from_numpy(np.sort(matrix.numpy(), axis=1))
     return matrix.sort(dim=1).values
+
+
+def _first_of_tie(values: torch.Tensor, query_norms: torch.Tensor) -> torch.Tensor:
+    """For rows of sorted distances: how many items come before the tie that each item is in.
+
+    Neighbours tie where they differ by no more than the product's rounding: a few units in the last place of
+    ``(2 |q| + d) ** 2``, which bounds the squared lengths of the two vectors.
+    """
+    scale = (values + query_norms).clamp_min_(0).sqrt_().add_(2 * query_norms.sqrt()).square_()
+    apart = values.diff(dim=1) > scale[:, :-1].mul_(64 * torch.finfo(values.dtype).eps)
+    places = torch.arange(1, values.shape[1], device=values.device) * apart
+    return torch.nn.functional.pad(places, (1, 0)).cummax(1).values

@@ -30,8 +30,9 @@ class BCTLoss(NamedTermsLoss):
         old_classifier: the frozen classifier; its tensors are buffers.
         influence_weight: the multiplier ``lambda``; 0 or more, no unit.
         **kwargs: ``reducer`` (for the influence term, one loss a known sample; default ``MeanReducer``),
-            ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats`` the share of
-            the batch that the old classifier knows is recorded as ``known_fraction``.
+            ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats`` both terms
+            are recorded under their names, and the share of the batch that the old classifier knows as
+            ``known_fraction``.
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set
         - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]`` and ``terms["influence_loss"]`` after the call

@@ -537,13 +537,15 @@ class Neighbors(CrossModelAccuracyCalculator):
         return knn_labels.tolist()
 
 
+@pytest.mark.parametrize("knn_func", [None, CustomKNN(LpDistance(normalize_embeddings=False))], ids=["exact", "custom"])
 @pytest.mark.parametrize("k", [None, 3, 1000])
-def test_a_subclass_gets_every_neighbour_that_is_not_left_out(k):
+def test_a_subclass_gets_every_neighbour_that_is_not_left_out(k, knn_func, tiny_chunks):
     query, _, reference, _ = same_items(1)
+    query[4] = reference[4]  # itself first, were it not left out
     numbers = np.arange(36)  # as labels, so that neighbours can be told apart
     order = np.argsort(np.linalg.norm(query[:, None] - reference, axis=2), axis=1)
     expected = [[j for j in row if j != i][:k] for i, row in enumerate(order.tolist())]
-    one = Neighbors(include=("neighbors",), k=k, device="cpu")
+    one = Neighbors(include=("neighbors",), k=k, device="cpu", knn_func=knn_func)
     assert one.get_accuracy(query, numbers[:20], reference, numbers, ref_includes_query=True) == {"neighbors": expected}
 
 
@@ -623,6 +625,7 @@ INFINITE[4, 0] = float("-inf")
         ({"reference_labels": None}, "reference_labels must be given, got None"),
         ({"query_labels": LABELS.tolist()}, "query_labels must be a torch.Tensor or a numpy.ndarray, got list"),
         ({"query_labels": LABELS[:5]}, "query_labels must have one entry an embedding: expected 6, got 5"),
+        ({"query_labels": torch.tensor(3)}, "query_labels must have .* expected 6, got a single number"),
         ({"reference_labels": LABELS[:5]}, "reference_labels must have one entry an embedding: expected 6, got 5"),
         (
             {"query_labels": LABELS[:, None]},

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from pml_compat import __version__
 from pml_compat.accuracy import CrossModelAccuracyCalculator
@@ -125,6 +126,33 @@ def test_a_seed_gives_the_same_embeddings_again(out, tmp_path, monkeypatch, caps
     printed = " ".join(capsys.readouterr().out.split())
     assert "bct: " in printed
     assert "Written to" in printed
+
+
+def test_examples_show_what_other_images_a_query_finds(tmp_path, monkeypatch):
+    narrow = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))  # loses enough to be wrong at times
+
+    def one_model(images, labels, test_images, seed, progress):
+        return dict.fromkeys(["old", "independent", "bct"], test_images.flatten(1) @ narrow)
+
+    drawn = []
+    monkeypatch.setattr(demo, "upgrade", one_model)
+    monkeypatch.setattr(demo, "plot_compatibility", lambda results, path, examples: drawn.extend(examples))
+    results = demo.run_demo(tmp_path / "out", [0])
+    for metric in METRICS:
+        assert results.values("bct", "new_to_old", metric) == results.values("old", "old_to_old", metric)
+    gallery = load_digits().images / 16
+    labels = load_digits().target
+    stored = arrays(tmp_path / "out")["image_index"]
+    for digit, example in enumerate(drawn, start=demo.OLD_CLASSES):
+        distances = np.linalg.norm((gallery[stored] - example.query).reshape(-1, 64) @ narrow.numpy(), axis=1)
+        itself, *nearest = stored[np.argsort(distances)[:6]]
+        assert labels[itself] == digit
+        for method in demo.NEW_METHODS:
+            images, right = zip(*example.found[method], strict=True)
+            assert np.array(images) == pytest.approx(gallery[nearest])
+            assert list(right) == (labels[nearest] == digit).tolist()
+    assert len(drawn) == 3
+    assert {right for example in drawn for _, right in example.found["bct"]} == {True, False}
 
 
 @pytest.mark.parametrize("older", [False, True])

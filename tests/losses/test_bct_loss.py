@@ -236,7 +236,9 @@ def test_stats_are_recorded_only_when_asked_for():
     known = torch.isin(labels, torch.tensor([0, 3, 5])).float().mean().item()
     assert loss_func.known_fraction == pytest.approx(known)
     assert "influence_weight" in loss_func._record_these
-    assert loss_func.reducer.influence_loss == pytest.approx(loss_func.terms["influence_loss"].item())
+    for name in ("task_loss", "influence_loss"):
+        assert getattr(loss_func, name) == pytest.approx(loss_func.terms[name].item())
+        assert name in loss_func._record_these_stats
     assert not hasattr(BCTLoss(task(), old_classifier()), "known_fraction")
 
 
