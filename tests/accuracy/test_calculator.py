@@ -571,6 +571,17 @@ def test_a_subclass_gets_the_neighbours_of_the_knn_func():
     same(got, {"precision_at_2": float(np.mean(expected))})
 
 
+def test_a_knn_func_that_finds_too_few_for_a_subclass_is_named():
+    def finds_one(query, k, reference, ref_includes_query=False):
+        indices = torch.full((len(query), k), -1)
+        indices[:, 0] = 1
+        return None, indices
+
+    one = Neighbors(include=("neighbors",), k=2, device="cpu", knn_func=finds_one)
+    with pytest.raises(ValueError, match="knn_func must find at least 2 gallery items a query, got 1"):
+        one.get_accuracy(*sample(0))
+
+
 @pytest.mark.parametrize("k", [None, "max_bin_count"])
 @pytest.mark.parametrize("positions", [False, True])
 def test_label_comparison_fn_with_two_dimensional_labels(positions, k):
