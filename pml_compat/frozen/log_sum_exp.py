@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-# Logits held at once. On a CPU a block this size stays near the cache between its product, its exponential and its
-# second product, and is large enough that few parallel regions are opened; on a GPU it fills the device.
-_BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
+# Logits held at once: enough that a block's product outweighs the start of its parallel loops, which is slow where the
+# cores are shared with data loaders; on a GPU, enough to fill the device.
+_BLOCK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
 
 
 def wrong_class_logsumexp(
@@ -22,7 +22,7 @@ def wrong_class_logsumexp(
 
     ``rows`` is frozen, and the gradient in ``embeddings`` is a softmax-weighted mean of its rows, as in attention.
     So the classes are gone through once, in blocks, with a running maximum: a block of logits is made, turned into
-    weights in place and used for value and gradient while it is in the cache. Memory beyond the inputs is one block
+    weights in place, used for value and gradient, and dropped. Memory beyond the inputs is one block
     and two ``(B, D)`` tensors, whatever the number of classes.
 
     Args:

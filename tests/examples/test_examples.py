@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -7,15 +8,28 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+# One thread: on a busy machine small networks on two threads take ten times as long, waiting for each other.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
 
 
-def run(name, *arguments):
-    """Run an example and return its accuracies as fractions, {pair: (P@1, mAP)}."""
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES.parent)
-    assert done.returncode == 0, done.stderr
-    pairs = re.findall(r"^(\w+/\w+)\D+(?:@1 +)?([\d.]+)%\D+([\d.]+)%", done.stdout, re.MULTILINE)
+def python(*arguments, check=True):
+    """Run Python and return what it printed; with ``check=False`` what it printed as errors."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES.parent, env=ENVIRONMENT)
+    assert (done.returncode == 0) == check, done.stderr
+    return done.stdout if check else done.stderr
+
+
+def accuracies(printed):
+    """Return the printed accuracies as fractions, {pair: (P@1, mAP)}."""
+    pairs = re.findall(r"^(\w+/\w+)\D+(?:@1 +)?([\d.]+)%\D+([\d.]+)%", printed, re.MULTILINE)
     return {pair: (float(first) / 100, float(second) / 100) for pair, first, second in pairs}
+
+
+def without(module, example):
+    """Run an example as where ``module`` is not installed, and return its error."""
+    code = f"import runpy, sys; sys.modules[{module!r}] = None; runpy.run_path({str(EXAMPLES / example)!r}, "
+    return python("-c", code + "run_name='__main__')", check=False)
 
 
 def importable(*modules):
@@ -23,33 +37,60 @@ def importable(*modules):
     return pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)}")
 
 
-def beats_the_old_system(accuracies):
-    assert set(accuracies) == {"old/old", "new/old", "new/new"}
-    assert accuracies["new/old"][1] > accuracies["old/old"][1]
-    assert accuracies["new/new"][0] > accuracies["old/old"][0]
+def beats_the_old_system(printed):
+    found = accuracies(printed)
+    assert set(found) == {"old/old", "new/old", "new/new"}
+    assert found["new/old"][1] > found["old/old"][1]
+    assert found["new/new"][0] > found["old/old"][0]
+
+
+def drop_in_lines(*, upgraded):
+    lines = (EXAMPLES / "bct_drop_in.py").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.endswith("# upgrade") == upgraded]
 
 
 def test_drop_in_changes_at_most_ten_lines():
-    lines = [line for line in (EXAMPLES / "bct_drop_in.py").read_text().splitlines() if line.endswith("# upgrade")]
+    lines = drop_in_lines(upgraded=True)
     assert 3 <= len(lines) <= 10
     assert any("BCTLoss(" in line for line in lines)
-    without = [line for line in (EXAMPLES / "bct_drop_in.py").read_text().splitlines() if line not in lines]
-    code = "\n".join(without).partition('"""\n\n')[2]
+    code = "\n".join(drop_in_lines(upgraded=False)).partition('"""\n\n')[2]
     assert "pml_compat" not in code and "old_loss" not in code.partition("torch.manual_seed")[2]
 
 
 @pytest.mark.slow
 def test_drop_in():
-    beats_the_old_system(run("bct_drop_in.py"))
+    beats_the_old_system(python(EXAMPLES / "bct_drop_in.py"))
+
+
+@importable("faiss")
+@pytest.mark.slow
+def test_drop_in_without_its_upgrade_is_an_ordinary_script(tmp_path):
+    script = "\n".join(drop_in_lines(upgraded=False))
+    before = "from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator as Calculator\n"
+    before += "calculator = Calculator(include=('precision_at_1', 'mean_average_precision'))\n"
+    (tmp_path / "script.py").write_text(script.replace('show("new/new"', before + 'show("new/new"'), encoding="utf-8")
+    assert set(accuracies(python(tmp_path / "script.py"))) == {"new/new"}
 
 
 @importable("record_keeper", "tensorboard")
-def test_pml_trainer(tmp_path):
-    beats_the_old_system(run("bct_pml_trainer.py", "--epochs", "8"))
+def test_pml_trainer():
+    printed = python(EXAMPLES / "bct_pml_trainer.py", "--epochs", "8")
+    beats_the_old_system(printed)
+    for term in ("task_loss", "influence_loss"):
+        first, last, count = re.search(rf"{term}: ([\d.]+) at first, ([\d.]+) at last, (\d+) values", printed).groups()
+        assert float(last) < float(first) and int(count) == 16  # two an epoch
     assert not list(EXAMPLES.parent.glob("example_*"))
+
+
+def test_pml_trainer_without_record_keeper():
+    assert "pip install record-keeper tensorboard" in without("record_keeper", "bct_pml_trainer.py").splitlines()[-1]
 
 
 @importable("timm", "torchvision")
 @pytest.mark.slow
 def test_timm():
-    beats_the_old_system(run("bct_timm.py"))
+    beats_the_old_system(python(EXAMPLES / "bct_timm.py"))
+
+
+def test_timm_without_timm():
+    assert 'pip install "pml-compat[timm]"' in without("timm", "bct_timm.py").splitlines()[-1]
