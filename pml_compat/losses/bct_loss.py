@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_embeddings, check_labels, check_number, check_same_device
-from ..frozen import FrozenClassifier, class_weights
+from ..checks import check_number, check_same_device
+from ..frozen import FrozenClassifier
 from ..width import fit_width
-from .named_terms import NamedTermsLoss
+from .task_and_terms import TaskAndTermsLoss, per_sample
 
 
-class BCTLoss(NamedTermsLoss):
+class BCTLoss(TaskAndTermsLoss):
     r"""Train a new model so that its queries find the vectors that an old model stored.
 
     .. math:: L = L_{task}(f_n, y) + \lambda \operatorname{mean}_{i: y_i \text{ known}}
@@ -60,60 +60,24 @@ class BCTLoss(NamedTermsLoss):
         influence_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        if not isinstance(loss, torch.nn.Module):
-            raise ValueError(f"loss must be a PML loss object, got {loss!r}")
+        super().__init__(loss, **kwargs)
         if not isinstance(old_classifier, FrozenClassifier):
             raise ValueError(
                 f"old_classifier must be a FrozenClassifier, got {type(old_classifier).__name__}; make one with "
                 "FrozenClassifier.from_loss(old_loss), .from_layer(old_linear) or .from_centers(class_centers)"
             )
-        self.loss = loss
         self.old_classifier = old_classifier
         self.influence_weight = check_number(influence_weight, "influence_weight", minimum=0)
-        self.num_classes = _count_classes(loss)
         self.add_to_recordable_attributes(list_of_names=["influence_weight"], is_stat=False)
         self.add_to_recordable_attributes(name="known_fraction", is_stat=True)
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", "influence_loss"]
 
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor,
-        indices_tuple: Any = None,
-        ref_emb: torch.Tensor | None = None,
-        ref_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the loss; ``indices_tuple``, ``ref_emb`` and ``ref_labels`` go to the task loss alone."""
-        check_embeddings(embeddings)
-        labels = check_labels(labels, length=len(embeddings))
-        _check_range(labels, self.num_classes)
-        return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-
-    def compute_loss(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor,
-        indices_tuple: Any,
-        ref_emb: torch.Tensor,
-        ref_labels: torch.Tensor,
-    ) -> dict[str, Any]:
-        """Return both terms; the task loss has reduced itself, the influence has one loss a known sample."""
-        # float32 for both terms: PML's classification losses turn their weights, for good, to the dtype of what they
-        # are given, and a weighted sum of float16 losses can overflow.
-        precise = _at_least_float32(embeddings)
-        reference = () if ref_emb is embeddings else (_at_least_float32(ref_emb), ref_labels)
-        task_loss = self.loss(precise, labels, indices_tuple, *reference)
-        return {
-            "task_loss": {"losses": task_loss, "indices": None, "reduction_type": "already_reduced"},
-            "influence_loss": self._influence(precise, labels),
-        }
-
-    def _influence(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        """Return the influence, one loss a known sample."""
         if self.influence_weight == 0:
-            return self.zero_loss()
+            return {"influence_loss": self.zero_loss()}
         check_same_device(embeddings, "embeddings", self.old_classifier.rows, "the loss")
         old_space = fit_width(embeddings, self.old_classifier.in_features)
         losses, known = self.old_classifier.losses(old_space, labels)
@@ -121,30 +85,6 @@ class BCTLoss(NamedTermsLoss):
             self.known_fraction = known.float().mean().item()
         index = known.nonzero()[:, 0]
         if len(index) == 0:
-            return self.zero_loss()
-        return {
-            "losses": losses[index] * self.influence_weight,
-            "indices": c_f.to_device(index, embeddings),
-            "reduction_type": "element",
-            "divisor": len(index),
-        }
-
-
-def _at_least_float32(embeddings: torch.Tensor) -> torch.Tensor:
-    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-
-
-def _count_classes(loss: torch.nn.Module) -> int | None:
-    """The number of classes of a classification loss; None for pair and triplet losses, whose labels are free."""
-    try:
-        return len(class_weights(loss))
-    except ValueError:
-        return None
-
-
-def _check_range(labels: torch.Tensor, num_classes: int | None) -> None:
-    """On a GPU a label past the classes would end the process in a device-side assertion."""
-    low, high = torch.stack(torch.aminmax(labels)).tolist()
-    if low < 0 or (num_classes is not None and high >= num_classes):
-        rule = "0 or more" if num_classes is None else f"in [0, {num_classes - 1}], the task loss's classes"
-        raise ValueError(f"labels must be {rule}, got {low if low < 0 else high}")
+            return {"influence_loss": self.zero_loss()}
+        losses = losses[index] * self.influence_weight
+        return {"influence_loss": per_sample(losses, c_f.to_device(index, embeddings))}
