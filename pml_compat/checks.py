@@ -98,3 +98,10 @@ def check_number(value: Any, name: str, *, minimum: float, exclusive: bool = Fal
     if not np.isfinite(number) or number < minimum or (exclusive and number == minimum):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
     return number
+
+
+def check_integer(value: Any, name: str, *, minimum: int) -> int:
+    """Return ``value`` as an int of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return int(value)

@@ -1,13 +1,55 @@
-"""Files and folders of files appear whole or not at all."""
+"""Files and folders of files appear whole or not at all; tensors are kept in safetensors files."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; it appears whole or not at all."""
+    with whole_file(path) as temporary:
+        # Copies: tensors that share memory are refused, and so are other layouts.
+        save_file(
+            {
+                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, tensor in tensors.items()
+            },
+            temporary,
+            metadata,
+        )
+
+
+def load_tensors(
+    path: str | os.PathLike[str], form: str, writer: str
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of what :func:`save_tensors` wrote, onto the CPU.
+
+    Args:
+        path: the file.
+        form: what the file's metadata must have as ``"format"``.
+        writer: the public function that writes such files, for the error message.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a truncated file, or one of another format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"path must be a whole safetensors file, {os.fspath(path)!r} is not: {error}") from error
+    if metadata.get("format") != form:
+        raise ValueError(f"path must be a file written by {writer}, {os.fspath(path)!r} holds {sorted(tensors)}")
+    return tensors, metadata
 
 
 @contextmanager

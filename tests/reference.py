@@ -60,3 +60,40 @@ def class_centers(embeddings, labels, normalize=True, boundary="max"):
             angles = [a for a in angles if a <= q3 + 1.5 * (q3 - q1)]
         result[label] = (center, max(angles), n)
     return result
+
+
+def ridge_regression(source, target, ridge, bias):
+    """Return the weight and the offset that minimise |x W + b - y|^2 / N + ridge |W|^2."""
+    n = len(source)
+    x_mean, y_mean = (source.mean(0), target.mean(0)) if bias else (0.0, 0.0)
+    x, y = source - x_mean, target - y_mean
+    # the same problem as ordinary least squares with sqrt(ridge N) I below the data
+    x = np.concatenate([x, math.sqrt(ridge * n) * np.eye(x.shape[1])])
+    y = np.concatenate([y, np.zeros((source.shape[1], y.shape[1]))])
+    weight = np.linalg.lstsq(x, y, rcond=None)[0]
+    return weight, y_mean - x_mean @ weight if bias else 0.0
+
+
+def procrustes(source, target):
+    left, _, right = np.linalg.svd(source.T @ target, full_matrices=False)
+    return left @ right
+
+
+def residual_bottleneck(embeddings, state, blocks, paths, training):
+    def norm(x, key):
+        mean, var = (x.mean(0), x.var(0)) if training else (state[f"{key}.running_mean"], state[f"{key}.running_var"])
+        return (x - mean) / np.sqrt(var + 2e-5) * state[f"{key}.weight"] + state[f"{key}.bias"]
+
+    x = embeddings
+    for b in range(blocks):
+        skip = state.get(f"blocks.{b}.skip.weight")
+        out = x if skip is None else x @ skip.T
+        for p in range(paths):
+            h = x
+            for layer in (0, 3, 6):
+                key = f"blocks.{b}.paths.{p}."
+                h = norm(h @ state[f"{key}{layer}.weight"].T, f"{key}{layer + 1}")
+                h = np.where(h > 0, h, h * state[f"{key}{layer + 2}.weight"])
+            out = out + h
+        x = out
+    return x

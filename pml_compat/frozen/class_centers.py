@@ -8,11 +8,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..checks import as_tensor, check_embeddings, check_finite, check_labels, check_matrix
-from ..files import whole_file
+from ..files import load_tensors, save_tensors
 from .label_map import LabelMap
 
 Boundary = Literal["max", "iqr"]
@@ -153,8 +151,7 @@ class ClassCenters(torch.nn.Module):
         for name, tensor in (("boundaries", self.boundaries), ("counts", self.counts)):
             if tensor is not None:
                 tensors[name] = tensor
-        with whole_file(path) as temporary:
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, {"format": _FORMAT})
+        save_tensors(path, tensors, {"format": _FORMAT})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClassCenters:
@@ -164,16 +161,7 @@ class ClassCenters(torch.nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: a truncated file, or one that holds something else.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                form = (file.metadata() or {}).get("format")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
-            raise ValueError(f"path must be a whole safetensors file, {os.fspath(path)!r} is not: {error}") from error
-        if form != _FORMAT or not {"centers", "labels"} <= tensors.keys():
-            raise ValueError(
-                f"path must be a file written by ClassCenters.save, {os.fspath(path)!r} holds {sorted(tensors)}"
-            )
+        tensors, _ = load_tensors(path, _FORMAT, "ClassCenters.save")
         return cls(**tensors)
 
 

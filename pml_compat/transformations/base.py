@@ -1,0 +1,115 @@
+"""What every transformation has: widths, one call, one file format."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+
+from ..checks import check_integer, check_matrix, check_same_device
+from ..files import load_tensors, save_tensors
+
+_FORMAT = "pml_compat.Transformation/1"
+
+
+class Transformation(torch.nn.Module):
+    """Base of the maps from one embedding space into another.
+
+    A subclass gives :meth:`transform` and :meth:`config`; calling, checking, saving and loading are here. A subclass
+    of your own is saved and loaded like ours, once the module that defines it is imported.
+
+    Args:
+        in_features: width of the embeddings that come in, 1 or more.
+        out_features: width of the embeddings that go out, 1 or more.
+        side_features: width of the side-information that is stored with each embedding; None without.
+    Shape:
+        - embeddings ``(N, in_features)``; side_info ``(N, side_features)``, where the transformation takes it
+        - output: ``(N, out_features)`` in the dtype of ``embeddings``, of any length: normalise where it matters
+    Raises:
+        ValueError: widths below 1; in a call: another width, device or number of rows, side-information missing or
+            not asked for.
+    """
+
+    def __init__(self, in_features: int, out_features: int, side_features: int | None = None) -> None:
+        super().__init__()
+        self.in_features = check_integer(in_features, "in_features", minimum=1)
+        self.out_features = check_integer(out_features, "out_features", minimum=1)
+        self.side_features = None if side_features is None else check_integer(side_features, "side_features", minimum=1)
+
+    def forward(self, embeddings: torch.Tensor, side_info: Any = None) -> torch.Tensor:
+        """Map ``(N, in_features)`` embeddings to ``(N, out_features)``."""
+        weight = next(self.parameters())
+        check_matrix(embeddings, "embeddings", self.in_features)
+        check_same_device(embeddings, "embeddings", weight, f"the {type(self).__name__}")
+        if (side_info is None) != (self.side_features is None):
+            wanted = "None" if self.side_features is None else f"given, (N, {self.side_features})"
+            got = "None" if side_info is None else f"shape {tuple(side_info.shape)}"
+            raise ValueError(f"side_info must be {wanted} for this {type(self).__name__}, got {got}")
+        if side_info is not None:
+            check_matrix(side_info, "side_info", self.side_features)
+            if len(side_info) != len(embeddings):
+                raise ValueError(
+                    f"side_info must have one row an embedding: expected {len(embeddings)}, got {len(side_info)}"
+                )
+            side_info = side_info.to(weight)
+        return self.transform(embeddings.to(weight.dtype), side_info).to(embeddings.dtype)
+
+    def transform(self, embeddings: torch.Tensor, side_info: torch.Tensor | None) -> torch.Tensor:
+        """Map embeddings that are checked and in the dtype of the parameters."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments, of types that JSON has."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, **config: Any) -> Transformation:
+        """Build the transformation, untrained, from what :meth:`config` gave."""
+        return cls(**config)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write parameters, buffers and configuration to a safetensors file; it appears whole or not at all."""
+        save_tensors(path, self.state_dict(), {"format": _FORMAT, "transformation": json.dumps(describe(self))})
+
+    def extra_repr(self) -> str:
+        """Show the widths, as torch's own modules do."""
+        side = "" if self.side_features is None else f", side_features={self.side_features}"
+        return f"in_features={self.in_features}, out_features={self.out_features}{side}"
+
+
+def load_transformation(path: str | os.PathLike[str]) -> Transformation:
+    """Read what :meth:`Transformation.save` wrote, onto the CPU and in eval mode; nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a truncated file, one that holds something else, or a class that is not imported.
+    """
+    tensors, metadata = load_tensors(path, _FORMAT, "a transformation's .save")
+    transformation = from_description(json.loads(metadata["transformation"]))
+    if tensors:
+        transformation.to(next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
+    transformation.load_state_dict(tensors)
+    return transformation.eval()
+
+
+def describe(transformation: Transformation) -> dict[str, Any]:
+    """Return the name of a transformation's class and its configuration."""
+    return {"class": type(transformation).__name__, "config": transformation.config()}
+
+
+def from_description(description: dict[str, Any]) -> Transformation:
+    """Build, untrained, what :func:`describe` described."""
+    known = {cls.__name__: cls for cls in _subclasses(Transformation)}
+    name = description["class"]
+    if name not in known:
+        raise ValueError(
+            f"path must hold a transformation whose class is imported, got {name!r}; import the module that defines "
+            f"it first (known: {', '.join(sorted(known))})"
+        )
+    return known[name].from_config(**description["config"])
+
+
+def _subclasses(cls: type[Transformation]) -> list[type[Transformation]]:
+    return [found for direct in cls.__subclasses__() for found in (direct, *_subclasses(direct))]

@@ -1,0 +1,88 @@
+"""A linear map between embedding spaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..checks import check_number
+from .base import Transformation
+from .pairs import pair_moments
+
+
+class LinearTransformation(Transformation):
+    r"""An affine map, trained like any module or fitted in closed form.
+
+    .. math:: T(f) = W f + b
+
+    Untrained it is :func:`pml_compat.width.fit_width`: the first coordinates, or zeros appended.
+
+    Args:
+        in_features: width of the embeddings that come in.
+        out_features: width of the embeddings that go out.
+        bias: whether there is a ``b``.
+    Shape:
+        - ``(N, in_features) -> (N, out_features)``
+    Example:
+        >>> source = torch.randn(50, 3)
+        >>> transformation = LinearTransformation(3, 2).fit(source, source[:, :2] + 1)
+        >>> torch.allclose(transformation(source), source[:, :2] + 1, atol=1e-4)
+        True
+
+    Reference:
+        The closed form is ridge regression on paired embeddings, as drift adapters use it.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features)
+        self.linear = torch.nn.utils.skip_init(torch.nn.Linear, self.in_features, self.out_features, bias=bias)
+        torch.nn.init.eye_(self.linear.weight)
+        if bias:
+            torch.nn.init.zeros_(self.linear.bias)
+
+    def transform(self, embeddings: torch.Tensor, side_info: torch.Tensor | None) -> torch.Tensor:
+        """Return ``W f + b``."""
+        return self.linear(embeddings)
+
+    @torch.no_grad()
+    def fit(self, source: Any, target: Any, ridge: float = 1e-6) -> LinearTransformation:
+        r"""Fit by least squares with a ridge penalty, in place; return ``self``.
+
+        .. math:: W^\top = (X_c^\top X_c + \alpha N I)^{-1} X_c^\top Y_c, \qquad b = \bar y - W \bar x
+
+        ``X_c`` and ``Y_c`` are centred, where there is a bias. One pass over the data, in blocks; sums and Cholesky
+        solve in float64.
+
+        Args:
+            source: ``(N, in_features)`` tensor, array or memory map.
+            target: ``(N, out_features)``, row i of the same item as row i of ``source``.
+            ridge: ``alpha``, 0 or more, in squared units of ``source``. The default only keeps the solve
+                well-posed; more shrinks the map where pairs are few or noisy.
+        Raises:
+            ValueError: lengths or widths that differ, NaN or infinity; ``ridge`` 0 and ``source`` without full rank.
+        """
+        ridge = check_number(ridge, "ridge", minimum=0)
+        weight, bias = self.linear.weight, self.linear.bias
+        moments = pair_moments(source, target, self.in_features, self.out_features, weight.device)
+        gram, cross = moments.source_source, moments.source_target
+        if bias is None:
+            gram = gram + moments.rows * torch.outer(moments.source_mean, moments.source_mean)
+            cross = moments.raw_source_target()
+        gram.diagonal().add_(ridge * moments.rows)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if bool(failed) or not bool((factor.diagonal() > 1e-12 * factor.diagonal().max()).all()):
+            raise ValueError(
+                f"ridge must be above 0 here, got {ridge:g}: the {moments.rows} rows of source span fewer than "
+                f"{self.in_features} dimensions"
+            )
+        solution = torch.cholesky_solve(cross, factor)
+        weight.copy_(solution.t())
+        if bias is not None:
+            bias.copy_(moments.target_mean - moments.source_mean @ solution)
+        return self
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        bias = self.linear.bias is not None
+        return {"in_features": self.in_features, "out_features": self.out_features, "bias": bias}

@@ -1,0 +1,60 @@
+"""Second moments of paired embeddings, in one pass and bounded memory: what the closed-form maps are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..checks import check_embeddings
+
+_BLOCK_ROWS = 8192  # rows read at once, so that a memory map stays on disk
+
+
+@dataclass(frozen=True)
+class PairMoments:
+    """Means ``(D_in,)``, ``(D_out,)``; sums of outer products about them, ``source_source`` ``(D_in, D_in)`` and
+    ``source_target`` ``(D_in, D_out)``; all float64."""
+
+    rows: int
+    source_mean: torch.Tensor
+    target_mean: torch.Tensor
+    source_source: torch.Tensor
+    source_target: torch.Tensor
+
+    def raw_source_target(self) -> torch.Tensor:
+        """Return the sum of outer products about 0 instead of about the means."""
+        return self.source_target + self.rows * torch.outer(self.source_mean, self.target_mean)
+
+
+def pair_moments(source: Any, target: Any, in_features: int, out_features: int, device: torch.device) -> PairMoments:
+    """Read row-aligned ``source`` and ``target`` (tensors, arrays, memory maps) once, in blocks, and sum in float64.
+
+    Raises:
+        ValueError: lengths that differ, no rows, other widths, NaN or infinity.
+    """
+    if len(source) != len(target):
+        raise ValueError(
+            f"target must have one row for each row of source, in the same order: expected {len(source)}, "
+            f"got {len(target)}"
+        )
+    shifts: tuple[torch.Tensor, torch.Tensor] | None = None
+    for start in range(0, max(1, len(source)), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        x = check_embeddings(source[rows], f"source (from row {start})", in_features).detach().to(device).double()
+        y = check_embeddings(target[rows], f"target (from row {start})", out_features).detach().to(device).double()
+        if shifts is None:  # sums about a point near the mean lose nothing when the mean is taken off
+            shifts = x.mean(0), y.mean(0)
+            sum_x, sum_y = torch.zeros_like(shifts[0]), torch.zeros_like(shifts[1])
+            xx, xy = x.new_zeros(in_features, in_features), x.new_zeros(in_features, out_features)
+        x, y = x - shifts[0], y - shifts[1]
+        sum_x += x.sum(0)
+        sum_y += y.sum(0)
+        xx.addmm_(x.t(), x)
+        xy.addmm_(x.t(), y)
+    assert shifts is not None
+    n = len(source)
+    xx -= torch.outer(sum_x, sum_x) / n
+    xy -= torch.outer(sum_x, sum_y) / n
+    return PairMoments(n, shifts[0] + sum_x / n, shifts[1] + sum_y / n, xx, xy)

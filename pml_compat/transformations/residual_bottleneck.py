@@ -1,0 +1,92 @@
+"""The residual bottleneck transformation of cross-model compatibility."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from ..checks import check_integer
+from .base import Transformation
+from .batch_norm import BatchNorm
+
+
+class ResidualBottleneckTransformation(Transformation):
+    r"""Blocks that add narrow, parallel paths to a skip connection: a light map that can bend a space.
+
+    .. math:: \operatorname{block}(x) = S x + \sum_{p=1}^{P} \operatorname{path}_p(x)
+
+    A path is three linear layers, ``d -> hidden -> hidden -> d``, without bias, each with batch normalisation and
+    PReLU after it. ``S`` is the identity; in the first block, where the widths differ, a linear projection.
+
+    Args:
+        in_features: width of the embeddings that come in.
+        out_features: width of the embeddings that go out.
+        hidden_features: width of the bottleneck.
+        paths: ``P``, paths in a block.
+        blocks: how many blocks.
+    Shape:
+        - ``(N, in_features) -> (N, out_features)``; in training a batch of one row gets the running statistics
+    Raises:
+        ValueError: a size below 1.
+    Example:
+        >>> ResidualBottleneckTransformation(6, 4)(torch.randn(3, 6)).shape
+        torch.Size([3, 4])
+
+    Reference:
+        Wang et al., "Unified Representation Learning for Cross Model Compatibility", BMVC 2020 (the residual
+        bottleneck transformation); Meng et al., "Learning Compatible Embeddings", ICCV 2021, uses it. Sizes and
+        epsilon (2e-5) are those of LCE's public code. Differs from it in: the last normalisation of a path starts at
+        0, so that the
+        untrained map is its skip, :func:`pml_compat.width.fit_width`; the statistics' momentum is torch's 0.1, because
+        at 0.9 the map at search time would be normalised by the last few batches alone; the projection is ours.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, hidden_features: int = 16, paths: int = 4, blocks: int = 4
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.hidden_features = check_integer(hidden_features, "hidden_features", minimum=1)
+        self.paths = check_integer(paths, "paths", minimum=1)
+        widths = [self.in_features] + [self.out_features] * (check_integer(blocks, "blocks", minimum=1) - 1)
+        self.blocks = torch.nn.Sequential(
+            *(_Block(width, self.out_features, self.hidden_features, self.paths) for width in widths)
+        )
+
+    def transform(self, embeddings: torch.Tensor, side_info: torch.Tensor | None) -> torch.Tensor:
+        """Return what the last block gives."""
+        return self.blocks(embeddings)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "hidden_features": self.hidden_features,
+            "paths": self.paths,
+            "blocks": len(self.blocks),
+        }
+
+
+class _Block(torch.nn.Module):
+    def __init__(self, in_features: int, out_features: int, hidden_features: int, paths: int) -> None:
+        super().__init__()
+        self.skip: torch.nn.Module = torch.nn.Identity()
+        if in_features != out_features:
+            self.skip = torch.nn.Linear(in_features, out_features, bias=False)
+            torch.nn.init.eye_(self.skip.weight)
+        self.paths = torch.nn.ModuleList(_path(in_features, out_features, hidden_features) for _ in range(paths))
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return sum((path(embeddings) for path in self.paths), self.skip(embeddings))
+
+
+def _path(in_features: int, out_features: int, hidden_features: int) -> torch.nn.Sequential:
+    layers: list[torch.nn.Module] = []
+    widths = [in_features, hidden_features, hidden_features, out_features]
+    for before, after in itertools.pairwise(widths):
+        norm = BatchNorm(after, eps=2e-5)
+        layers += [torch.nn.Linear(before, after, bias=False), norm, torch.nn.PReLU(after)]
+    torch.nn.init.zeros_(norm.weight)
+    return torch.nn.Sequential(*layers)

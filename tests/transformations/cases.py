@@ -1,0 +1,45 @@
+"""Every transformation of the library, for the shared suite: a new one joins by one line."""
+
+from collections.abc import Callable
+
+import torch
+
+from pml_compat.transformations import (
+    LinearTransformation,
+    OrthogonalTransformation,
+    ResidualBottleneckTransformation,
+    Transformation,
+    TransformationChain,
+)
+
+TRANSFORMATIONS: dict[str, Callable[[], Transformation]] = {
+    "linear": lambda: LinearTransformation(6, 4),
+    "linear_without_bias": lambda: LinearTransformation(4, 6, bias=False),
+    "orthogonal": lambda: OrthogonalTransformation(5, 5),
+    "orthogonal_narrower": lambda: OrthogonalTransformation(6, 4),
+    "orthogonal_wider": lambda: OrthogonalTransformation(4, 6),
+    "residual_bottleneck": lambda: ResidualBottleneckTransformation(5, 5, hidden_features=3, paths=2, blocks=2),
+    "residual_bottleneck_wider": lambda: ResidualBottleneckTransformation(4, 7, hidden_features=3, paths=2, blocks=3),
+    "chain": lambda: TransformationChain(LinearTransformation(6, 4), OrthogonalTransformation(4, 5)),
+    "chain_of_chains": lambda: TransformationChain(
+        TransformationChain(LinearTransformation(3, 4)), ResidualBottleneckTransformation(4, 2, 3, 1, 1)
+    ),
+}
+
+
+def build(name: str, seed: int = 0) -> Transformation:
+    """Build a transformation whose parameters and statistics are none of the initial ones."""
+    torch.manual_seed(seed)
+    transformation = TRANSFORMATIONS[name]()
+    with torch.no_grad():
+        for tensor in [*transformation.parameters(), *transformation.buffers()]:
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand_like(tensor) * 0.3)
+    return transformation.eval()
+
+
+def batch(transformation: Transformation, n: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(n, transformation.in_features, generator=generator)
+    width = transformation.side_features
+    return embeddings, None if width is None else torch.randn(n, width, generator=generator)
