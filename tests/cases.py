@@ -10,7 +10,8 @@ import torch
 from pytorch_metric_learning import losses
 
 from pml_compat.frozen import ClassCenters, FrozenClassifier
-from pml_compat.losses import BCTLoss
+from pml_compat.losses import BCTLoss, LCELoss
+from pml_compat.transformations import LinearTransformation
 
 WIDTH, OLD_WIDTH, CLASSES = 8, 6, 5
 
@@ -22,6 +23,10 @@ def old_classifier() -> FrozenClassifier:
 
 def old_centers() -> ClassCenters:
     return ClassCenters(torch.randn(CLASSES, OLD_WIDTH), torch.arange(CLASSES))
+
+
+def measured_centers(width: int = OLD_WIDTH) -> ClassCenters:
+    return ClassCenters(torch.randn(CLASSES, width), torch.arange(CLASSES), torch.full((CLASSES,), 0.8))
 
 
 def classification() -> torch.nn.Module:
@@ -40,6 +45,18 @@ LOSSES: dict[str, Callable[..., torch.nn.Module]] = {
     ),
     "bct_pairs": lambda **kwargs: BCTLoss(losses.ContrastiveLoss(), old_classifier(), **kwargs),
     "bct_proxy_anchor": lambda **kwargs: BCTLoss(losses.ProxyAnchorLoss(CLASSES, WIDTH), old_classifier(), **kwargs),
+    "lce": lambda **kwargs: LCELoss(classification(), measured_centers(WIDTH), **kwargs),
+    "lce_cosine": lambda **kwargs: LCELoss(
+        losses.CosFaceLoss(CLASSES, WIDTH), measured_centers(WIDTH), 10.0, 2.0, "cosine", **kwargs
+    ),
+    "lce_both_ways": lambda **kwargs: LCELoss(
+        losses.SubCenterArcFaceLoss(num_classes=CLASSES, embedding_size=WIDTH),
+        measured_centers(),
+        forward_transformation=LinearTransformation(OLD_WIDTH, WIDTH),
+        backward_transformation=LinearTransformation(WIDTH, OLD_WIDTH),
+        **kwargs,
+    ),
+    "lce_pairs": lambda **kwargs: LCELoss(losses.ContrastiveLoss(), measured_centers(WIDTH), 0.0, **kwargs),
 }
 
 

@@ -97,3 +97,33 @@ def residual_bottleneck(embeddings, state, blocks, paths, training):
             out = out + h
         x = out
     return x
+
+
+def lce_alignment(directions, centers, forward=None, backward=None):
+    """``directions`` and ``centers`` are lists of unit rows of the classes in common; the maps take one row."""
+
+    def mean_squared(one, other):
+        return np.mean([(a - b) ** 2 for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)])
+
+    errors = []
+    if forward is None and backward is None:
+        errors.append(mean_squared(directions, centers))
+    if forward is not None:
+        errors.append(mean_squared(directions, [forward(c) for c in centers]))
+    if backward is not None:
+        errors.append(mean_squared([backward(w) for w in directions], centers))
+    return sum(errors) / len(errors)
+
+
+def lce_boundary(embeddings, labels, centers, boundaries, kind):
+    """``centers`` and ``boundaries`` are dictionaries by label; samples of other labels do not count."""
+    terms = []
+    for embedding, label in zip(embeddings, labels, strict=True):
+        if label not in boundaries:
+            continue
+        cosine = float(unit(embedding) @ unit(centers[label]))
+        if kind == "angle":
+            terms.append(max(0.0, math.acos(min(1 - 1e-6, max(-1 + 1e-6, cosine))) - boundaries[label]))
+        else:
+            terms.append(max(0.0, math.cos(boundaries[label]) - cosine))
+    return sum(terms) / len(terms) if terms else 0.0

@@ -11,6 +11,7 @@ import torch
 
 from ..checks import as_tensor, check_embeddings, check_finite, check_labels, check_matrix
 from ..files import load_tensors, save_tensors
+from .centers_summary import CentersSummary, nearest_centers
 from .label_map import LabelMap
 
 Boundary = Literal["max", "iqr"]
@@ -145,6 +146,16 @@ class ClassCenters(torch.nn.Module):
             boundaries = _measure_boundaries(batches, centers, LabelMap(labels), counts, boundary)
         return cls(centers.to(dtype), labels, boundaries, counts)
 
+    def summary(self) -> CentersSummary:
+        """Audit the centres: ``print(centers.summary())`` names the classes that a training cannot keep apart.
+
+        A class is collapsed where the nearest other centre lies inside its boundary: the old model mixed the two up,
+        and an embedding on the other's centre counts as inside. O(C^2 D) in blocks; nothing C x C is held.
+        """
+        rows, angles = nearest_centers(self.centers)
+        nearest = torch.where(rows < 0, -1, self.labels[rows])
+        return CentersSummary(self.centers.shape[1], self.labels, self.counts, self.boundaries, nearest, angles)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write centres, labels, boundaries and counts to a safetensors file; it appears whole or not at all."""
         tensors = {"centers": self.centers, "labels": self.labels}
@@ -163,6 +174,17 @@ class ClassCenters(torch.nn.Module):
         """
         tensors, _ = load_tensors(path, _FORMAT, "ClassCenters.save")
         return cls(**tensors)
+
+
+def check_centers(centers: Any, name: str = "centers", width: int | None = None) -> None:
+    """Raise a ValueError where ``centers`` is no ClassCenters, or not ``width`` wide."""
+    if not isinstance(centers, ClassCenters):
+        raise ValueError(
+            f"{name} must be a ClassCenters, got {type(centers).__name__}; "
+            "make one with ClassCenters.from_embeddings(embeddings, labels)"
+        )
+    if width is not None and centers.centers.shape[1] != width:
+        raise ValueError(f"{name} must be {width} wide, got width {centers.centers.shape[1]}")
 
 
 def _storage_dtype(embeddings: torch.Tensor) -> torch.dtype:

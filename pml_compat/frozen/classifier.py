@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from ..checks import check_embeddings, check_finite, check_labels, check_number, check_same_device
-from .class_centers import ClassCenters
+from .class_centers import ClassCenters, check_centers
 from .class_weights import unwrap_loss
 from .heads import Head, SoftmaxHead, head_of
 from .label_map import LabelMap
@@ -131,7 +131,7 @@ class FrozenClassifier(torch.nn.Module):
             centers: of the old embeddings of the new training set; their labels become the rows' labels.
             scale: of the cosines, above 0. Without it the softmax over cosines is nearly flat.
         """
-        _check_centers(centers)
+        check_centers(centers)
         return cls(centers.centers, labels=centers.labels, kind="cosine", scale=scale)
 
     def extend(self, centers: ClassCenters) -> FrozenClassifier:
@@ -143,11 +143,7 @@ class FrozenClassifier(torch.nn.Module):
         Raises:
             ValueError: ``centers`` of another width.
         """
-        _check_centers(centers)
-        if centers.centers.shape[1] != self.in_features:
-            raise ValueError(
-                f"centers must be {self.in_features} wide like the classifier, got width {centers.centers.shape[1]}"
-            )
+        check_centers(centers, width=self.in_features)
         new = self.label_map(centers.labels) < 0
         if not bool(new.any()):
             return self
@@ -221,11 +217,3 @@ class FrozenClassifier(torch.nn.Module):
     def extra_repr(self) -> str:
         """Show the sizes and the head, as torch's own modules do."""
         return f"classes={len(self.label_map)}, in_features={self.in_features}, head={self.head}"
-
-
-def _check_centers(centers: Any) -> None:
-    if not isinstance(centers, ClassCenters):
-        raise ValueError(
-            f"centers must be a ClassCenters, got {type(centers).__name__}; "
-            "make one with ClassCenters.from_embeddings(old_embeddings, labels)"
-        )

@@ -15,7 +15,7 @@ from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.distances import DotProductSimilarity, LpDistance
 from torch.nn.functional import logsigmoid, normalize, one_hot, softplus
 
-from .class_weights import all_centers, sub_centers_of
+from .class_weights import all_centers, sub_centers_of, unwrap_loss
 from .log_sum_exp import wrong_class_logsumexp
 
 _EDGE = 1e-6  # keeps the gradient of the square root finite at cosines of +-1
@@ -186,6 +186,23 @@ def head_of(loss: Any) -> tuple[Head, torch.Tensor, torch.Tensor | None]:
         return SoftmaxHead(scale, margin_type="cosine", margin=margin), rows, None
     unit_rows = isinstance(loss, pml_losses.SphereFaceLoss)
     return SoftmaxHead(scale, False, unit_rows, margin_type="multiple", margin=margin), rows, None
+
+
+@torch.no_grad()
+def rescale_class_weights_(loss: torch.nn.Module) -> bool:
+    """Give the centres of a PML loss length 1, in place, where their lengths do not enter the loss; say if so."""
+    loss = unwrap_loss(loss)
+    if getattr(loss, "weight_regularizer", None) is not None:
+        return False
+    try:
+        head, rows, _ = head_of(loss)
+    except ValueError:  # no class weights, or a distance of the user's own
+        return False
+    unit_rows = head.prepare(rows)
+    if unit_rows is rows:
+        return False
+    rows.copy_(unit_rows)
+    return True
 
 
 def _proxy_nca(loss: Any, proxies: torch.Tensor) -> tuple[SoftmaxHead, torch.Tensor, torch.Tensor | None]:

@@ -1,5 +1,7 @@
 """Losses for compatible training, each a PML ``BaseMetricLossFunction``; one paper a file."""
 
 from .bct_loss import BCTLoss
+from .lce_loss import LCELoss
+from .lce_transformation_loss import LCETransformationLoss
 
-__all__ = ["BCTLoss"]
+__all__ = ["BCTLoss", "LCELoss", "LCETransformationLoss"]

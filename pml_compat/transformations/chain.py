@@ -43,22 +43,22 @@ class TransformationChain(Transformation):
                 )
         side_features = sum(transformation.side_features or 0 for transformation in transformations)
         super().__init__(transformations[0].in_features, transformations[-1].out_features, side_features or None)
-        self.transformations = torch.nn.ModuleList(transformations)
+        self.steps = torch.nn.ModuleList(transformations)
 
     def transform(self, embeddings: torch.Tensor, side_info: torch.Tensor | None) -> torch.Tensor:
         """Apply one after another."""
-        taken = 0
-        for transformation in self.transformations:
-            width = transformation.side_features
-            own = None
-            if width is not None and side_info is not None:
-                own, taken = side_info[:, taken : taken + width], taken + width
-            embeddings = transformation(embeddings, own)
+        widths = [step.side_features or 0 for step in self._transformations()]
+        parts: Any = [None] * len(widths) if side_info is None else side_info.split(widths, dim=1)
+        for step, width, own in zip(self.steps, widths, parts, strict=True):
+            embeddings = step(embeddings, own if width else None)
         return embeddings
+
+    def _transformations(self) -> list[Transformation]:
+        return [step for step in self.steps if isinstance(step, Transformation)]
 
     def config(self) -> dict[str, Any]:
         """Return the descriptions of the transformations."""
-        return {"transformations": [describe(transformation) for transformation in self.transformations]}
+        return {"transformations": [describe(step) for step in self._transformations()]}
 
     @classmethod
     def from_config(cls, **config: Any) -> TransformationChain:

@@ -386,7 +386,7 @@ EYE = torch.eye(2)
         (lambda: FrozenClassifier(EYE).extend(EYE), r"centers must be a ClassCenters, got Tensor"),
         (
             lambda: FrozenClassifier(EYE).extend(ClassCenters(torch.eye(3), torch.arange(3))),
-            r"centers must be 2 wide like the classifier, got width 3",
+            r"centers must be 2 wide, got width 3",
         ),
     ],
 )
