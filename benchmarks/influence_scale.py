@@ -20,9 +20,9 @@ from pml_compat.frozen import ClassCenters, FrozenClassifier
 from pml_compat.losses import BCTLoss
 
 
-def fit(channels, width, loss_func, images, labels, epochs):
+def fit(channels, width, loss_func, images, labels, epochs, batch_size):
     model = demo.network(channels, width)
-    demo.train(model, loss_func, images, labels, epochs, lambda: None)
+    demo.train(model, loss_func, images, labels, epochs, batch_size)
     return model
 
 
@@ -47,14 +47,14 @@ def main():
             x, y = images[train], labels[train]
             few = torch.cat([(y == c).nonzero()[: demo.OLD_IMAGES_PER_CLASS, 0] for c in range(demo.OLD_CLASSES)])
             old_loss = softmax_loss(demo.OLD_CLASSES, demo.OLD_WIDTH)
-            old = fit(demo.OLD_CHANNELS, demo.OLD_WIDTH, old_loss, x[few], y[few], demo.OLD_EPOCHS)
+            old = fit(demo.OLD_CHANNELS, demo.OLD_WIDTH, old_loss, x[few], y[few], demo.OLD_EPOCHS, demo.OLD_BATCH)
             centers = ClassCenters.from_embeddings(demo.embed(old, x), y)
             embeddings = {"old": demo.embed(old, images[test])}
             for scale, weight in settings:
                 torch.manual_seed(seed)
                 classifier = FrozenClassifier.from_centers(centers, scale=scale)
                 loss_func = BCTLoss(softmax_loss(10, demo.NEW_WIDTH), classifier, weight)
-                model = fit(demo.NEW_CHANNELS, demo.NEW_WIDTH, loss_func, x, y, demo.NEW_EPOCHS)
+                model = fit(demo.NEW_CHANNELS, demo.NEW_WIDTH, loss_func, x, y, demo.NEW_EPOCHS, demo.NEW_BATCH)
                 embeddings["new"] = demo.embed(model, images[test])
                 matrix = compatibility_matrix(embeddings, labels[test])
                 rows[scale, weight].append((matrix["new"]["old"], matrix["new"]["new"]))

@@ -1,8 +1,14 @@
 """The demo: one upgrade from end to end on scikit-learn's digits, with nothing to download.
 
-An old model has seen a few images of the digits 0 to 4. A new, wider model learns all ten, once on its own
-(``independent``) and once under the old classifier's influence (``bct``). Then queries by one model search the
-other's gallery: the held-out images, all ten digits, each image left out of its own ranking.
+An old model has seen a few images of the digits 0 to 4. A new, larger model learns all ten:
+
+- ``independent``: on its own;
+- ``bct``: under the old classifier's influence;
+- ``lce``: its class weights aligned with the old class centres, at the old width;
+- ``lce_backward``: the same at its own width, with a map from new to old space, which its queries go through.
+
+Then queries by one model search the other's gallery: the held-out images, all ten digits, each image left out of its
+own ranking.
 """
 
 from __future__ import annotations
@@ -10,7 +16,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +25,25 @@ from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
 from tqdm import tqdm
 
 from .. import __version__
-from ..accuracy import compatibility_matrix
+from ..accuracy import CrossModelAccuracyCalculator
 from ..accuracy.ranking import nearest
 from ..extras import import_extra
 from ..files import whole_folder
 from ..frozen import ClassCenters, FrozenClassifier
-from ..losses import BCTLoss
+from ..losses import BCTLoss, LCELoss
 from ..report import Results, RetrievalExample, markdown_table, plot_compatibility, rich_table, title, verdict
+from ..report.results import METRICS
+from ..transformations import OrthogonalTransformation
 from ..width import fit_width
 
 # Chosen on seeds 10 to 19; the results are those of seeds 0 to 4.
 OLD_CLASSES, OLD_IMAGES_PER_CLASS = 5, 20
-OLD_CHANNELS, OLD_WIDTH, OLD_EPOCHS = 8, 32, 30
-NEW_CHANNELS, NEW_WIDTH, NEW_EPOCHS = 32, 64, 40
+OLD_CHANNELS, OLD_WIDTH, OLD_EPOCHS, OLD_BATCH = 8, 32, 30, 64
+NEW_CHANNELS, NEW_WIDTH, NEW_EPOCHS, NEW_BATCH = 32, 64, 40, 128
+LEARNING_RATE = 2e-3  # of batches of 64
 TEMPERATURE = 0.25  # soft enough that the influence goes on shaping classes it already tells apart
 INFLUENCE_WEIGHT = 3.0
-NEW_METHODS = ("independent", "bct")
+NEW_METHODS = ("independent", "bct", "lce", "lce_backward")
 _EXAMPLES, _DEPTH = 3, 5
 
 
@@ -66,20 +75,21 @@ def run_demo(out: Path, seeds: Sequence[int]) -> Results:
         },
         seeds=list(seeds),
     )
+    calculator = CrossModelAccuracyCalculator(include=tuple(METRICS))
     examples: list[RetrievalExample] = []
     start = time.perf_counter()
     epochs = OLD_EPOCHS + len(NEW_METHODS) * NEW_EPOCHS
     with whole_folder(out) as folder, tqdm(total=len(seeds) * epochs, unit="epoch") as progress:
         for seed in seeds:
             train, test = split_in_half(labels, seed)
-            embeddings = upgrade(images[train], labels[train], images[test], seed, progress)
-            matrix = compatibility_matrix(embeddings, labels[test])
-            results.add("old", "old_to_old", matrix["old"]["old"])
-            for method in NEW_METHODS:
-                results.add(method, "new_to_old", matrix[method]["old"])
-                results.add(method, "new_to_new", matrix[method][method])
-            _save_embeddings(folder / "embeddings" / f"seed_{seed}", embeddings, labels[test], test)
-            examples = examples or _examples(embeddings, images[test, 0], labels[test])
+            models = upgrade(images[train], labels[train], images[test], seed, progress)
+            for method, pair, query, gallery in searches(models):
+                accuracies = calculator.get_accuracy(
+                    models[query], labels[test], models[gallery], labels[test], ref_includes_query=True
+                )
+                results.add(method, pair, accuracies)
+            _save_embeddings(folder / "embeddings" / f"seed_{seed}", models, labels[test], test)
+            examples = examples or _examples(models, images[test, 0], labels[test])
         counts = torch.bincount(labels[test]).double()
         # A random ranking's precision is the positives' share of the gallery, at every place: so is its mAP, nearly.
         share = float((counts * (counts - 1)).sum() / (len(test) * (len(test) - 1)))
@@ -103,36 +113,54 @@ def split_in_half(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.
 def upgrade(
     images: torch.Tensor, labels: torch.Tensor, test_images: torch.Tensor, seed: int, progress: tqdm
 ) -> dict[str, torch.Tensor]:
-    """Train the old, the independent and the BCT model; return each one's embeddings of ``test_images``."""
+    """Train every model; return each one's embeddings of ``test_images``, by its name.
+
+    ``lce_backward_query`` are those of ``lce_backward`` in the old space, by its backward transformation.
+    """
 
     def new_loss(classes: int, width: int) -> NormalizedSoftmaxLoss:
         return NormalizedSoftmaxLoss(classes, width, temperature=TEMPERATURE)
 
-    def fit(name: str, model: torch.nn.Module, loss: torch.nn.Module, index: torch.Tensor, epochs: int) -> None:
-        def step() -> None:
-            progress.update()
+    def step() -> None:
+        progress.update()
 
+    def fit(name: str, loss: torch.nn.Module, width: int) -> torch.nn.Module:
         progress.set_description(f"seed {seed}: {name}")
-        train(model, loss, images[index], labels[index], epochs, step)
+        model = network(NEW_CHANNELS, width)
+        train(model, loss, images, labels, NEW_EPOCHS, NEW_BATCH, step)
+        return model
 
-    everything = torch.arange(len(labels))
     few = torch.cat([(labels == c).nonzero()[:OLD_IMAGES_PER_CLASS, 0] for c in range(OLD_CLASSES)])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        progress.set_description(f"seed {seed}: old")
         old, old_loss = network(OLD_CHANNELS, OLD_WIDTH), new_loss(OLD_CLASSES, OLD_WIDTH)
-        fit("old", old, old_loss, few, OLD_EPOCHS)
+        train(old, old_loss, images[few], labels[few], OLD_EPOCHS, OLD_BATCH, step)
+        independent = fit("independent", new_loss(10, NEW_WIDTH), NEW_WIDTH)
 
-        independent = network(NEW_CHANNELS, NEW_WIDTH)
-        fit("independent", independent, new_loss(10, NEW_WIDTH), everything, NEW_EPOCHS)
-
-        # The upgrade: the old classifier, with pseudo rows for the digits it never saw, judges the new model too.
+        # The old model, run over the new training set: a centre for every digit, also for those it never saw.
         centers = ClassCenters.from_embeddings(embed(old, images), labels)
+        # BCT: the old classifier, with pseudo rows for the new digits, judges the new model too.
         old_classifier = FrozenClassifier.from_loss(old_loss).extend(centers)
-        bct = network(NEW_CHANNELS, NEW_WIDTH)
-        bct_loss = BCTLoss(new_loss(10, NEW_WIDTH), old_classifier, INFLUENCE_WEIGHT)
-        fit("bct", bct, bct_loss, everything, NEW_EPOCHS)
-    models = {"old": old, "independent": independent, "bct": bct}
-    return {name: embed(model, test_images) for name, model in models.items()}
+        bct = fit("bct", BCTLoss(new_loss(10, NEW_WIDTH), old_classifier, INFLUENCE_WEIGHT), NEW_WIDTH)
+        # LCE: the new classes lie where the old ones lie; directly, or after a map from new to old space.
+        lce = fit("lce", LCELoss(new_loss(10, OLD_WIDTH), centers), OLD_WIDTH)
+        to_old = OrthogonalTransformation(NEW_WIDTH, OLD_WIDTH)
+        lce_loss = LCELoss(new_loss(10, NEW_WIDTH), centers, backward_transformation=to_old)
+        lce_backward = fit("lce_backward", lce_loss, NEW_WIDTH)
+    models = {"old": old, "independent": independent, "bct": bct, "lce": lce, "lce_backward": lce_backward}
+    embeddings = {name: embed(model, test_images) for name, model in models.items()}
+    embeddings["lce_backward_query"] = embed(to_old, embeddings["lce_backward"])
+    return embeddings
+
+
+def searches(embeddings: Iterable[str]) -> list[tuple[str, str, str, str]]:
+    """Return what is measured: method, pair, and the names of the query's and the gallery's embeddings."""
+    found = [("old", "old_to_old", "old", "old")]
+    for method in NEW_METHODS:
+        query = f"{method}_query" if f"{method}_query" in embeddings else method
+        found += [(method, "new_to_old", query, "old"), (method, "new_to_new", method, method)]
+    return found
 
 
 def network(channels: int, width: int) -> torch.nn.Module:
@@ -153,11 +181,11 @@ def train(
     images: torch.Tensor,
     labels: torch.Tensor,
     epochs: int,
-    after_epoch: Callable[[], None],
-    batch_size: int = 64,
-    lr: float = 2e-3,
+    batch_size: int,
+    after_epoch: Callable[[], None] = lambda: None,
 ) -> None:
     """An ordinary PML training loop; the loss's own parameters are trained with the model's."""
+    lr = LEARNING_RATE * batch_size / 64
     optimizer = torch.optim.Adam([*model.parameters(), *loss_func.parameters()], lr=lr)
     steps = epochs * -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
@@ -186,9 +214,10 @@ def _examples(
         return queries[rows, None] == torch.arange(len(labels))
 
     found = {}
-    for method in NEW_METHODS:
-        narrow = fit_width(embeddings[method][queries], embeddings["old"].shape[1])
-        found[method] = torch.cat(list(nearest(narrow, embeddings["old"], itself, _DEPTH)))
+    for method, pair, query_name, gallery in searches(embeddings):
+        if pair == "new_to_old":
+            narrow = fit_width(embeddings[query_name][queries], embeddings[gallery].shape[1])
+            found[method] = torch.cat(list(nearest(narrow, embeddings[gallery], itself, _DEPTH)))
     return [
         RetrievalExample(
             images[query].numpy(),
@@ -221,7 +250,7 @@ def _write(folder: Path, results: Results, examples: list[RetrievalExample], sec
         "",
         f"Seeds {', '.join(map(str, results.seeds))}; {seconds:.0f} s on {torch.get_num_threads()} CPU threads "
         f"({platform.machine()}); pml-compat {__version__}, torch {torch.__version__}. "
-        "Embeddings are in `embeddings/seed_*/{old,independent,bct,labels,image_index}.npy`.",
+        "The embeddings of the held-out images are in `embeddings/seed_*/`, one file a model.",
         "",
     ]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")

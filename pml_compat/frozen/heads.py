@@ -189,8 +189,8 @@ def head_of(loss: Any) -> tuple[Head, torch.Tensor, torch.Tensor | None]:
 
 
 @torch.no_grad()
-def rescale_class_weights_(loss: torch.nn.Module) -> bool:
-    """Give the centres of a PML loss length 1, in place, where their lengths do not enter the loss; say if so."""
+def rescale_class_weights_(loss: torch.nn.Module, length: float) -> bool:
+    """Give the centres of a PML loss one length, in place; return False, and do nothing, where it uses lengths."""
     loss = unwrap_loss(loss)
     if getattr(loss, "weight_regularizer", None) is not None:
         return False
@@ -201,7 +201,7 @@ def rescale_class_weights_(loss: torch.nn.Module) -> bool:
     unit_rows = head.prepare(rows)
     if unit_rows is rows:
         return False
-    rows.copy_(unit_rows)
+    rows.copy_(unit_rows * length)
     return True
 
 

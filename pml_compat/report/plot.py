@@ -33,8 +33,9 @@ def plot_compatibility(
     the upgrade pays without re-embedding anything.
     """
     figure_module = import_extra("matplotlib.figure", "demo")
-    figure = figure_module.Figure(figsize=(11, 4.6 + 1.9 * bool(examples)), layout="constrained")
-    top, *below = figure.subfigures(2, 1, height_ratios=[4.6, 1.9]) if examples else [figure]
+    below_inches = 0.5 + 0.55 * len(examples[0].found) if examples else 0.0
+    figure = figure_module.Figure(figsize=(11, 4.6 + below_inches), layout="constrained")
+    top, *below = figure.subfigures(2, 1, height_ratios=[4.6, below_inches]) if examples else [figure]
     top.suptitle("Can new queries search the old gallery?", fontsize=15, fontweight="bold")
     panels = top.subplots(1, len(METRICS), sharey=True)
     for panel, metric in zip(panels, METRICS, strict=True):
@@ -91,6 +92,6 @@ def _draw_image(axis: Any, image: np.ndarray, color: str, heading: str) -> None:
     axis.axis("on")
     axis.imshow(image, cmap="gray_r")
     axis.set(xticks=[], yticks=[])
-    axis.set_title(heading, fontsize=8, pad=2)
+    axis.set_title(heading, fontsize=8, pad=4)
     for spine in axis.spines.values():
         spine.set(color=color, linewidth=2)

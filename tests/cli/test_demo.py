@@ -18,6 +18,7 @@ from pml_compat.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 METRICS = ("precision_at_1", "mean_average_precision")
+MODELS = ("old", "independent", "bct", "lce", "lce_backward", "lce_backward_query")
 
 
 def short(patch):
@@ -58,7 +59,7 @@ def arrays(out):
 
 def test_writes_these_files_and_no_others(out):
     files = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
-    embeddings = {f"embeddings/seed_0/{name}.npy" for name in ("old", "independent", "bct", "labels", "image_index")}
+    embeddings = {f"embeddings/seed_0/{name}.npy" for name in (*MODELS, "labels", "image_index")}
     assert files == {"metrics.json", "report.md", "compatibility.png"} | embeddings
     assert [found.name for found in out.parent.iterdir()] == ["out"]
 
@@ -69,8 +70,7 @@ def test_metrics_schema(metrics):
     assert metrics["data"]["name"]
     assert {method: set(pairs) for method, pairs in metrics["methods"].items()} == {
         "old": {"old_to_old"},
-        "independent": {"new_to_old", "new_to_new"},
-        "bct": {"new_to_old", "new_to_new"},
+        **{key: {"new_to_old", "new_to_new"} for key in demo.NEW_METHODS},
     }
     for pairs in metrics["methods"].values():
         for values in pairs.values():
@@ -89,12 +89,14 @@ def test_embeddings_reproduce_the_metrics(out, metrics):
     for method, pairs in metrics["methods"].items():
         for pair, values in pairs.items():
             query, gallery = (stored["old" if side == "old" else method] for side in pair.split("_to_"))
+            if (method, pair) == ("lce_backward", "new_to_old"):
+                query = stored["lce_backward_query"]
             got = calculator.get_accuracy(query, labels, gallery, labels, ref_includes_query=True)
             assert got == pytest.approx({metric: value["mean"] for metric, value in values.items()})
 
 
 def test_embeddings_have_unit_length(out):
-    for name in demo.NEW_METHODS + ("old",):
+    for name in set(MODELS) - {"lce_backward_query"}:
         assert np.linalg.norm(arrays(out)[name], axis=1) == pytest.approx(1, abs=1e-5)
 
 
@@ -132,7 +134,7 @@ def test_examples_show_what_other_images_a_query_finds(tmp_path, monkeypatch):
     narrow = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))  # loses enough to be wrong at times
 
     def one_model(images, labels, test_images, seed, progress):
-        return dict.fromkeys(["old", "independent", "bct"], test_images.flatten(1) @ narrow)
+        return dict.fromkeys(MODELS, test_images.flatten(1) @ narrow)
 
     drawn = []
     monkeypatch.setattr(demo, "upgrade", one_model)
@@ -166,7 +168,7 @@ def test_an_interrupted_run_leaves_what_was_there(older, tmp_path, monkeypatch, 
 
     def interrupted(*args, **kwargs):
         calls.append(sorted(file.name for file in tmp_path.iterdir()))
-        if len(calls) == 5:  # in the second seed, when the first one's embeddings are on disk
+        if len(calls) == 7:  # in the second seed, when the first one's embeddings are on disk
             raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "train", interrupted)

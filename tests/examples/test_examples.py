@@ -94,3 +94,13 @@ def test_timm():
 
 def test_timm_without_timm():
     assert 'pip install "pml-compat[timm]"' in without("timm", "bct_timm.py").splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_lce_transformations():
+    printed = python(EXAMPLES / "lce_transformations.py")
+    found = re.findall(r"^(\w+ / .+?) +([\d.]+)% +([\d.]+)%$", printed, re.MULTILINE)
+    average_precision = {name: float(value) for name, _, value in found}
+    assert len(found) == 13 and "collapsed" in printed
+    old = average_precision.pop("old / old")
+    assert all(value > old for value in average_precision.values()), printed
