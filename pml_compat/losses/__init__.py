@@ -1,7 +1,8 @@
 """Losses for compatible training, each a PML ``BaseMetricLossFunction``; one paper a file."""
 
 from .bct_loss import BCTLoss
+from .fct_loss import FCTLoss
 from .lce_loss import LCELoss
 from .lce_transformation_loss import LCETransformationLoss
 
-__all__ = ["BCTLoss", "LCELoss", "LCETransformationLoss"]
+__all__ = ["BCTLoss", "FCTLoss", "LCELoss", "LCETransformationLoss"]

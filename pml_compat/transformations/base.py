@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..checks import check_integer, check_matrix, check_same_device
 from ..files import load_tensors, save_tensors
+from .apply import apply
+from .batch_norm import fold_batch_norm
 
 _FORMAT = "pml_compat.Transformation/1"
 
@@ -59,6 +63,23 @@ class Transformation(torch.nn.Module):
     def transform(self, embeddings: torch.Tensor, side_info: torch.Tensor | None) -> torch.Tensor:
         """Map embeddings that are checked and in the dtype of the parameters."""
         raise NotImplementedError
+
+    def folded(self) -> Transformation:
+        """Return an equivalent transformation for serving: in eval mode, batch normalisation inside the layers."""
+        return fold_batch_norm(copy.deepcopy(self).eval())
+
+    def apply_to(
+        self,
+        source: Any,
+        side_info: Any = None,
+        *,
+        out: str | os.PathLike[str] | None = None,
+        batch_size: int = 8192,
+        normalize: bool = False,
+        progress: bool = True,
+    ) -> np.ndarray:
+        """Map a whole gallery, in memory set by ``batch_size``: see :func:`pml_compat.transformations.apply.apply`."""
+        return apply(self, source, side_info, out=out, batch_size=batch_size, normalize=normalize, progress=progress)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments, of types that JSON has."""

@@ -1,8 +1,13 @@
-"""Batch normalisation that takes a batch of one."""
+"""Batch normalisation that takes a batch of one, and folds into the layer before it."""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
+from torch.nn.utils.fusion import fuse_linear_bn_eval
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 class BatchNorm(torch.nn.BatchNorm1d):
@@ -15,3 +20,18 @@ class BatchNorm(torch.nn.BatchNorm1d):
                 input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
         return super().forward(input)
+
+
+def fold_batch_norm(module: Module) -> Module:
+    """Replace, in place, every linear layer and the batch normalisation after it by one linear layer; eval mode."""
+    for sequential in module.modules():
+        if not isinstance(sequential, torch.nn.Sequential):
+            continue
+        layers: list[torch.nn.Module] = []
+        for layer in sequential:
+            if isinstance(layer, torch.nn.BatchNorm1d) and layers and isinstance(layers[-1], torch.nn.Linear):
+                layers[-1] = fuse_linear_bn_eval(layers[-1], layer)
+            else:
+                layers.append(layer)
+        sequential._modules = {str(number): layer for number, layer in enumerate(layers)}
+    return module

@@ -49,9 +49,13 @@ class TransformationChain(Transformation):
         """Apply one after another."""
         widths = [step.side_features or 0 for step in self._transformations()]
         parts: Any = [None] * len(widths) if side_info is None else side_info.split(widths, dim=1)
-        for step, width, own in zip(self.steps, widths, parts, strict=True):
-            embeddings = step(embeddings, own if width else None)
+        for step, width, own in zip(self._transformations(), widths, parts, strict=True):
+            embeddings = step.transform(embeddings, own if width else None)
         return embeddings
+
+    def folded(self) -> Transformation:
+        """Return the chain of the folded transformations."""
+        return TransformationChain(*(step.folded() for step in self._transformations())).eval()
 
     def _transformations(self) -> list[Transformation]:
         return [step for step in self.steps if isinstance(step, Transformation)]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .base import Transformation
+from .linear import LinearTransformation
 from .pairs import pair_moments
 
 
@@ -73,6 +74,13 @@ class OrthogonalTransformation(Transformation):
         self.base.copy_(left @ right)
         self.generator.zero_()
         return self
+
+    def folded(self) -> Transformation:
+        """Return the same map as a linear one, its matrix computed once."""
+        linear = LinearTransformation(self.in_features, self.out_features, bias=False).to(self.base)
+        with torch.no_grad():
+            linear.linear.weight.copy_(self.matrix().t())
+        return linear.eval()
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

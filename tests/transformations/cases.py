@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from pml_compat.transformations import (
+    FCTTransformation,
     LinearTransformation,
     OrthogonalTransformation,
     ResidualBottleneckTransformation,
@@ -20,6 +21,11 @@ TRANSFORMATIONS: dict[str, Callable[[], Transformation]] = {
     "orthogonal_wider": lambda: OrthogonalTransformation(4, 6),
     "residual_bottleneck": lambda: ResidualBottleneckTransformation(5, 5, hidden_features=3, paths=2, blocks=2),
     "residual_bottleneck_wider": lambda: ResidualBottleneckTransformation(4, 7, hidden_features=3, paths=2, blocks=3),
+    "fct": lambda: FCTTransformation(4, 3, hidden_features=6),
+    "fct_side": lambda: FCTTransformation(4, 3, side_features=5, hidden_features=6),
+    "chain_with_side": lambda: TransformationChain(
+        FCTTransformation(4, 3, 2, hidden_features=5), LinearTransformation(3, 3), FCTTransformation(3, 5, 1, 4)
+    ),
     "chain": lambda: TransformationChain(LinearTransformation(6, 4), OrthogonalTransformation(4, 5)),
     "chain_of_chains": lambda: TransformationChain(
         TransformationChain(LinearTransformation(3, 4)), ResidualBottleneckTransformation(4, 2, 3, 1, 1)
