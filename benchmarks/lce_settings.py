@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from pml_compat.accuracy import compatibility_matrix
-from pml_compat.cli import demo
+from pml_compat.cli import demo_models as demo
 from pml_compat.frozen import ClassCenters, class_weights
 from pml_compat.losses import LCELoss
 

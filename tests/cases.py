@@ -1,16 +1,17 @@
 """What every loss of the library is put through the shared suites with: a new loss joins by one line in ``LOSSES``.
 
 A case builds a fresh loss for embeddings ``WIDTH`` wide and labels 0 to ``CLASSES - 1``; the same seed builds the
-same loss.
+same loss. A loss that needs the other model's embeddings of the same rows, ``ref_emb``, and neither labels nor pairs,
+joins by one line in ``ALIGNED``.
 """
 
 from collections.abc import Callable
 
 import torch
-from pytorch_metric_learning import losses
+from pytorch_metric_learning import distances, losses
 
 from pml_compat.frozen import ClassCenters, FrozenClassifier
-from pml_compat.losses import BCTLoss, LCELoss
+from pml_compat.losses import BCTLoss, FCTLoss, LCELoss
 from pml_compat.transformations import LinearTransformation
 
 WIDTH, OLD_WIDTH, CLASSES = 8, 6, 5
@@ -59,10 +60,16 @@ LOSSES: dict[str, Callable[..., torch.nn.Module]] = {
     "lce_pairs": lambda **kwargs: LCELoss(losses.ContrastiveLoss(), measured_centers(WIDTH), 0.0, **kwargs),
 }
 
+ALIGNED: dict[str, Callable[..., torch.nn.Module]] = {
+    "fct": FCTLoss,
+    "fct_unit": lambda **kwargs: FCTLoss(distance=distances.LpDistance(p=2, power=2), **kwargs),
+    "fct_cosine": lambda **kwargs: FCTLoss(distance=distances.CosineSimilarity(), **kwargs),
+}
+
 
 def build(name: str, seed: int = 0, **kwargs: object) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return LOSSES[name](**kwargs)
+    return (LOSSES | ALIGNED)[name](**kwargs)
 
 
 def batch(n: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,3 +77,10 @@ def batch(n: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32) -> tup
     generator = torch.Generator().manual_seed(seed)
     embeddings = torch.randn(n, WIDTH, generator=generator, dtype=dtype).requires_grad_()
     return embeddings, torch.arange(n) % CLASSES
+
+
+def references(name: str, n: int = 16, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Return what the loss is called with besides embeddings and labels."""
+    if name in LOSSES:
+        return {}
+    return {"ref_emb": torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(seed))}

@@ -127,3 +127,36 @@ def lce_boundary(embeddings, labels, centers, boundaries, kind):
         else:
             terms.append(max(0.0, math.cos(boundaries[label]) - cosine))
     return sum(terms) / len(terms) if terms else 0.0
+
+
+def fct_transformation(old, side, state, training):
+    """``side`` is ``old`` once more where there is no side-information."""
+
+    def layer(rows, key, number):
+        weight, norm = state[f"{key}.{number}.weight"], f"{key}.{number + 1}"
+        out = np.array([[sum(a * b for a, b in zip(row, unit, strict=True)) for unit in weight] for row in rows])
+        for i, column in enumerate(out.T):
+            mean, variance = state[f"{norm}.running_mean"][i], state[f"{norm}.running_var"][i]
+            if training:
+                mean, variance = sum(column) / len(column), sum((column - column.mean()) ** 2) / len(column)
+            normed = (column - mean) / math.sqrt(variance + 1e-5)
+            out[:, i] = [max(0.0, x * state[f"{norm}.weight"][i] + state[f"{norm}.bias"][i]) for x in normed]
+        return out
+
+    old, side = layer(old, "old_branch", 0), layer(side, "side_branch", 0)
+    old, side = layer(old, "old_branch", 3), layer(side, "side_branch", 3)
+    mixed = np.array([[*a, *b] for a, b in zip(old, side, strict=True)])
+    mixed = layer(layer(mixed, "mix", 0), "mix", 3)
+    return np.array([state["mix.6.weight"] @ row + state["mix.6.bias"] for row in mixed])
+
+
+def fct_losses(mapped, target, kind):
+    losses = []
+    for h, f in zip(mapped, target, strict=True):
+        if kind == "cosine":
+            losses.append(1.0 - float(unit(h) @ unit(f)))
+            continue
+        if kind == "unit":
+            h, f = unit(h), unit(f)
+        losses.append(sum((a - b) ** 2 for a, b in zip(h, f, strict=True)) / len(h))
+    return losses

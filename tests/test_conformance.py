@@ -10,9 +10,10 @@ from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners, reducers, regularizers, trainers
 from pytorch_metric_learning.utils import distributed as pml_distributed
 
-from tests.cases import CLASSES, LOSSES, WIDTH, batch, build
+from tests.cases import ALIGNED, CLASSES, LOSSES, WIDTH, batch, build, references
 
-every_loss = pytest.mark.parametrize("name", LOSSES)
+every_loss = pytest.mark.parametrize("name", [*LOSSES, *ALIGNED])
+every_loss_of_labels = pytest.mark.parametrize("name", LOSSES)
 
 REDUCERS = {
     "default": lambda: None,
@@ -38,13 +39,13 @@ def step(loss_func, *arguments, **kwargs):
 @every_loss
 @pytest.mark.parametrize("reducer", REDUCERS)
 def test_reducers(name, reducer):
-    step(build(name, reducer=REDUCERS[reducer]()))
+    step(build(name, reducer=REDUCERS[reducer]()), **references(name))
 
 
 @every_loss
 def test_do_nothing_reducer_returns_the_named_terms(name):
     loss_func = build(name, reducer=reducers.DoNothingReducer())
-    loss_dict = loss_func(*batch())
+    loss_dict = loss_func(*batch(), **references(name))
     assert list(loss_dict) == loss_func.sub_loss_names()
     assert all({"losses", "indices", "reduction_type"} <= set(term) for term in loss_dict.values())
 
@@ -53,11 +54,11 @@ def test_do_nothing_reducer_returns_the_named_terms(name):
 def test_per_anchor_reducer(name):
     embeddings, labels = batch()
     loss_func = build(name, reducer=reducers.PerAnchorReducer())
-    loss_func(embeddings, labels).backward()
+    loss_func(embeddings, labels, **references(name)).backward()
     assert torch.isfinite(embeddings.grad).all()
 
 
-@every_loss
+@every_loss_of_labels
 def test_terms_add_up_to_the_loss(name):
     loss_func = build(name)
     assert loss_func.terms == {}
@@ -68,24 +69,24 @@ def test_terms_add_up_to_the_loss(name):
 
 @every_loss
 def test_embedding_regularizer(name):
-    plain = step(build(name))
+    plain = step(build(name), **references(name))
     loss_func = build(name, embedding_regularizer=regularizers.LpRegularizer(), embedding_reg_weight=0.3)
     expected = plain + 0.3 * regularizers.LpRegularizer()(batch()[0])
-    torch.testing.assert_close(step(loss_func), expected.detach())
+    torch.testing.assert_close(step(loss_func, **references(name)), expected.detach())
 
 
 @every_loss
 def test_collect_stats_changes_nothing(name):
-    assert step(build(name, collect_stats=True)) == step(build(name))
+    assert step(build(name, collect_stats=True), **references(name)) == step(build(name), **references(name))
 
 
-@every_loss
+@every_loss_of_labels
 @pytest.mark.parametrize("miner", [miners.BatchHardMiner(), miners.MultiSimilarityMiner(), miners.TripletMarginMiner()])
 def test_miner_tuples(name, miner):
     step(build(name), miner(*batch()))
 
 
-@every_loss
+@every_loss_of_labels
 def test_state_dict_round_trip(name):
     source, target = build(name, seed=0), build(name, seed=1)
     assert step(source) != step(target)
@@ -101,17 +102,17 @@ def test_state_dict_round_trip(name):
 def test_copies(name, duplicate, called):
     loss_func = build(name)
     if called:
-        step(loss_func)
-    assert step(duplicate(loss_func)) == step(loss_func)
+        step(loss_func, **references(name))
+    assert step(duplicate(loss_func), **references(name)) == step(loss_func, **references(name))
 
 
 @every_loss
 def test_train_and_eval_mode_give_the_same(name):
     loss_func = build(name)
-    assert step(loss_func.train()) == step(loss_func.eval())
+    assert step(loss_func.train(), **references(name)) == step(loss_func.eval(), **references(name))
 
 
-@every_loss
+@every_loss_of_labels
 def test_old_tensors_are_buffers_and_follow_to(name):
     loss_func = build(name)
     frozen = {key for key, _ in loss_func.named_buffers()}
@@ -125,22 +126,26 @@ def test_old_tensors_are_buffers_and_follow_to(name):
 def test_inputs_are_not_changed(name):
     embeddings, labels = batch()
     before = embeddings.detach().clone(), labels.clone()
-    build(name)(embeddings, labels).backward()
+    others = references(name)
+    build(name)(embeddings, labels, **others).backward()
     assert embeddings.equal(before[0]) and labels.equal(before[1])
+    assert all(tensor.equal(references(name)[key]) for key, tensor in others.items())
 
 
 @every_loss
 def test_permuted_batch(name):
     embeddings, labels = batch()
     order, loss_func = torch.randperm(len(labels)), build(name)
-    torch.testing.assert_close(loss_func(embeddings[order], labels[order]), loss_func(embeddings, labels))
+    others = references(name)
+    permuted = loss_func(embeddings[order], labels[order], **{key: other[order] for key, other in others.items()})
+    torch.testing.assert_close(permuted, loss_func(embeddings, labels, **others))
 
 
 @every_loss
 def test_one_sample_and_one_class(name):
     for n in (1, 4):
         embeddings, _ = batch(n)
-        loss = build(name)(embeddings, torch.zeros(n, dtype=torch.long))
+        loss = build(name)(embeddings, torch.zeros(n, dtype=torch.long), **references(name, n))
         loss.backward()
         assert torch.isfinite(loss) and torch.isfinite(embeddings.grad).all()
 
@@ -149,18 +154,18 @@ def test_one_sample_and_one_class(name):
 def test_autocast(name):
     embeddings, labels = batch()
     loss_func = build(name)
-    expected = loss_func(embeddings, labels)
+    expected = loss_func(embeddings, labels, **references(name))
     before = {key: tensor.dtype for key, tensor in loss_func.state_dict().items()}
     low = embeddings.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = loss_func(low, labels)
+        loss = loss_func(low, labels, **{key: other.bfloat16() for key, other in references(name).items()})
     loss.backward()
     assert torch.isfinite(low.grad).all() and loss.dtype == torch.bfloat16
     assert loss.item() == pytest.approx(expected.item(), rel=0.1)
     assert {key: tensor.dtype for key, tensor in loss_func.state_dict().items()} == before
 
 
-@every_loss
+@every_loss_of_labels
 def test_in_multiple_losses(name):
     embeddings, labels = batch()
     both = pml_losses.MultipleLosses([build(name), pml_losses.TripletMarginLoss()], weights=[0.5, 1.0])
@@ -176,7 +181,7 @@ class Samples(torch.utils.data.Dataset):
         return torch.randn(4, generator=torch.Generator().manual_seed(index)), index % CLASSES
 
 
-@every_loss
+@every_loss_of_labels
 def test_one_step_of_a_pml_trainer(name):
     torch.manual_seed(0)
     model, loss_func = torch.nn.Linear(4, WIDTH), build(name)
@@ -205,10 +210,11 @@ def run_rank(rank, world_size, rendezvous, results):
     """Every loss, wrapped for distributed training, on this rank's share of the batch."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-    for name in LOSSES:
+    for name in [*LOSSES, *ALIGNED]:
         embeddings, labels = batch()
         own = embeddings.detach().chunk(world_size)[rank].requires_grad_()
-        loss = pml_distributed.DistributedLossWrapper(build(name))(own, labels.chunk(world_size)[rank])
+        others = {key: other.chunk(world_size)[rank] for key, other in references(name).items()}
+        loss = pml_distributed.DistributedLossWrapper(build(name))(own, labels.chunk(world_size)[rank], **others)
         loss.backward()
         results[name, rank] = loss.item(), own.grad.numpy()
     torch.distributed.destroy_process_group()
@@ -233,7 +239,7 @@ def test_distributed_loss_wrapper(name, ranks):
     """PML multiplies the loss by the world size; only the own rows carry a gradient."""
     world_size, results = ranks
     embeddings, labels = batch()
-    expected = build(name)(embeddings, labels)
+    expected = build(name)(embeddings, labels, **references(name))
     expected.backward()
     for rank, grad in enumerate(embeddings.grad.chunk(world_size)):
         loss, own_grad = results[name, rank]

@@ -39,7 +39,7 @@ class LabelMap(torch.nn.Module):
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the ``(N,)`` row of each label, -1 where the label is unknown."""
-        labels = check_labels(labels).to(self._sorted.device)
+        labels = check_labels(labels).to(self._sorted.device).contiguous()
         position = torch.searchsorted(self._sorted, labels).clamp_(max=len(self._sorted) - 1)
         return torch.where(self._sorted[position] == labels, self._rows[position], -1)
 

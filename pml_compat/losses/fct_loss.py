@@ -45,8 +45,9 @@ class FCTLoss(BaseMetricLossFunction):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         distance: BaseDistance = self.distance
-        squared = isinstance(distance, LpDistance) and distance.p == 2 and distance.power == 2
-        if not squared and not isinstance(distance, CosineSimilarity):
+        power = 2 if isinstance(distance, LpDistance) else 1
+        known = isinstance(distance, LpDistance | CosineSimilarity)
+        if not known or distance.p != 2 or distance.power != power:
             raise ValueError(
                 "distance must be LpDistance(p=2, power=2) or CosineSimilarity(), got "
                 f"{type(distance).__name__}(p={distance.p}, power={distance.power})"
@@ -65,6 +66,7 @@ class FCTLoss(BaseMetricLossFunction):
             raise ValueError(
                 "ref_emb must be given: the new model's embeddings of the same items, row by row; got None"
             )
+        check_same_device(embeddings, "embeddings", ref_emb, "ref_emb")
         check_embeddings(embeddings)
         check_embeddings(ref_emb, "ref_emb")
         if ref_emb.shape != embeddings.shape:
@@ -72,13 +74,15 @@ class FCTLoss(BaseMetricLossFunction):
                 f"ref_emb must be shaped like embeddings, row i of the same item: expected {tuple(embeddings.shape)}, "
                 f"got {tuple(ref_emb.shape)}"
             )
-        check_same_device(embeddings, "embeddings", ref_emb, "ref_emb")
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
             one, other = embeddings.to(dtype), ref_emb.detach().to(dtype)
             if self.distance.normalize_embeddings:
-                one, other = normalize(one, dim=1), normalize(other, dim=1)
+                # The slope at a zero row is 1 / eps, which has to be a number of the embeddings' dtype too.
+                eps = max(1e-12, torch.finfo(embeddings.dtype).tiny)
+                one, other = normalize(one, dim=1, eps=eps), normalize(other, dim=1, eps=eps)
             losses = 1 - (one * other).sum(1) if self.distance.is_inverted else (one - other).square().mean(1)
+            losses = losses.to(embeddings.dtype)
         index = c_f.torch_arange_from_size(embeddings)
         return {
             "loss": {"losses": losses, "indices": index, "reduction_type": "element", "divisor": len(losses)},

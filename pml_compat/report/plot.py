@@ -12,7 +12,12 @@ import numpy as np
 from ..extras import import_extra
 from .results import METRICS, PAIRS, Results
 
-_COLORS = {"old_to_old": "#8a8f98", "new_to_old": "#d1603d", "new_to_new": "#2f6f8f"}
+_COLORS = {
+    "old_to_old": "#8a8f98",
+    "new_to_old": "#d1603d",
+    "new_to_transformed_old": "#d9a441",
+    "new_to_new": "#2f6f8f",
+}
 _RIGHT, _WRONG = "#2e8b57", "#c0392b"
 
 
@@ -34,7 +39,7 @@ def plot_compatibility(
     """
     figure_module = import_extra("matplotlib.figure", "demo")
     below_inches = 0.5 + 0.55 * len(examples[0].found) if examples else 0.0
-    figure = figure_module.Figure(figsize=(11, 4.6 + below_inches), layout="constrained")
+    figure = figure_module.Figure(figsize=(12.5, 4.6 + below_inches), layout="constrained")
     top, *below = figure.subfigures(2, 1, height_ratios=[4.6, below_inches]) if examples else [figure]
     top.suptitle("Can new queries search the old gallery?", fontsize=15, fontweight="bold")
     panels = top.subplots(1, len(METRICS), sharey=True)
@@ -53,21 +58,26 @@ def _draw_bars(panel: Any, results: Results, metric: str) -> None:
     methods = list(results.methods)
     for pair, name in PAIRS.items():
         shown = [m for m in methods if results.values(m, pair, metric)]
-        shift = {"old_to_old": 0.0, "new_to_old": -width / 2, "new_to_new": width / 2}[pair]
-        places = [methods.index(m) + shift for m in shown]
+        places = [methods.index(m) + _shift(pair, list(results.methods[m])) * width for m in shown]
         means = [100 * results.mean(m, pair, metric) for m in shown]
         panel.bar(places, means, width, color=_COLORS[pair], label=f"{name} (query/gallery)")
         for place, mean, method in zip(places, means, shown, strict=True):
             values = 100 * np.array(results.values(method, pair, metric))
             if len(values) > 1:
                 panel.scatter(np.full(len(values), place), values, s=9, color="black", alpha=0.45, zorder=3)
-            panel.text(place, values.max() + 2, f"{mean:.1f}", ha="center", fontsize=9)
+            panel.text(place, values.max() + 2, f"{mean:.1f}", ha="center", fontsize=8)
     panel.axhline(100 * results.mean("old", "old_to_old", metric), color="#555", linestyle="--", linewidth=1)
     panel.set_title(METRICS[metric])
     panel.set_xticks(range(len(methods)), methods)
     panel.set_ylim(0, 112)
     panel.set_yticks(range(0, 101, 20))
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _shift(pair: str, pairs: Sequence[str]) -> float:
+    """Return where a pair's bar stands, in bars from the middle of those of its method."""
+    ordered = [p for p in PAIRS if p in pairs]
+    return ordered.index(pair) - (len(ordered) - 1) / 2
 
 
 def _draw_examples(figure: Any, examples: Sequence[RetrievalExample]) -> None:

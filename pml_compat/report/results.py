@@ -12,7 +12,13 @@ from typing import Any
 from ..accuracy import is_compatible, update_gain
 
 METRICS = {"precision_at_1": "P@1", "mean_average_precision": "mAP"}
-PAIRS = {"old_to_old": "old/old", "new_to_old": "new/old", "new_to_new": "new/new"}
+PAIRS = {
+    "old_to_old": "old/old",
+    "new_to_old": "new/old",
+    "new_to_transformed_old": "new/transformed old",
+    "new_to_new": "new/new",
+}
+CROSS_PAIRS = ("new_to_transformed_old", "new_to_old")  # what an upgrade without re-embedding serves
 
 
 @dataclass
@@ -23,7 +29,9 @@ class Results:
         data: what was measured on, in words and numbers.
         seeds: the seeds, in the order of the values.
         methods: ``methods[method][pair][metric]`` is a list with one value a seed. The methods ``old`` (pair
-            ``old_to_old``) and ``independent`` (``new_to_new``) are what the others are compared with.
+            ``old_to_old``) and ``independent`` (``new_to_new``) are what the others are compared with. A method that
+            maps the gallery has ``new_to_transformed_old`` in place of ``new_to_old``, and no ``new_to_new`` where it
+            leaves the independent model as it is.
         chance: the accuracy of a random ranking, where it is known.
     """
 
@@ -47,14 +55,18 @@ class Results:
         return statistics.fmean(values) if values else math.nan
 
     def new_methods(self) -> list[str]:
-        """Return the methods that made a new model."""
+        """Return every method but ``old``."""
         return [method for method in self.methods if method != "old"]
+
+    def cross_pair(self, method: str) -> str:
+        """Return the pair that ``method`` serves before anything is re-embedded."""
+        return next((pair for pair in CROSS_PAIRS if pair in self.methods.get(method, {})), "new_to_old")
 
     def holds(self, method: str, metric: str) -> list[bool]:
         """Return, for each seed, whether the compatibility criterion holds."""
         return [
             is_compatible(old_to_old=old, new_to_old=new)
-            for old, new in self._paired(("old", "old_to_old"), (method, "new_to_old"), metric=metric)
+            for old, new in self._paired(("old", "old_to_old"), (method, self.cross_pair(method)), metric=metric)
         ]
 
     def gains(self, method: str, metric: str) -> list[float]:
@@ -65,7 +77,7 @@ class Results:
             return [
                 update_gain(old_to_old=old, new_to_old=new, independent=best)
                 for old, new, best in self._paired(
-                    ("old", "old_to_old"), (method, "new_to_old"), independent, metric=metric
+                    ("old", "old_to_old"), (method, self.cross_pair(method)), independent, metric=metric
                 )
             ]
 

@@ -7,17 +7,23 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..extras import import_extra
-from .results import METRICS, PAIRS, Results
+from .results import METRICS, Results
 from .verdict import criterion_in_words, gain_in_words
 
 
 def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Return the header and one row a method; a cell holds P@1 / mAP, in percent, means over the seeds."""
-    header = ["method", *PAIRS.values(), "gain", "criterion"]
+    """Return the header and one row a method; a cell holds P@1 / mAP, in percent, means over the seeds.
+
+    A "T" stands behind the numbers of a transformed gallery.
+    """
+    header = ["method", "old/old", "new/old", "new/new", "gain", "criterion"]
     rows = []
     for method in results.methods:
         row = [method]
-        row += [_cell(_percent(results.mean(method, pair, metric)) for metric in METRICS) for pair in PAIRS]
+        cross = results.cross_pair(method)
+        row += [_accuracies(results, method, pair) for pair in ("old_to_old", cross, "new_to_new")]
+        if cross == "new_to_transformed_old":
+            row[2] += " T"
         if method == "old":
             row += ["", ""]
         else:
@@ -51,7 +57,13 @@ def title(results: Results) -> str:
     """Return the table's heading: what was measured, over how many seeds."""
     seeds = f"{len(results.seeds)} seeds" if len(results.seeds) > 1 else "1 seed"
     what = " / ".join(METRICS.values())
-    return f"{results.data.get('name', 'results')}: query/gallery, {what} in percent, mean of {seeds}"
+    mapped = any(results.cross_pair(method) == "new_to_transformed_old" for method in results.methods)
+    gallery = " (T: transformed)" if mapped else ""
+    return f"{results.data.get('name', 'results')}: query/gallery{gallery}, {what} in percent, mean of {seeds}"
+
+
+def _accuracies(results: Results, method: str, pair: str) -> str:
+    return _cell(_percent(results.mean(method, pair, metric)) for metric in METRICS)
 
 
 def _cell(values: Iterable[str]) -> str:

@@ -12,19 +12,24 @@ def verdict(results: Results, method: str) -> str:
     """Return one paragraph: does the criterion hold, by how much, and what it cost the new model."""
     met = [all(seed) for seed in zip(*(results.holds(method, metric) for metric in METRICS), strict=True)]
     seeds = f"in {sum(met)} of {len(met)} seeds" if len(met) > 1 else "in the one seed run"
+    mapped = results.cross_pair(method) == "new_to_transformed_old"
+    gallery = "the transformed old gallery" if mapped else "the old gallery"
     if all(met):
-        opening = f"{method}: compatible. New queries find the old gallery better than old queries did, {seeds}"
+        opening = f"{method}: compatible. New queries find {gallery} better than old queries did, {seeds}"
     elif any(met):
         opening = f"{method}: not reliably compatible. The criterion holds {seeds}"
     else:
-        opening = f"{method}: not compatible. New queries find the old gallery no better than old queries did"
+        opening = f"{method}: not compatible. New queries find {gallery} no better than old queries did"
     numbers = "; ".join(_against_old(results, method, metric) for metric in METRICS)
     sentences = [f"{opening}: {numbers}."]
     if method != "independent":
         gain = ", ".join(f"{METRICS[m]} {gain_in_words(results, method, m)}" for m in METRICS)
-        cost = ", ".join(f"{METRICS[m]} {_points(_cost(results, method, m))}" for m in METRICS)
         sentences.append(f"Update gain (1 is as good as re-embedding everything): {gain}.")
-        sentences.append(f"New queries on a new gallery, against the independent model: {cost}.")
+        if results.values(method, "new_to_new", "precision_at_1"):
+            cost = ", ".join(f"{METRICS[m]} {_points(_cost(results, method, m))}" for m in METRICS)
+            sentences.append(f"New queries on a new gallery, against the independent model: {cost}.")
+        else:
+            sentences.append("The new model is the independent one, as it was.")
     return " ".join(sentences)
 
 
@@ -45,7 +50,7 @@ def gain_in_words(results: Results, method: str, metric: str) -> str:
 
 
 def _against_old(results: Results, method: str, metric: str) -> str:
-    new, old = results.mean(method, "new_to_old", metric), results.mean("old", "old_to_old", metric)
+    new, old = results.mean(method, results.cross_pair(method), metric), results.mean("old", "old_to_old", metric)
     text = f"{METRICS[metric]} {new:.1%} against {old:.1%} ({_points(new - old)})"
     chance = results.chance.get(metric)
     return text if chance is None or new > 2 * chance else f"{text}, where chance is {chance:.1%}"

@@ -5,16 +5,21 @@ from .chain import TransformationChain
 from .fct import FCTTransformation
 from .fit import fit_transformation
 from .linear import LinearTransformation
+from .numpy_form import NumpyTransformation
 from .orthogonal import OrthogonalTransformation
 from .residual_bottleneck import ResidualBottleneckTransformation
+from .serving import export_transformation, save_numpy
 
 __all__ = [
     "FCTTransformation",
     "LinearTransformation",
+    "NumpyTransformation",
     "OrthogonalTransformation",
     "ResidualBottleneckTransformation",
     "Transformation",
     "TransformationChain",
+    "export_transformation",
     "fit_transformation",
     "load_transformation",
+    "save_numpy",
 ]

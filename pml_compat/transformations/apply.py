@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..checks import as_tensor, check_finite, check_integer
+from ..checks import check_integer, check_matrix
 from ..files import whole_file
 
 if TYPE_CHECKING:
     from .base import Transformation
+
+_CPU_BLOCK = 1024  # rows computed at once: what lies between the layers stays in the caches
 
 
 @torch.inference_mode()
@@ -24,7 +26,7 @@ def apply(
     source: Any,
     side_info: Any = None,
     *,
-    out: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | np.ndarray | None = None,
     batch_size: int = 8192,
     normalize: bool = False,
     progress: bool = True,
@@ -35,14 +37,17 @@ def apply(
         transformation: the map; it stays as it is, on its device.
         source: ``(N, in_features)`` tensor, array, memory map, or whatever gives rows by a slice; read in batches.
         side_info: ``(N, side_features)``, row i of the same item; None where the transformation takes none.
-        out: an ``.npy`` file to write to, whole or not at all; None keeps the result in memory.
+        out: an ``.npy`` file to write to, whole or not at all; or an array of the right shape and dtype, in memory or
+            mapped, which is filled; None makes one in memory.
         batch_size: rows at once; memory is set by it and not by ``N``.
         normalize: scale each row to length 1.
         progress: show a progress bar.
     Shape:
-        - output: ``(N, out_features)`` float32 (float64 for a float64 transformation); a memory map with ``out``
+        - output: ``(N, out_features)`` float32 (float64 for a float64 transformation); a memory map of the file
+          ``out``, or the array ``out``
     Raises:
-        ValueError: other widths, lengths that differ, NaN or infinity (which row), ``out`` no ``.npy`` file.
+        ValueError: other widths, lengths that differ, NaN or infinity (which row), ``out`` no ``.npy`` file and
+            no array that fits.
     """
     check_integer(batch_size, "batch_size", minimum=1)
     if side_info is not None and len(side_info) != len(source):
@@ -52,9 +57,15 @@ def apply(
     shape = (len(source), transformation.out_features)
     run = _Batches(transformation, source, side_info, batch_size, normalize, progress)
     if out is None:
-        result = np.empty(shape, dtype)
-        run.write_to(result)
-        return result
+        out = np.empty(shape, dtype)
+    if isinstance(out, np.ndarray):
+        if out.shape != shape or out.dtype != dtype or not out.flags.writeable:
+            raise ValueError(
+                f"out must be a writable array of shape {shape} and {dtype}, got {out.shape} and {out.dtype}"
+                f"{'' if out.flags.writeable else ', read-only'}"
+            )
+        run.write_to(out)
+        return out
     if Path(out).suffix != ".npy":
         raise ValueError(f"out must be an .npy file, got {os.fspath(out)!r}")
     with whole_file(out) as temporary:
@@ -79,23 +90,40 @@ class _Batches:
 
     def write_to(self, result: np.ndarray) -> None:
         target = torch.from_numpy(result)
+        on_cpu = self.weight.device.type == "cpu"
         starts = range(0, len(self.source), self.batch_size)
         for start in tqdm(starts, desc="transform", unit="batch", disable=not self.progress):
             rows = slice(start, start + self.batch_size)
-            mapped = self.transformation(
-                self._read(self.source, "source", rows),
-                None if self.side_info is None else self._read(self.side_info, "side_info", rows),
-            )
-            if self.normalize:
-                mapped = torch.nn.functional.normalize(mapped, dim=1)
-            if not bool(torch.isfinite(mapped.sum())):  # one number a batch; which row it is, only when asked
-                check_finite(mapped, f"source (from row {start}), mapped,")
-            target[rows] = mapped
+            source = self._read(self.source, "source", rows, self.transformation.in_features)
+            side_info = None
+            if self.side_info is not None:
+                side_info = self._read(self.side_info, "side_info", rows, self.transformation.side_features)
+            block = _CPU_BLOCK if on_cpu else self.batch_size
+            for first in range(0, len(source), block):
+                part = slice(first, first + block)
+                mapped = self.transformation(source[part], None if side_info is None else side_info[part])
+                if self.normalize:
+                    mapped = torch.nn.functional.normalize(mapped, dim=1)
+                _check_finite(mapped, "source, mapped,", start + first)
+                target[start + first : start + first + len(mapped)] = mapped
 
-    def _read(self, array: Any, name: str, rows: slice) -> torch.Tensor:
+    def _read(self, array: Any, name: str, rows: slice, width: int | None) -> torch.Tensor:
         block = array[rows]
         if isinstance(block, np.ndarray) and not block.flags.writeable:
             with warnings.catch_warnings():  # a read-only map is only read here; a copy would cost a pass
                 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
                 block = torch.from_numpy(block)
-        return as_tensor(block, name).to(self.weight.device, self.weight.dtype)
+        block = check_matrix(block, name, width).to(self.weight.device, self.weight.dtype)
+        _check_finite(block, name, rows.start)  # not of the result alone: a ReLU turns minus infinity into 0
+        return block
+
+
+def _check_finite(values: torch.Tensor, name: str, start: int) -> None:
+    if bool(torch.isfinite(values.sum())):  # one number a batch; which row it is, only when asked
+        return
+    bad = (~torch.isfinite(values)).any(1).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"{name} must be finite, row {start + int(bad[0])} has a NaN or an infinity; "
+            "look for a diverged training, a division by zero or a broken file"
+        )

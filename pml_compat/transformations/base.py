@@ -38,6 +38,7 @@ class Transformation(torch.nn.Module):
 
     def __init__(self, in_features: int, out_features: int, side_features: int | None = None) -> None:
         super().__init__()
+        self._is_folded = False
         self.in_features = check_integer(in_features, "in_features", minimum=1)
         self.out_features = check_integer(out_features, "out_features", minimum=1)
         self.side_features = None if side_features is None else check_integer(side_features, "side_features", minimum=1)
@@ -66,14 +67,16 @@ class Transformation(torch.nn.Module):
 
     def folded(self) -> Transformation:
         """Return an equivalent transformation for serving: in eval mode, batch normalisation inside the layers."""
-        return fold_batch_norm(copy.deepcopy(self).eval())
+        folded = fold_batch_norm(copy.deepcopy(self).eval())
+        folded._is_folded = True
+        return folded
 
     def apply_to(
         self,
         source: Any,
         side_info: Any = None,
         *,
-        out: str | os.PathLike[str] | None = None,
+        out: str | os.PathLike[str] | np.ndarray | None = None,
         batch_size: int = 8192,
         normalize: bool = False,
         progress: bool = True,
@@ -91,7 +94,16 @@ class Transformation(torch.nn.Module):
         return cls(**config)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write parameters, buffers and configuration to a safetensors file; it appears whole or not at all."""
+        """Write parameters, buffers and configuration to a safetensors file; it appears whole or not at all.
+
+        Raises:
+            ValueError: it was made by :meth:`folded`, so that its layers are not those of its configuration.
+        """
+        if any(getattr(module, "_is_folded", False) for module in self.modules()):
+            raise ValueError(
+                f"a folded {type(self).__name__} must not be saved, it is for computing; save the transformation it "
+                "was made from"
+            )
         save_tensors(path, self.state_dict(), {"format": _FORMAT, "transformation": json.dumps(describe(self))})
 
     def extra_repr(self) -> str:

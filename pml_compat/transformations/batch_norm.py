@@ -29,9 +29,14 @@ def fold_batch_norm(module: Module) -> Module:
             continue
         layers: list[torch.nn.Module] = []
         for layer in sequential:
-            if isinstance(layer, torch.nn.BatchNorm1d) and layers and isinstance(layers[-1], torch.nn.Linear):
-                layers[-1] = fuse_linear_bn_eval(layers[-1], layer)
+            before = layers[-1] if layers else None
+            if isinstance(before, torch.nn.Linear) and isinstance(layer, torch.nn.BatchNorm1d) and _is_affine(layer):
+                layers[-1] = fuse_linear_bn_eval(before, layer)
             else:
                 layers.append(layer)
         sequential._modules = {str(number): layer for number, layer in enumerate(layers)}
     return module
+
+
+def _is_affine(norm: torch.nn.BatchNorm1d) -> bool:
+    return norm.affine and norm.track_running_stats

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..checks import as_tensor, check_finite, check_integer, check_labels, check_number
+from ..checks import as_tensor, check_integer, check_labels, check_number
 from ..files import load_tensors, save_tensors
 from .base import Transformation, describe
 
@@ -59,7 +59,7 @@ def fit_transformation(
         loss: a PML loss, called as ``loss(mapped, labels, ref_emb=target)`` with what is there; its parameters are
             trained too. None: the mean squared error over all entries, as :class:`pml_compat.losses.FCTLoss`.
         epochs: passes over the data, 1 or more.
-        batch_size: rows a step.
+        batch_size: rows a step, at most: an epoch is split into steps of equal size.
         lr: the highest learning rate.
         weight_decay: of Adam.
         warmup_epochs: epochs of rising learning rate, 0 or more.
@@ -95,6 +95,7 @@ def fit_transformation(
         rows,
         {
             "transformation": describe(transformation),
+            "loss": None if loss is None else type(loss).__name__,
             "rows": rows.length,
             "views": rows.views,
             "epochs": check_integer(epochs, "epochs", minimum=1),
@@ -141,7 +142,7 @@ class _Rows:
             "target": transformation.out_features,
             "side_info": transformation.side_features,
         }
-        self.arrays = {name: _as_views(value) for name, value in arrays.items() if value is not None}
+        self.arrays = {name: _as_views(value, name) for name, value in arrays.items() if value is not None}
         self.length = len(self.arrays["source"][0])
         self.views = len(self.arrays["source"])
         if self.length == 0:
@@ -160,7 +161,7 @@ class _Rows:
         self.labels = None if labels is None else check_labels(labels, length=self.length)
         self.weight = next(transformation.parameters())
 
-    def read(self, name: str, index: torch.Tensor, view: torch.Tensor, check: bool) -> torch.Tensor | None:
+    def read(self, name: str, index: torch.Tensor, view: torch.Tensor) -> torch.Tensor | None:
         """Return rows ``index``, each of its view, on the transformation's device."""
         views = self.arrays.get(name)
         if views is None:
@@ -171,7 +172,7 @@ class _Rows:
             parts = [(view == v).nonzero()[:, 0] for v in range(len(views))]
             rows = torch.cat([_take(views[v], index[part], name) for v, part in enumerate(parts) if len(part)])
             rows = rows[torch.argsort(torch.cat(parts))]
-        if check and not bool(torch.isfinite(rows).all()):
+        if not bool(torch.isfinite(rows).all()):
             bad = int((~torch.isfinite(rows)).any(1).nonzero()[0])
             raise ValueError(
                 f"{name} must be finite, row {int(index[bad])} has a NaN or an infinity; "
@@ -222,25 +223,27 @@ class _Run:
                     module.eval()
         order = self.training[torch.randperm(len(self.training), generator=self.generator)]
         total = torch.zeros((), device=self.device, dtype=torch.float64)
-        for index in order.split(settings["batch_size"]):
-            loss = self._loss(index, check=epoch == 0)
+        # In equal parts: a last batch of a few rows would spoil batch norm's statistics, and step as far as a whole.
+        for index in order.tensor_split(math.ceil(len(order) / settings["batch_size"])):
+            loss = self._loss(index)
             self.optimizer.zero_grad()
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             total += loss.detach() * len(index)
+        if not bool(torch.isfinite(total)):
+            raise ValueError(f"lr must let the training converge, at {lr:g} the loss of epoch {epoch} is {total:g}")
         self.history["train_loss"].append(float(total) / len(order))
         self.history["lr"].append(lr)
-        check_finite(total[None], f"the training loss of epoch {epoch}, lr {lr:g},")
         if len(self.validation):
             self._validate()
 
-    def _loss(self, index: torch.Tensor, check: bool) -> torch.Tensor:
+    def _loss(self, index: torch.Tensor) -> torch.Tensor:
         rows = self.rows
         view = torch.zeros(len(index), dtype=torch.long)
         if rows.views > 1 and self.transformation.training:
             view = torch.randint(rows.views, (len(index),), generator=self.generator)
-        source, target, side_info = (rows.read(name, index, view, check) for name in ("source", "target", "side_info"))
+        source, target, side_info = (rows.read(name, index, view) for name in ("source", "target", "side_info"))
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             mapped = self.transformation(source, side_info)
             if self.loss is None and target is not None:
@@ -252,7 +255,7 @@ class _Run:
     def _validate(self) -> None:
         self.transformation.eval()
         batches = self.validation.split(self.settings["batch_size"])
-        total = sum(float(self._loss(index, check=not self.best)) * len(index) for index in batches)
+        total = sum(float(self._loss(index)) * len(index) for index in batches)
         loss = total / len(self.validation)
         if not self.best or loss < min(self.history["validation_loss"]):
             self.best = {key: tensor.clone() for key, tensor in self.transformation.state_dict().items()}
@@ -315,10 +318,10 @@ def _with_prefix(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def _as_views(value: Any) -> list[Any]:
+def _as_views(value: Any, name: str) -> list[Any]:
     views = list(value) if isinstance(value, list | tuple) else [value]
     if not views or not all(hasattr(view, "shape") and hasattr(view, "__getitem__") for view in views):
-        raise ValueError(f"embeddings must be (N, D) arrays or lists of them, got {[type(v).__name__ for v in views]}")
+        raise ValueError(f"{name} must be an (N, D) array or a list of them, got {[type(v).__name__ for v in views]}")
     return views
 
 

@@ -13,21 +13,24 @@ from sklearn.datasets import load_digits
 
 from pml_compat import __version__
 from pml_compat.accuracy import CrossModelAccuracyCalculator
-from pml_compat.cli import demo
+from pml_compat.cli import demo, demo_models
 from pml_compat.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 METRICS = ("precision_at_1", "mean_average_precision")
-MODELS = ("old", "independent", "bct", "lce", "lce_backward", "lce_backward_query")
+MODELS = ("old", "independent", "bct", "lce", "lce_backward", "lce_backward_query", "side_info")
+MODELS += ("fct_gallery", "fct_side_gallery")
 
 
 def short(patch):
-    patch.setattr(demo, "OLD_EPOCHS", 2)
-    patch.setattr(demo, "NEW_EPOCHS", 1)
+    for name, epochs in {"OLD": 2, "NEW": 1, "SIDE": 1, "FCT": 1}.items():
+        patch.setattr(demo_models, f"{name}_EPOCHS", epochs)
 
 
 def untrained(patch):
-    patch.setattr(demo, "train", lambda *args: None)
+    patch.setattr(demo_models, "train", lambda *args: None)
+    patch.setattr(demo_models, "fit_transformation", lambda transformation, *args, **kwargs: transformation.eval())
+    patch.setattr(demo_models, "train_without_labels", lambda *args: None)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +73,9 @@ def test_metrics_schema(metrics):
     assert metrics["data"]["name"]
     assert {method: set(pairs) for method, pairs in metrics["methods"].items()} == {
         "old": {"old_to_old"},
-        **{key: {"new_to_old", "new_to_new"} for key in demo.NEW_METHODS},
+        **{key: {"new_to_old", "new_to_new"} for key in demo_models.NEW_METHODS},
+        "fct": {"new_to_transformed_old"},
+        "fct_side": {"new_to_transformed_old"},
     }
     for pairs in metrics["methods"].values():
         for values in pairs.values():
@@ -88,7 +93,10 @@ def test_embeddings_reproduce_the_metrics(out, metrics):
     calculator = CrossModelAccuracyCalculator(include=METRICS, device="cpu")
     for method, pairs in metrics["methods"].items():
         for pair, values in pairs.items():
-            query, gallery = (stored["old" if side == "old" else method] for side in pair.split("_to_"))
+            if pair == "new_to_transformed_old":  # the new model is the independent one
+                query, gallery = stored["independent"], stored[f"{method}_gallery"]
+            else:
+                query, gallery = (stored["old" if side == "old" else method] for side in pair.split("_to_"))
             if (method, pair) == ("lce_backward", "new_to_old"):
                 query = stored["lce_backward_query"]
             got = calculator.get_accuracy(query, labels, gallery, labels, ref_includes_query=True)
@@ -108,6 +116,7 @@ def test_report_has_the_table_and_the_verdicts(out, metrics):
         assert f" {precision:.1f} / {average_precision:.1f} " in row
     assert "- independent: " in report
     assert "- bct: " in report
+    assert "- fct_side: " in report and "The new model is the independent one, as it was." in report
     assert "(compatibility.png)" in report
     assert f"pml-compat {__version__}" in report
 
@@ -145,11 +154,11 @@ def test_examples_show_what_other_images_a_query_finds(tmp_path, monkeypatch):
     gallery = load_digits().images / 16
     labels = load_digits().target
     stored = arrays(tmp_path / "out")["image_index"]
-    for digit, example in enumerate(drawn, start=demo.OLD_CLASSES):
+    for digit, example in enumerate(drawn, start=demo_models.OLD_CLASSES):
         distances = np.linalg.norm((gallery[stored] - example.query).reshape(-1, 64) @ narrow.numpy(), axis=1)
         itself, *nearest = stored[np.argsort(distances)[:6]]
         assert labels[itself] == digit
-        for method in demo.NEW_METHODS:
+        for method in demo_models.METHODS:
             images, right = zip(*example.found[method], strict=True)
             assert np.array(images) == pytest.approx(gallery[nearest])
             assert list(right) == (labels[nearest] == digit).tolist()
@@ -171,7 +180,8 @@ def test_an_interrupted_run_leaves_what_was_there(older, tmp_path, monkeypatch, 
         if len(calls) == 7:  # in the second seed, when the first one's embeddings are on disk
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "train", interrupted)
+    untrained(monkeypatch)
+    monkeypatch.setattr(demo_models, "train", interrupted)
     assert main(["demo", "--out", str(out), "--seeds", "0", "1"]) == 130
     assert any(name.startswith(".out-") for name in calls[-1])  # the work went somewhere
     assert [file.name for file in tmp_path.iterdir()] == ["out"] * older
@@ -191,7 +201,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_out_on_a_file_fails_before_the_work(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "train", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(demo_models, "train", lambda *args: pytest.fail("trained"))
     (tmp_path / "out").write_text("older")
     assert main(["demo", "--out", str(tmp_path / "out"), "--seeds", "0"]) == 1
     streams = capsys.readouterr()
@@ -210,7 +220,7 @@ def test_missing_extra_gives_the_pip_command_before_the_work(module, tmp_path, m
             if name == package:
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(demo, "train", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(demo_models, "train", lambda *args: pytest.fail("trained"))
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
     for name in (package, module):
         monkeypatch.delitem(sys.modules, name)

@@ -104,3 +104,16 @@ def test_lce_transformations():
     assert len(found) == 13 and "collapsed" in printed
     old = average_precision.pop("old / old")
     assert all(value > old for value in average_precision.values()), printed
+
+
+@pytest.mark.slow
+def test_fct_end_to_end():
+    printed = python(EXAMPLES / "fct_end_to_end.py")
+    found = re.findall(r"^(\w+ / .+?) +([\d.]+)% +([\d.]+)%$", printed, re.MULTILINE)
+    average_precision = {name: float(value) for name, _, value in found}
+    assert len(found) == 8
+    old = average_precision.pop("old / old")
+    assert all(value > old for value in average_precision.values()), printed
+    without = average_precision["new / old transformed"]
+    for origin in ("SimCLR", "PCA"):
+        assert average_precision[f"new / old transformed, side-information by {origin}"] > without, printed

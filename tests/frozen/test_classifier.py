@@ -191,6 +191,14 @@ def test_unknown_labels_are_left_out():
     assert embeddings.grad[~known].abs().max() == 0 and embeddings.grad[known].abs().min() > 0
 
 
+def test_strided_labels_are_taken_without_a_warning():
+    classifier = FrozenClassifier(torch.eye(3), labels=[4, 2, 7])
+    embeddings, labels = torch.eye(3), torch.tensor([4, 0, 2, 0, 7, 0])
+    losses, known = classifier.losses(embeddings, labels[::2])
+    assert known.all()
+    assert torch.equal(losses, classifier.losses(embeddings, labels[::2].clone())[0])
+
+
 def test_no_known_label_gives_zero_with_a_gradient():
     embeddings, _ = batch()
     losses, known = make("linear").losses(embeddings, torch.full((N,), 1000))

@@ -139,6 +139,25 @@ def test_table_of_huge_gains_stays_narrow():
     assert row[4] == "100 / 100"
 
 
+FCT = {**NUMBERS, "fct": {"new_to_transformed_old": [(0.80, 0.70), (0.82, 0.72)]}}
+
+
+def test_a_transformed_gallery_is_its_methods_cross_test():
+    one = results(numbers=FCT)
+    assert one.cross_pair("fct") == "new_to_transformed_old" and one.cross_pair("bct") == "new_to_old"
+    assert one.gains("fct", "precision_at_1") == pytest.approx([0.3 / 0.4, 0.3 / 0.4])
+    assert one.holds("fct", "mean_average_precision") == [True, True]
+    header, _, *rows = cells(markdown_table(one))
+    assert header[:4] == ["method", "old/old", "new/old", "new/new"]
+    assert rows[-1] == ["fct", "", "81.0 / 71.0 T", "", "0.75 / 0.75", "holds"]
+    assert "(T: transformed)" in title(one) and "T:" not in title(results())
+    said = verdict(one, "fct")
+    assert said.startswith("fct: compatible. New queries find the transformed old gallery better than old queries did")
+    assert "81.0% against 51.0%" in said and said.endswith("The new model is the independent one, as it was.")
+    assert "transformed" not in verdict(one, "bct") and "as it was" not in verdict(one, "bct")
+    assert one.to_json()["compatibility"]["fct"]["precision_at_1"]["holds"] == [True, True]
+
+
 def test_rich_table_says_what_the_markdown_table_says():
     one = results()
     console = Console(width=100)
