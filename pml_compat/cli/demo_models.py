@@ -48,9 +48,6 @@ def upgrade(
     ``fct_gallery`` and ``fct_side_gallery`` those of ``old`` in the independent model's space, by theirs.
     """
 
-    def new_loss(classes: int, width: int) -> NormalizedSoftmaxLoss:
-        return NormalizedSoftmaxLoss(classes, width, temperature=TEMPERATURE)
-
     def step() -> None:
         progress.update()
 
@@ -64,19 +61,19 @@ def upgrade(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         progress.set_description(f"seed {seed}: old")
-        old, old_loss = network(OLD_CHANNELS, OLD_WIDTH), new_loss(OLD_CLASSES, OLD_WIDTH)
+        old, old_loss = network(OLD_CHANNELS, OLD_WIDTH), task_loss(OLD_CLASSES, OLD_WIDTH)
         train(old, old_loss, images[few], labels[few], OLD_EPOCHS, OLD_BATCH, step)
-        independent = fit("independent", new_loss(10, NEW_WIDTH), NEW_WIDTH)
+        independent = fit("independent", task_loss(10, NEW_WIDTH), NEW_WIDTH)
 
         # The old model, run over the new training set: a centre for every digit, also for those it never saw.
         centers = ClassCenters.from_embeddings(embed(old, images), labels)
         # BCT: the old classifier, with pseudo rows for the new digits, judges the new model too.
         old_classifier = FrozenClassifier.from_loss(old_loss).extend(centers)
-        bct = fit("bct", BCTLoss(new_loss(10, NEW_WIDTH), old_classifier, INFLUENCE_WEIGHT), NEW_WIDTH)
+        bct = fit("bct", BCTLoss(task_loss(10, NEW_WIDTH), old_classifier, INFLUENCE_WEIGHT), NEW_WIDTH)
         # LCE: the new classes lie where the old ones lie; directly, or after a map from new to old space.
-        lce = fit("lce", LCELoss(new_loss(10, OLD_WIDTH), centers), OLD_WIDTH)
+        lce = fit("lce", LCELoss(task_loss(10, OLD_WIDTH), centers), OLD_WIDTH)
         to_old = OrthogonalTransformation(NEW_WIDTH, OLD_WIDTH)
-        lce_loss = LCELoss(new_loss(10, NEW_WIDTH), centers, backward_transformation=to_old)
+        lce_loss = LCELoss(task_loss(10, NEW_WIDTH), centers, backward_transformation=to_old)
         lce_backward = fit("lce_backward", lce_loss, NEW_WIDTH)
 
         # FCT: side-information made beside the old model, and a map from what was stored into the new space.
@@ -112,6 +109,11 @@ def upgrade(
         )
         embeddings[f"{name}_gallery"] = torch.from_numpy(mapped)
     return embeddings
+
+
+def task_loss(classes: int, width: int) -> NormalizedSoftmaxLoss:
+    """The loss of every model that learns from labels."""
+    return NormalizedSoftmaxLoss(classes, width, temperature=TEMPERATURE)
 
 
 def network(channels: int, width: int) -> torch.nn.Module:
