@@ -1,8 +1,8 @@
 """Backward-compatible training (BCT) with PML's own trainer, tester and logging, and no training loop of our own.
 
-``BCTLoss`` goes where any PML loss goes, ``loss_funcs["metric_loss"]``, and ``CrossModelAccuracyCalculator`` where
-the tester takes an ``AccuracyCalculator``. PML's hooks then log both terms of the loss, measure the accuracy and save
-the models at each epoch; at the end the cross-model accuracies are measured.
+``BCTLoss`` goes where any PML loss goes, ``loss_funcs["metric_loss"]``, and ``CrossModelTester``, which holds the old
+model, where any PML tester goes. At each epoch PML's hooks then log both terms of the loss and the accuracy of every
+pair of query and gallery model, and save the models that serve the old gallery best.
 
     pip install "pml-compat[demo]" record-keeper tensorboard
     python examples/bct_pml_trainer.py         # logs and models go to a temporary folder
@@ -14,15 +14,15 @@ import sys
 import tempfile
 
 import torch
-from pytorch_metric_learning import losses, testers, trainers
+from pytorch_metric_learning import losses, trainers
 from pytorch_metric_learning.utils import logging_presets
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Subset, TensorDataset
 
-from pml_compat.accuracy import CrossModelAccuracyCalculator, compatibility_matrix
 from pml_compat.frozen import ClassCenters, FrozenClassifier
 from pml_compat.losses import BCTLoss
+from pml_compat.testers import CrossModelTester
 
 SEED = 0
 OLD_WIDTH, NEW_WIDTH = 32, 64
@@ -49,14 +49,18 @@ def main(epochs, folder):
     old_loss = losses.NormalizedSoftmaxLoss(5, OLD_WIDTH, temperature=TEMPERATURE)
     make_trainer(old_models, old_loss, Subset(train_set, few)).train(num_epochs=30)
 
-    hooks = logging_presets.get_hook_container(record_keeper, primary_metric="mean_average_precision", log_freq=10)
-    calculator = CrossModelAccuracyCalculator(include=("precision_at_1", "mean_average_precision"))
-    tester = testers.GlobalEmbeddingSpaceTester(
-        end_of_testing_hook=hooks.end_of_testing_hook, accuracy_calculator=calculator, dataloader_num_workers=0
+    hooks = logging_presets.get_hook_container(
+        record_keeper, primary_metric="new_to_old_mean_average_precision", log_freq=10
+    )
+    tester = CrossModelTester(
+        torch.nn.Sequential(old_models["trunk"], old_models["embedder"]),
+        end_of_testing_hook=hooks.end_of_testing_hook,
+        dataloader_num_workers=0,
     )
 
     # The upgrade: the old classifier, with pseudo rows for the digits it never saw, judges the new model too.
-    centers = ClassCenters.from_embeddings(*embed(tester, old_models, train_set))
+    old_embeddings, old_labels = tester.get_all_embeddings(train_set, tester.old_model)
+    centers = ClassCenters.from_embeddings(old_embeddings, old_labels[:, 0])
     old_classifier = FrozenClassifier.from_loss(old_loss).extend(centers)
     new_loss = losses.NormalizedSoftmaxLoss(10, NEW_WIDTH, temperature=TEMPERATURE)
     loss_func = BCTLoss(new_loss, old_classifier, influence_weight=3.0, collect_stats=True)
@@ -73,14 +77,14 @@ def main(epochs, folder):
     terms = record_keeper.query("SELECT task_loss, influence_loss FROM metric_loss_BCTLoss", return_dict=True)
     for name, values in terms.items():
         print(f"{name}: {values[0]:.3f} at first, {values[-1]:.3f} at last, {len(values)} values logged")
-    print("best epoch by new/new mAP: {} ({:.1%})".format(*hooks.get_best_epoch_and_accuracy(tester, "val")))
+    print("best epoch by new/old mAP: {} ({:.1%})".format(*hooks.get_best_epoch_and_accuracy(tester, "val")))
 
-    embeddings = {"old": embed(tester, old_models, test_set)[0], "new": embed(tester, new_models, test_set)[0]}
-    matrix = compatibility_matrix(embeddings, labels[test_index], calculator=calculator)
+    accuracies = tester.all_accuracies["val"]  # of the last epoch
     print("query/gallery    P@1    mAP")
-    for query, gallery in (("old", "old"), ("new", "old"), ("new", "new")):
-        accuracy = matrix[query][gallery]
-        print(f"{query}/{gallery}       {accuracy['precision_at_1']:7.1%}{accuracy['mean_average_precision']:7.1%}")
+    for pair in ("old_to_old", "new_to_old", "new_to_new"):
+        precision = accuracies[f"{pair}_precision_at_1_level0"]
+        average_precision = accuracies[f"{pair}_mean_average_precision_level0"]
+        print(f"{pair.replace('_to_', '/')}       {precision:7.1%}{average_precision:7.1%}")
 
 
 def make_models(channels, width):
@@ -105,11 +109,6 @@ def make_trainer(models, loss_func, dataset, **hooks):
         dataloader_num_workers=0,
         **hooks,
     )
-
-
-def embed(tester, models, dataset):
-    embeddings, labels = tester.get_all_embeddings(dataset, models["trunk"], models["embedder"])
-    return embeddings, labels[:, 0]
 
 
 if __name__ == "__main__":

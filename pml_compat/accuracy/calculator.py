@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partialmethod
 from typing import Any
 
@@ -19,8 +20,9 @@ from pytorch_metric_learning.utils.inference import FaissKMeans
 
 from ..checks import as_tensor, check_embeddings
 from ..width import fit_width
+from .matches import Compared, EqualCodes, Matches, SamePosition, mask
 from .rank_metrics import average_precision, hit_rate, r_precision, reciprocal_rank
-from .ranking import Mask, PositiveRanks, exact_ranks, listed_ranks, nearest, query_chunks
+from .ranking import PositiveRanks, exact_ranks, listed_ranks, nearest, query_chunks
 
 RANK_METRICS = (
     "precision_at_1",
@@ -167,6 +169,99 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
                 ids beside ``ref_includes_query``; with ``ref_includes_query`` a gallery that is shorter than the
                 queries or has other labels in their rows.
         """
+        search = self._prepare(
+            query,
+            query_labels,
+            reference,
+            reference_labels,
+            ref_includes_query,
+            query_ids,
+            reference_ids,
+            query_cameras,
+            reference_cameras,
+        )
+        self.curr_function_dict = self.get_function_dict(include, exclude)
+        metrics = set(self.get_curr_metrics())
+        own_metrics = metrics & (set(self.requires_knn()) - set(RANK_METRICS))  # a subclass's
+        kwargs: dict[str, Any] = {
+            "query": search.query,
+            "reference": search.reference,
+            "query_labels": search.query_labels,
+            "reference_labels": search.reference_labels,
+            "ref_includes_query": search.ref_includes_query,
+            "label_comparison_fn": self.label_comparison_fn,
+        }
+        k = self._cut_off(search)
+        if metrics & set(RANK_METRICS):
+            kwargs["per_query"] = _score(self._ranks(search, k), k, len(search.query))
+        if own_metrics:
+            scored = search.count_positives() > 0
+            kwargs["knn_labels"] = search.reference_labels[self._neighbors(search, k)]
+            kwargs["label_counts"] = get_label_match_counts(
+                search.query_labels, search.reference_labels, self.label_comparison_fn
+            )
+            kwargs["not_lone_query_mask"] = scored
+            kwargs["lone_query_labels"] = get_unique_labels(search.query_labels[~scored])
+        if metrics & set(self.requires_clustering()):
+            kwargs["cluster_labels"] = self.get_cluster_labels(**kwargs)
+        return self._get_accuracy(self.curr_function_dict, **kwargs)
+
+    def get_per_query_accuracy(
+        self,
+        query: Any,
+        query_labels: Any,
+        reference: Any = None,
+        reference_labels: Any = None,
+        ref_includes_query: bool = False,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        query_ids: Any = None,
+        reference_ids: Any = None,
+        query_cameras: Any = None,
+        reference_cameras: Any = None,
+    ) -> dict[str, torch.Tensor]:
+        """Return the ranking metrics of each query, for flips, intervals and a look at the worst.
+
+        The arguments are those of :meth:`get_accuracy`, whose numbers are the means of these; clustering metrics, which
+        no single query has, are left out.
+
+        Shape:
+            - output: ``{metric: (Q,)}`` float64, on the CPU; NaN for a query with no positive in the gallery
+        Example:
+            >>> calculator = CrossModelAccuracyCalculator(include=("precision_at_1",))
+            >>> calculator.get_per_query_accuracy(torch.eye(3)[[0, 0, 2]], torch.tensor([1, 1, 2]))
+            {'precision_at_1': tensor([1., 1., nan], dtype=torch.float64)}
+        """
+        search = self._prepare(
+            query,
+            query_labels,
+            reference,
+            reference_labels,
+            ref_includes_query,
+            query_ids,
+            reference_ids,
+            query_cameras,
+            reference_cameras,
+        )
+        names = [name for name in self.get_function_dict(include, exclude) if name in RANK_METRICS]
+        k = self._cut_off(search)
+        found = _score(self._ranks(search, k), k, len(search.query))
+        lone = found["relevant"] == 0
+        return {name: found[name].double().masked_fill(lone, torch.nan).cpu() for name in names}
+
+    def _prepare(
+        self,
+        query: Any,
+        query_labels: Any,
+        reference: Any,
+        reference_labels: Any,
+        ref_includes_query: bool,
+        query_ids: Any,
+        reference_ids: Any,
+        query_cameras: Any,
+        reference_cameras: Any,
+    ) -> _Search:
+        """Check what comes in, and say which gallery items are right and which are left out."""
         if reference is None:
             if reference_labels is not None or reference_ids is not None or reference_cameras is not None:
                 raise ValueError("reference must be given with reference_labels, reference_ids or reference_cameras")
@@ -182,86 +277,68 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         ids = _codes(query_ids, reference_ids, "ids", len(query), len(reference), self.device)
         cameras = _codes(query_cameras, reference_cameras, "cameras", len(query), len(reference), self.device)
 
-        def relevant(rows: slice) -> torch.Tensor:
-            own = query_labels[rows, None]
+        positives = self._positives(query_labels, reference_labels)
+        excluded: list[Matches] = []
+        if ref_includes_query:
+            excluded.append(SamePosition())
+        if ids is not None:
+            excluded.append(EqualCodes(*ids))
+        if cameras is not None:
+            excluded.append(_same_label_and_camera(positives, *cameras))
+        return _Search(query, reference, query_labels, reference_labels, ref_includes_query, positives, excluded)
+
+    def _cut_off(self, search: _Search) -> int | None:
+        if self.k == "max_bin_count":
+            return int(search.count_positives().max()) or 1
+        return self.k
+
+    def _ranks(self, search: _Search, k: int | None) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
+        if self.knn_func is _exact_search:
+            return exact_ranks(search.narrow, search.reference, search.positives, search.excluded, k)
+        return self._listed_ranks(search, k)
+
+    def _positives(self, query_labels: torch.Tensor, reference_labels: torch.Tensor) -> Matches:
+        if self.label_comparison_fn is torch.eq and query_labels.ndim == 1:
+            return EqualCodes(*_common_type(query_labels, reference_labels))
+
+        def match(queries: torch.Tensor) -> torch.Tensor:
+            own = query_labels[queries, None]
             return self.label_comparison_fn(own, reference_labels.expand(len(own), *reference_labels.shape))
 
-        def excluded(rows: slice) -> torch.Tensor:
-            size = len(query_labels[rows])
-            out = torch.zeros(size, len(reference_labels), dtype=torch.bool, device=self.device)
-            if ref_includes_query:
-                position = torch.arange(size, device=self.device)
-                out[position, position + rows.start] = True
-            if ids is not None:
-                out |= ids[0][rows, None] == ids[1]
-            if cameras is not None:
-                out |= (cameras[0][rows, None] == cameras[1]) & relevant(rows)
-            return out
+        return Compared(match)
 
-        self.curr_function_dict = self.get_function_dict(include, exclude)
-        metrics = set(self.get_curr_metrics())
-        kwargs: dict[str, Any] = {
-            "query": query,
-            "reference": reference,
-            "query_labels": query_labels,
-            "reference_labels": reference_labels,
-            "ref_includes_query": ref_includes_query,
-            "label_comparison_fn": self.label_comparison_fn,
-        }
-        narrow = fit_width(query, reference.shape[1])
-        size = len(query), len(reference)
-        k = self.k
-        if k == "max_bin_count":
-            k = max(int((relevant(rows) & ~excluded(rows)).sum(1).max()) for rows in query_chunks(*size)) or 1
-        if metrics & set(RANK_METRICS):
-            if self.knn_func is _exact_search:
-                ranks = exact_ranks(narrow, reference, relevant, excluded)
-            else:
-                ranks = self._listed_ranks(narrow, reference, relevant, excluded, k)
-            kwargs["per_query"] = _score(ranks, k)
-        if metrics & (set(self.requires_knn()) - set(RANK_METRICS)):  # a subclass's own
-            kwargs["knn_labels"] = reference_labels[self._neighbors(narrow, reference, excluded, k)]
-            kwargs["label_counts"] = get_label_match_counts(query_labels, reference_labels, self.label_comparison_fn)
-            chunks = query_chunks(*size)
-            scored = torch.cat([(relevant(rows) & ~excluded(rows)).any(1) for rows in chunks])
-            kwargs["not_lone_query_mask"] = scored
-            kwargs["lone_query_labels"] = get_unique_labels(query_labels[~scored])
-        if metrics & set(self.requires_clustering()):
-            kwargs["cluster_labels"] = self.get_cluster_labels(**kwargs)
-        return self._get_accuracy(self.curr_function_dict, **kwargs)
-
-    def _search(
-        self, query: torch.Tensor, reference: torch.Tensor, excluded: Mask, k: int | None
-    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _find(
+        self, search: _Search, k: int | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Ask ``knn_func`` for k items, and as many more as are left out of any of these queries' rankings.
 
         Yields the queries, the ``(q, k')`` gallery rows found, which of them count, and the ``(q, N)`` exclusions.
         """
-        for rows in query_chunks(len(query), len(reference)):
-            out = excluded(rows)
+        query, reference = search.narrow.float(), search.reference.float()
+        for numbers in search.chunks():
+            out = mask(search.excluded, numbers, len(reference))
             size = len(reference) if k is None else min(k + int(out.sum(1).max()), len(reference))
-            _, indices = self.knn_func(query[rows].float(), size, reference.float(), False)
+            _, indices = self.knn_func(query[numbers], size, reference, False)
             indices = indices.to(self.device)
             found = indices >= 0  # faiss fills up with -1
             indices = indices.clamp_min(0)
-            yield rows, indices, found & ~out.gather(1, indices), out
+            yield numbers, indices, found & ~out.gather(1, indices), out
 
-    def _listed_ranks(
-        self, query: torch.Tensor, reference: torch.Tensor, relevant: Mask, excluded: Mask, k: int | None
-    ) -> Iterator[tuple[slice, PositiveRanks]]:
+    def _listed_ranks(self, search: _Search, k: int | None) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
         at_least = None if k is None else max(k, 10)  # cmc_top_10 looks at ten, whatever k is
-        for rows, indices, kept, out in self._search(query, reference, excluded, at_least):
-            yield rows, listed_ranks(indices, kept, relevant(rows), out)
+        for numbers, indices, kept, out in self._find(search, at_least):
+            relevant = mask([search.positives], numbers, len(search.reference))
+            yield numbers, listed_ranks(indices, kept, relevant, out)
 
-    def _neighbors(self, query: torch.Tensor, reference: torch.Tensor, excluded: Mask, k: int | None) -> torch.Tensor:
+    def _neighbors(self, search: _Search, k: int | None) -> torch.Tensor:
         """The nearest gallery rows of each query, as many as every query has, at most k."""
-        chunks = query_chunks(len(query), len(reference))
-        left = min(len(reference) - int(excluded(rows).sum(1).max()) for rows in chunks)
+        size = len(search.reference)
+        left = min(size - int(mask(search.excluded, part, size).sum(1).max()) for part in search.chunks())
         k = left if k is None else min(k, left)
         if self.knn_func is _exact_search:
-            return torch.cat(list(nearest(query, reference, excluded, k)))
+            return torch.cat(list(nearest(search.narrow, search.reference, search.excluded, k)))
         chosen = []
-        for _, indices, kept, _ in self._search(query, reference, excluded, k):
+        for _, indices, kept, _ in self._find(search, k):
             if int(kept.sum(1).min()) < k:
                 raise ValueError(f"knn_func must find at least {k} gallery items a query, got {int(kept.sum(1).min())}")
             chosen.append(indices.gather(1, torch.argsort(~kept, dim=1, stable=True)[:, :k]))
@@ -294,23 +371,66 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             )
 
 
-def _score(ranks: Iterator[tuple[slice, PositiveRanks]], k: int | None) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class _Search:
+    """Queries and a gallery, checked and on one device; what is right for each query, and what is left out."""
+
+    query: torch.Tensor
+    reference: torch.Tensor
+    query_labels: torch.Tensor
+    reference_labels: torch.Tensor
+    ref_includes_query: bool
+    positives: Matches
+    excluded: list[Matches]
+
+    @property
+    def narrow(self) -> torch.Tensor:
+        """The queries, as wide as the gallery."""
+        return fit_width(self.query, self.reference.shape[1])
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """Yield the numbers of some queries after the other."""
+        for rows in query_chunks(len(self.query), len(self.reference)):
+            yield torch.arange(rows.start, rows.stop, device=self.query.device)
+
+    def count_positives(self) -> torch.Tensor:
+        """Count each query's positives that are in its ranking."""
+        size = len(self.reference)
+        chunks = ((mask([self.positives], part, size), mask(self.excluded, part, size)) for part in self.chunks())
+        return torch.cat([(positive & ~out).sum(1) for positive, out in chunks])
+
+
+def _score(ranks: Iterator[tuple[torch.Tensor, PositiveRanks]], k: int | None, n_query: int) -> dict[str, torch.Tensor]:
     """Score queries chunk by chunk; only one number a query and metric is kept."""
-    chunks = []
-    for _, chunk in ranks:
+    scores: dict[str, torch.Tensor] = {}
+    for numbers, chunk in ranks:
         at_r = chunk.relevant if k is None else chunk.relevant.clamp_max(k)
-        chunks.append(
-            {
-                "relevant": chunk.relevant,
-                "precision_at_1": hit_rate(chunk, 1),
-                "mean_average_precision": average_precision(chunk, k),
-                "mean_average_precision_at_r": average_precision(chunk, at_r),
-                "mean_reciprocal_rank": reciprocal_rank(chunk, k),
-                "r_precision": r_precision(chunk, k),
-                **{f"cmc_top_{places}": hit_rate(chunk, places) for places in (1, 5, 10)},
-            }
-        )
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        found = {
+            "relevant": chunk.relevant,
+            "precision_at_1": hit_rate(chunk, 1),
+            "mean_average_precision": average_precision(chunk, k),
+            "mean_average_precision_at_r": average_precision(chunk, at_r),
+            "mean_reciprocal_rank": reciprocal_rank(chunk, k),
+            "r_precision": r_precision(chunk, k),
+            **{f"cmc_top_{places}": hit_rate(chunk, places) for places in (1, 5, 10)},
+        }
+        for name, values in found.items():
+            scores.setdefault(name, values.new_zeros(n_query))[numbers] = values
+    return scores
+
+
+def _same_label_and_camera(positives: Matches, query_cameras: torch.Tensor, reference_cameras: torch.Tensor) -> Matches:
+    class LabelAndCamera(Matches):
+        def lists(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            index, valid = positives.lists(queries)
+            return index, valid & (query_cameras[queries, None] == reference_cameras[index])
+
+    return LabelAndCamera()
+
+
+def _common_type(query: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(query.dtype, reference.dtype)
+    return query.to(dtype), reference.to(dtype)
 
 
 def _codes(

@@ -1,26 +1,32 @@
 """Exact ranks of the right gallery items, query chunk by query chunk: the one engine under every metric.
 
-Retrieval metrics need only where the positives stand in each query's full ranking. So the distances of a chunk of
-queries are sorted by value, and the positives' ranks are looked up in them; no more than one chunk of queries by
-the gallery is ever held.
+Retrieval metrics need only where the positives stand in each query's full ranking, and that is counted, not sorted: the
+scores of a chunk of queries (one float32 matrix product) are put into narrow buckets; the items in a positive's own
+bucket are compared with it one by one, those in nearer buckets by number. No more than one chunk of queries by the
+gallery is ever held.
 
-Distances are taken in float64, and items whose distances differ by no more than the rounding of the product tie: copies
-of a vector, or codes at the same distance, wherever they stand. So no order of the rows can change a metric.
+Where the rounding of the scores could show in a metric (among the first places, across a cut-off, or by much in the
+average precision), float64 decides: the query is ranked again by sorted float64 distances, in which items tie where
+their distances differ by no more than the rounding of that product: copies of a vector, or codes at the same distance,
+wherever they stand. So no order of the rows can change a metric.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-_CHUNK_ELEMENTS = 2**22  # distances held at once: 32 MiB, and a few masks of the same shape
-_MIN_QUERIES = 16  # a matrix product of fewer rows would spend its time reading the gallery
-_GALLERY_BLOCK = 2**15  # gallery rows turned to float64 at once
+from .matches import Matches, mask, padded
 
-Mask = Callable[[slice], torch.Tensor]
+_CHUNK_ELEMENTS = 3 * 2**19  # scores held at once, with all that is made of them some 30 bytes each
+_MIN_QUERIES = 16  # a matrix product of fewer rows would spend its time reading the gallery
+_GALLERY_BLOCK = 2**12  # gallery rows turned to float64 at once
+_FIRST_PLACES = 10  # where the order is not left to rounding
+_CHANGE = 1e-4  # of one query's average precision, in the worst case, that is left to rounding; either way as likely
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,10 @@ class PositiveRanks:
     positives_within: torch.Tensor  # positives at most as far, itself included
     relevant: torch.Tensor  # (Q,) positives of each query, in the ranking or not
 
+    def of(self, queries: torch.Tensor) -> PositiveRanks:
+        """Return the ranks of some of the queries."""
+        return PositiveRanks(**{field.name: getattr(self, field.name)[queries] for field in fields(self)})
+
 
 def query_chunks(n_query: int, n_reference: int) -> Iterator[slice]:
     """Yield slices of the queries, of a size set by the gallery's."""
@@ -45,47 +55,144 @@ def query_chunks(n_query: int, n_reference: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n_query))
 
 
-def squared_distances(query: torch.Tensor, reference: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield ``(rows, (q, N) distances)`` over chunks of queries; squared Euclidean less the query's own norm.
+def _squared_distances(query: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return ``(q, N)`` squared Euclidean distances less each query's own norm, in float64.
 
     Within a row the order, which is all that ranks need, is that of the Euclidean distance.
     """
     dtype = torch.float32 if query.device.type == "mps" else torch.float64
-    reference_norms = torch.cat([part.to(dtype).square().sum(1) for part in reference.split(_GALLERY_BLOCK)])
-    for rows in query_chunks(len(query), len(reference)):
-        part = query[rows].to(dtype)
-        distances = part.new_empty(len(part), len(reference))
-        for first in range(0, len(reference), _GALLERY_BLOCK):
-            block = slice(first, first + _GALLERY_BLOCK)
-            distances[:, block] = torch.addmm(reference_norms[block], part, reference[block].to(dtype).t(), alpha=-2)
-        yield rows, distances
+    query = query.to(dtype)
+    distances = query.new_empty(len(query), len(reference))
+    for first in range(0, len(reference), _GALLERY_BLOCK):
+        block = reference[first : first + _GALLERY_BLOCK].to(dtype)
+        norms = block.square().sum(1)
+        distances[:, first : first + _GALLERY_BLOCK] = torch.addmm(norms, query, block.t(), alpha=-2)
+    return distances
 
 
 def exact_ranks(
-    query: torch.Tensor, reference: torch.Tensor, relevant: Mask, excluded: Mask
-) -> Iterator[tuple[slice, PositiveRanks]]:
-    """Yield the positives' ranks in the full ranking by Euclidean distance.
+    query: torch.Tensor,
+    reference: torch.Tensor,
+    positives: Matches,
+    excluded: Sequence[Matches] = (),
+    k: int | None = None,
+) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
+    """Yield numbers of queries, each once and in any order, and the ranks of their positives by Euclidean distance.
 
     Args:
         query: ``(Q, D)``.
         reference: ``(N, D)``.
-        relevant: ``(q, N)`` bool for a slice of queries: same label.
-        excluded: ``(q, N)`` bool for a slice of queries: not in the ranking at all.
+        positives: the right items of each query.
+        excluded: items that are not in the ranking at all.
+        k: the place at which the caller cuts rankings off, if any.
     """
-    for rows, distances in squared_distances(query, reference):
-        out = excluded(rows)
-        positive = relevant(rows) & ~out
+    counting = _Counting(query, reference)
+    careful = not counting.works
+    left = torch.zeros(0, dtype=torch.long, device=query.device)
+    chunks = list(query_chunks(len(query), len(reference)))
+    for rows in chunks:
+        numbers = torch.arange(rows.start, rows.stop, device=query.device)
+        if careful:
+            left = torch.cat([left, numbers])
+        else:
+            ranks, unsure = counting.ranks(numbers, positives, excluded, k)
+            if not bool(unsure.all()):
+                yield numbers[~unsure], ranks.of(~unsure)
+            left = torch.cat([left, numbers[unsure]])
+            careful = 2 * int(unsure.sum()) > len(numbers)  # ties everywhere: counting first would be for nothing
+        if len(left) and (rows is chunks[-1] or len(left) >= len(numbers)):  # together: each time reads the gallery
+            yield from _sorted_ranks(query, reference, left, positives, excluded)
+            left = left[:0]
+
+
+class _Counting:
+    """Ranks by counting float32 scores, half the squared distance less the query's share of it."""
+
+    def __init__(self, query: torch.Tensor, reference: torch.Tensor) -> None:
+        self.query, self.reference = query.float(), reference.float()
+        self.half_norms = self.reference.square().sum(1).mul_(0.5)
+        longest = self.half_norms.max().mul(2).sqrt()
+        size = self.query.norm(dim=1, keepdim=True) * longest + self.half_norms.max()
+        # The error of a product grows with the square root of its terms; the inputs may have been rounded too.
+        self.tolerance = (2 + math.sqrt(query.shape[1]) / 4) * torch.finfo(torch.float32).eps * size
+        self.buckets = 2 ** max(8, math.floor(math.log2(len(reference))))
+        precise = torch.get_float32_matmul_precision() == "highest" and query.device.type != "mps"
+        self.works = precise and bool(torch.isfinite(size).all()) and float(size.min()) > 1e-20
+
+    def ranks(
+        self, numbers: torch.Tensor, positives: Matches, excluded: Sequence[Matches], k: int | None
+    ) -> tuple[PositiveRanks, torch.Tensor]:
+        """Return the ranks, and for which of the queries the rounding of their scores could show in a metric."""
+        rows = slice(int(numbers[0]), int(numbers[-1]) + 1)
+        with torch.autocast(self.query.device.type, enabled=False):
+            scores = torch.addmm(self.half_norms, self.query[rows], self.reference.t(), alpha=-1)
+        # Some of the gallery tell well enough where scores lie; what is beyond them goes into the outermost buckets.
+        low, high = torch.aminmax(scores[:, :: max(1, len(self.reference) // 512)], dim=1, keepdim=True)
+        scale = (self.buckets - 1) / (high - low).clamp_min(self.tolerance[rows])
+
+        def bucket_of(values: torch.Tensor) -> torch.Tensor:
+            return torch.sub(values, low).mul_(scale).clamp_(0, self.buckets - 1).long()
+
+        bucket = bucket_of(scores)
+        for matches in excluded:
+            bucket[matches.pairs(numbers)] = self.buckets  # one more, past all others
+
+        index, valid = positives.lists(numbers)
+        valid = valid & (bucket.gather(1, index) < self.buckets)
+        own = _sort_values(scores.gather(1, index).masked_fill_(~valid, torch.inf))
+        relevant = valid.sum(1)
+        width = max(1, int(relevant.max()))
+        own = torch.nn.functional.pad(own, (0, max(0, width - own.shape[1])), value=torch.inf)[:, :width].contiguous()
+        below, above = own - self.tolerance[rows], own + self.tolerance[rows]
+
+        # Items in the buckets of the positives are compared one by one, all others counted.
+        places = [bucket_of(edge) for edge in (below, own, above)]
+        shared = bucket.new_zeros(len(numbers), self.buckets + 1, dtype=torch.bool)
+        counts = torch.zeros_like(shared, dtype=torch.int32)
+        counts.scatter_add_(1, bucket, counts.new_ones(1, 1).expand_as(bucket))
+        for place in places:
+            shared.scatter_(1, place, True)
+            counts.scatter_(1, place, 0)
+        counted = counts.cumsum(1, dtype=torch.int32)
+        row, column = _true_places(shared.gather(1, bucket))
+        near, filled = padded(row, scores[row, column], len(numbers))
+        near = _sort_values(near.masked_fill_(~filled, torch.inf))
+        before, here, after = (counted.gather(1, place) for place in places)
+        ranks = PositiveRanks(
+            valid=torch.arange(width, device=own.device) < relevant[:, None],
+            closer=here + torch.searchsorted(near, own),
+            within=here + torch.searchsorted(near, own, right=True),
+            positives_within=torch.searchsorted(own, own, right=True),
+            relevant=relevant,
+        )
+        surely_closer = before + torch.searchsorted(near, below)
+        maybe_within = after + torch.searchsorted(near, above, right=True)
+        return ranks, _unsure(ranks, surely_closer, maybe_within, k)
+
+
+def _sorted_ranks(
+    query: torch.Tensor,
+    reference: torch.Tensor,
+    queries: torch.Tensor,
+    positives: Matches,
+    excluded: Sequence[Matches],
+) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
+    """Rank by sorted float64 distances: slower than counting, and exact to the last tie."""
+    for numbers in queries.split(max(_MIN_QUERIES, _CHUNK_ELEMENTS // len(reference))):
+        distances = _squared_distances(query[numbers], reference)
+        out = mask(list(excluded), numbers, len(reference))
+        positive = mask([positives], numbers, len(reference)) & ~out
         distances.masked_fill_(out, torch.inf)
         counts = positive.sum(1)
         own = distances.new_full((len(distances), max(1, int(counts.max()))), torch.inf)
         valid = torch.arange(own.shape[1], device=own.device) < counts[:, None]
         own[valid] = distances[positive]
         own, everyone = _sort_values(own), _sort_values(distances)
-        first = _first_of_tie(everyone, query[rows].to(everyone.dtype).square().sum(1, keepdim=True))
+        first = _first_of_tie(everyone, query[numbers].to(everyone.dtype).square().sum(1, keepdim=True))
         places = torch.searchsorted(everyone, own).clamp_max(len(reference) - 1)
         closer = first.gather(1, places).masked_fill_(~valid, len(reference))
         yield (
-            rows,
+            numbers,
             PositiveRanks(
                 valid=valid,
                 closer=closer,
@@ -96,10 +203,31 @@ def exact_ranks(
         )
 
 
-def nearest(query: torch.Tensor, reference: torch.Tensor, excluded: Mask, k: int) -> Iterator[torch.Tensor]:
+def _unsure(
+    ranks: PositiveRanks, surely_closer: torch.Tensor, maybe_within: torch.Tensor, k: int | None
+) -> torch.Tensor:
+    """Tell for which queries rounding could move a positive that a metric looks at, or much of average precision."""
+    others = (maybe_within - surely_closer - 1) * ranks.valid
+    seen = surely_closer < _FIRST_PLACES
+    cuts = [ranks.relevant[:, None]]
+    if k is not None:
+        cuts += [torch.full_like(cuts[0], k), cuts[0].clamp_max(k)]
+    for cut in cuts:
+        seen = seen | ((surely_closer < cut) & (maybe_within > cut))
+    # A place more or less changes the precision at a place by at most its share of the items up to there.
+    change = (ranks.positives_within * others / maybe_within.clamp_min(1).square()).sum(1)
+    return (seen & (others > 0)).any(1) | (change > _CHANGE * ranks.relevant)
+
+
+def nearest(
+    query: torch.Tensor, reference: torch.Tensor, excluded: Sequence[Matches], k: int
+) -> Iterator[torch.Tensor]:
     """Yield the ``(q, k)`` row numbers of the nearest gallery items, chunk by chunk."""
-    for rows, distances in squared_distances(query, reference):
-        yield distances.masked_fill_(excluded(rows), torch.inf).topk(k, dim=1, largest=False).indices
+    for rows in query_chunks(len(query), len(reference)):
+        numbers = torch.arange(rows.start, rows.stop, device=query.device)
+        distances = _squared_distances(query[rows], reference)
+        distances.masked_fill_(mask(list(excluded), numbers, len(reference)), torch.inf)
+        yield distances.topk(k, dim=1, largest=False).indices
 
 
 def listed_ranks(
@@ -145,3 +273,12 @@ def _first_of_tie(values: torch.Tensor, query_norms: torch.Tensor) -> torch.Tens
     apart = values.diff(dim=1) > scale[:, :-1].mul_(64 * torch.finfo(values.dtype).eps)
     places = torch.arange(1, values.shape[1], device=values.device) * apart
     return torch.nn.functional.pad(places, (1, 0)).cummax(1).values
+
+
+def _true_places(flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the row and the column of every True, by rows; NumPy finds them faster on a CPU."""
+    if flags.device.type == "cpu":
+        flat = torch.from_numpy(np.flatnonzero(flags.numpy()))
+        row = flat // flags.shape[1]
+        return row, flat - row * flags.shape[1]
+    return flags.nonzero(as_tuple=True)  # type: ignore[return-value]

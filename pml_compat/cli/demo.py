@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..accuracy import CrossModelAccuracyCalculator
+from ..accuracy.matches import EqualCodes
 from ..accuracy.ranking import nearest
 from ..extras import import_extra
 from ..files import whole_folder
@@ -114,8 +115,7 @@ def _examples(
     """One query each of the first digits that the old model never saw, and what it finds in the old gallery."""
     queries = torch.stack([(labels == digit).nonzero()[0, 0] for digit in range(OLD_CLASSES, OLD_CLASSES + _EXAMPLES)])
 
-    def itself(rows: slice) -> torch.Tensor:
-        return queries[rows, None] == torch.arange(len(labels))
+    itself = [EqualCodes(queries, torch.arange(len(labels)))]
 
     found = {}
     for method, pair, query_name, gallery in searches(embeddings):

@@ -695,3 +695,27 @@ def test_unusable_arguments_are_named(change, message):
 def test_unusable_settings_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         CrossModelAccuracyCalculator(device="cpu", **kwargs)
+
+
+# Per query
+
+
+@pytest.mark.parametrize("k", [None, 3, "max_bin_count"])
+def test_per_query_values_average_to_the_accuracy(k):
+    query, query_labels, reference, reference_labels = sample(0)
+    one = calculator(k=k)
+    values = one.get_per_query_accuracy(query, query_labels, reference, reference_labels)
+    expected = one.get_accuracy(query, query_labels, reference, reference_labels)
+    assert set(values) == set(expected)
+    for name, value in values.items():
+        assert value.shape == (len(query),) and value.dtype == torch.float64
+        assert value.isnan().tolist() == (~np.isin(query_labels, reference_labels)).tolist()
+        assert float(value.nanmean()) == pytest.approx(expected[name], abs=1e-12)
+
+
+def test_per_query_takes_include_and_the_same_items():
+    labels = np.array([0, 0, 1, 1])
+    found = calculator().get_per_query_accuracy(
+        torch.eye(4), labels, torch.eye(4)[[1, 0, 2, 3]], labels, ref_includes_query=True, include=("precision_at_1",)
+    )
+    assert list(found) == ["precision_at_1"] and found["precision_at_1"][:2].tolist() == [1.0, 1.0]

@@ -7,22 +7,25 @@ from sklearn.metrics import average_precision_score
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pml_compat.accuracy import ranking
+from pml_compat.accuracy.matches import Compared, EqualCodes, SamePosition, mask
 from pml_compat.accuracy.rank_metrics import average_precision, hit_rate, r_precision, reciprocal_rank
 from tests.accuracy import naive_metrics
 
 
 def masks(relevant, excluded=None):
+    """What ``exact_ranks`` takes, from ``(Q, N)`` bools."""
     excluded = torch.zeros_like(relevant) if excluded is None else excluded
-    return lambda rows: relevant[rows], lambda rows: excluded[rows]
+    return Compared(lambda queries: relevant[queries]), [Compared(lambda queries: excluded[queries])]
 
 
 def ranks_of(query, reference, relevant, excluded=None):
     """All the chunks' ranks, as lists of ``(closer, within, positives_within)``, one list a query."""
-    out = []
-    for _, ranks in ranking.exact_ranks(query, reference, *masks(relevant, excluded)):
-        for row in range(len(ranks.valid)):
+    out = [None] * len(query)
+    for numbers, ranks in ranking.exact_ranks(query, reference, *masks(relevant, excluded)):
+        for row, number in enumerate(numbers.tolist()):
+            assert out[number] is None
             fields = (ranks.closer, ranks.within, ranks.positives_within)
-            out.append(list(zip(*(field[row][ranks.valid[row]].tolist() for field in fields), strict=True)))
+            out[number] = list(zip(*(field[row][ranks.valid[row]].tolist() for field in fields), strict=True))
     return out
 
 
@@ -84,8 +87,10 @@ def test_ranks_are_counts(seed, integers):
 def test_relevant_counts_positives_that_are_not_excluded():
     relevant = torch.tensor([[True, True, False], [False, False, False]])
     excluded = torch.tensor([[True, False, False], [False, False, False]])
-    ((_, ranks),) = ranking.exact_ranks(torch.zeros(2, 1), torch.ones(3, 1), *masks(relevant, excluded))
-    assert ranks.relevant.tolist() == [1, 0]
+    counts = {}
+    for numbers, ranks in ranking.exact_ranks(torch.zeros(2, 1), torch.ones(3, 1), *masks(relevant, excluded)):
+        counts |= dict(zip(numbers.tolist(), ranks.relevant.tolist(), strict=True))
+    assert counts == {0: 1, 1: 0}
 
 
 def test_chunks_cover_every_query_once(monkeypatch):
@@ -98,12 +103,8 @@ def test_chunks_cover_every_query_once(monkeypatch):
 def test_distances_order_like_euclidean_ones_in_tiny_blocks(monkeypatch):
     query, reference = torch.randn(9, 4), torch.randn(31, 4)
     expected = torch.cdist(query.double(), reference.double()).argsort(1)
-    monkeypatch.setattr(ranking, "_CHUNK_ELEMENTS", 62)
-    monkeypatch.setattr(ranking, "_MIN_QUERIES", 1)
     monkeypatch.setattr(ranking, "_GALLERY_BLOCK", 7)
-    chunks = list(ranking.squared_distances(query, reference))
-    assert [rows for rows, _ in chunks] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8), slice(8, 9)]
-    assert torch.equal(torch.cat([distances for _, distances in chunks]).argsort(1), expected)
+    assert torch.equal(ranking._squared_distances(query, reference).argsort(1), expected)
 
 
 @pytest.mark.parametrize("jitter", [False, True])
@@ -143,7 +144,9 @@ def test_one_long_gallery_row_leaves_the_others_ranks_alone():
 def test_nearest_leaves_out_the_excluded():
     reference = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
     excluded = torch.tensor([[True, False, False, False], [False, False, True, False]])
-    found = torch.cat(list(ranking.nearest(torch.tensor([[0.1], [2.1]]), reference, lambda rows: excluded[rows], 2)))
+    found = torch.cat(
+        list(ranking.nearest(torch.tensor([[0.1], [2.1]]), reference, [Compared(lambda queries: excluded[queries])], 2))
+    )
     assert found.tolist() == [[1, 2], [3, 1]]
 
 
@@ -205,7 +208,121 @@ def test_average_precision_of_integer_embeddings_is_that_of_sklearn(seed):
     generator = torch.Generator().manual_seed(seed)
     query, reference = (torch.randint(-2, 3, (n, 3), generator=generator).double() for n in (15, 60))
     relevant = torch.rand(15, 60, generator=generator) < 0.3
-    ((_, ranks),) = ranking.exact_ranks(query, reference, *masks(relevant))
+    got = torch.zeros(15, dtype=torch.float64)
+    for numbers, ranks in ranking.exact_ranks(query, reference, *masks(relevant)):
+        got[numbers] = average_precision(ranks)
     distances = ((query[:, None] - reference) ** 2).sum(2)
     expected = [average_precision_score(relevant[i], -distances[i]) for i in range(15)]
-    assert average_precision(ranks).tolist() == pytest.approx(expected, abs=1e-12)
+    assert got.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+# Counting float32 scores, against sorted float64 distances
+
+
+def embeddings(kind, n, seed, width=24):
+    rows = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+    if kind == "unit":
+        return torch.nn.functional.normalize(rows)
+    if kind == "off_centre":
+        return rows + 300
+    if kind == "long_tailed":
+        return rows * torch.logspace(-3, 3, n)[:, None]
+    return rows * {"plain": 1.0, "tiny": 1e-4, "huge": 1e12}[kind]
+
+
+KINDS = ("unit", "plain", "tiny", "huge", "off_centre", "long_tailed")
+
+
+def scores_of(query, query_labels, reference, reference_labels, exclude=False, k=None):
+    positives = EqualCodes(query_labels, reference_labels)
+    found = {}
+    for numbers, ranks in ranking.exact_ranks(query, reference, positives, [SamePosition()] * exclude, k):
+        for name, value in {
+            "average precision": average_precision(ranks),
+            "first place": hit_rate(ranks, 1),
+            "tenth place": hit_rate(ranks, 10),
+            "R-precision": r_precision(ranks, k),
+            "AP at k": average_precision(ranks, k),
+            "reciprocal rank": reciprocal_rank(ranks),
+        }.items():
+            found.setdefault(name, torch.zeros(len(query), dtype=torch.float64))[numbers] = value.double()
+    return found
+
+
+@pytest.mark.parametrize("exclude", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_counting_gives_what_sorting_does(kind, exclude, monkeypatch):
+    query, reference = embeddings(kind, 300, 0), embeddings(kind, 2000, 1)
+    query[:150] = reference[:150]  # exact matches, at distance 0
+    generator = torch.Generator().manual_seed(2)
+    labels = [torch.randint(25, (n,), generator=generator) for n in (300, 2000)]
+    labels[0][:20] = 99  # no positives
+    got = scores_of(query, labels[0], reference, labels[1], exclude, k=7)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")  # then nothing is counted
+    monkeypatch.setattr(ranking._Counting, "ranks", lambda *_: pytest.fail("counted"))
+    expected = scores_of(query, labels[0], reference, labels[1], exclude, k=7)
+    for name in expected:
+        scored = expected[name].isfinite()
+        torch.testing.assert_close(got[name][scored].mean(), expected[name][scored].mean(), rtol=0, atol=1e-6)
+    for name in ("first place", "tenth place", "reciprocal rank", "R-precision"):
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["unit", "plain", "huge"])
+def test_ordinary_embeddings_are_counted(kind, monkeypatch):
+    sorted_ranks, queries = ranking._sorted_ranks, []
+    monkeypatch.setattr(ranking, "_sorted_ranks", lambda *a: queries.extend(a[2].tolist()) or sorted_ranks(*a))
+    labels = torch.arange(2000) % 25
+    scores_of(embeddings(kind, 300, 0, 64), labels[:300], embeddings(kind, 2000, 1, 64), labels)
+    assert len(queries) < 15
+
+
+def test_copies_everywhere_are_sorted_at_once(monkeypatch):
+    counted, ranks = [], ranking._Counting.ranks
+    monkeypatch.setattr(ranking, "_CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(ranking._Counting, "ranks", lambda self, n, *a: counted.append(len(n)) or ranks(self, n, *a))
+    reference = embeddings("unit", 20, 0).repeat(5, 1)
+    labels = torch.arange(100) % 20
+    found = scores_of(reference, labels, reference, labels)
+    assert counted == [16]  # the first chunk alone
+    assert found["average precision"].tolist() == [1.0] * 100
+
+
+@pytest.mark.parametrize("width", [3, 64, 700])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tolerance_bounds_the_error_of_the_scores(kind, width):
+    query, reference = embeddings(kind, 200, 3, width), embeddings(kind, 1000, 4, width)
+    tolerance = ranking._Counting(query, reference).tolerance.double()
+    exact = reference.double().square().sum(1) / 2 - query.double() @ reference.double().t()
+    scores = torch.addmm(reference.square().sum(1) / 2, query, reference.t(), alpha=-1)
+    assert ((scores.double() - exact).abs() <= tolerance).all()
+
+
+def test_autocast_does_not_change_the_ranks():
+    query, reference = embeddings("unit", 50, 0), embeddings("unit", 400, 1)
+    labels = torch.arange(400) % 20
+    expected = scores_of(query, labels[:50], reference, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = scores_of(query, labels[:50], reference, labels)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+# Which items belong to a query
+
+
+def test_equal_codes():
+    matches = EqualCodes(torch.tensor([5, -1, 7, 8]), torch.tensor([7, 5, 7, 7, 5, 2]))
+    index, valid = matches.lists(torch.tensor([2, 0, 1]))
+    assert [index[i][valid[i]].tolist() for i in range(3)] == [[0, 2, 3], [1, 4], []]
+    row, item = matches.pairs(torch.tensor([3, 0]))
+    assert row.tolist() == [1, 1] and item.tolist() == [1, 4]
+    assert mask([matches, SamePosition()], torch.tensor([0, 2]), 6).int().tolist() == [
+        [1, 1, 0, 0, 1, 0],
+        [1, 0, 1, 1, 0, 0],
+    ]
+
+
+def test_compared_gives_the_lists_of_its_answers():
+    answers = torch.tensor([[True, False, True], [False, False, False], [False, True, False]])
+    index, valid = Compared(lambda queries: answers[queries]).lists(torch.tensor([1, 0, 2]))
+    assert [index[i][valid[i]].tolist() for i in range(3)] == [[], [0, 2], [1]]
