@@ -20,13 +20,14 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from .matches import Matches, mask, padded
+from .matches import Matches, mask
 
-_CHUNK_ELEMENTS = 3 * 2**19  # scores held at once, with all that is made of them some 30 bytes each
+_CHUNK_ELEMENTS = 6 * 2**20  # scores held at once: 24 MiB
+_COUNTED_ELEMENTS = 2**20  # scores counted at once, with some 20 bytes each
 _MIN_QUERIES = 16  # a matrix product of fewer rows would spend its time reading the gallery
 _GALLERY_BLOCK = 2**12  # gallery rows turned to float64 at once
 _FIRST_PLACES = 10  # where the order is not left to rounding
-_CHANGE = 1e-4  # of one query's average precision, in the worst case, that is left to rounding; either way as likely
+_CHANGE = 1e-3  # of one query's average precision, in the worst case, that is left to rounding; either way as likely
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,13 @@ def exact_ranks(
         if careful:
             left = torch.cat([left, numbers])
         else:
-            ranks, unsure = counting.ranks(numbers, positives, excluded, k)
-            if not bool(unsure.all()):
-                yield numbers[~unsure], ranks.of(~unsure)
-            left = torch.cat([left, numbers[unsure]])
-            careful = 2 * int(unsure.sum()) > len(numbers)  # ties everywhere: counting first would be for nothing
+            counted = 0
+            for part, ranks, unsure in counting.ranks(numbers, positives, excluded, k):
+                if not bool(unsure.all()):
+                    yield part[~unsure], ranks.of(~unsure)
+                    counted += int((~unsure).sum())
+                left = torch.cat([left, part[unsure]])
+            careful = 2 * counted < len(numbers)  # ties everywhere: counting first would be for nothing
         if len(left) and (rows is chunks[-1] or len(left) >= len(numbers)):  # together: each time reads the gallery
             yield from _sorted_ranks(query, reference, left, positives, excluded)
             left = left[:0]
@@ -110,30 +113,54 @@ class _Counting:
 
     def __init__(self, query: torch.Tensor, reference: torch.Tensor) -> None:
         self.query, self.reference = query.float(), reference.float()
-        self.half_norms = self.reference.square().sum(1).mul_(0.5)
-        longest = self.half_norms.max().mul(2).sqrt()
-        size = self.query.norm(dim=1, keepdim=True) * longest + self.half_norms.max()
-        # The error of a product grows with the square root of its terms; the inputs may have been rounded too.
-        self.tolerance = (2 + math.sqrt(query.shape[1]) / 4) * torch.finfo(torch.float32).eps * size
-        self.buckets = 2 ** max(8, math.floor(math.log2(len(reference))))
+        half_norms = self.reference.square().sum(1).mul_(0.5)
+        size = self.query.norm(dim=1, keepdim=True) * half_norms.max().mul(2).sqrt() + half_norms.max()
+        eps = torch.finfo(torch.float32).eps
+        # The error of a product grows with the square root of its terms; then inputs may have been rounded, unit rows
+        # differ in length by as much, and scores are rounded once more when they are scaled.
+        self.tolerance = (5 + math.sqrt(query.shape[1]) / 4) * eps * size
+        same_length = bool(half_norms.max() - half_norms.min() <= 8 * eps * half_norms.max())
+        self.half_norms = None if same_length else half_norms
+        self.scores = self.query.new_empty(0, len(reference))
+        self.bucket = torch.empty(0, len(reference), dtype=torch.long, device=query.device)
+        self.buckets = 2 ** max(8, math.floor(math.log2(len(reference))) - 1)
         precise = torch.get_float32_matmul_precision() == "highest" and query.device.type != "mps"
-        self.works = precise and bool(torch.isfinite(size).all()) and float(size.min()) > 1e-20
+        countable = len(reference) < 2**24  # in float32
+        self.works = precise and countable and bool(torch.isfinite(size).all()) and float(size.min()) > 1e-20
 
     def ranks(
         self, numbers: torch.Tensor, positives: Matches, excluded: Sequence[Matches], k: int | None
+    ) -> Iterator[tuple[torch.Tensor, PositiveRanks, torch.Tensor]]:
+        """Yield some of the queries, their ranks, and for which the rounding of scores could show in a metric."""
+        if len(self.scores) < len(numbers):  # made once: new memory costs more than the work in it
+            self.scores = self.query.new_empty(len(numbers), len(self.reference))
+        scores = self.scores[: len(numbers)]
+        query = self.query[numbers[0] : numbers[-1] + 1]
+        with torch.autocast(query.device.type, enabled=False):
+            if self.half_norms is None:
+                torch.mm(-query, self.reference.t(), out=scores)
+            else:
+                torch.addmm(self.half_norms, query, self.reference.t(), alpha=-1, out=scores)
+        size = max(1, _COUNTED_ELEMENTS // len(self.reference))
+        for part, own_scores in zip(numbers.split(size), scores.split(size), strict=True):
+            yield part, *self._count(part, own_scores, positives, excluded, k)
+
+    def _count(
+        self,
+        numbers: torch.Tensor,
+        scores: torch.Tensor,
+        positives: Matches,
+        excluded: Sequence[Matches],
+        k: int | None,
     ) -> tuple[PositiveRanks, torch.Tensor]:
-        """Return the ranks, and for which of the queries the rounding of their scores could show in a metric."""
-        rows = slice(int(numbers[0]), int(numbers[-1]) + 1)
-        with torch.autocast(self.query.device.type, enabled=False):
-            scores = torch.addmm(self.half_norms, self.query[rows], self.reference.t(), alpha=-1)
-        # Some of the gallery tell well enough where scores lie; what is beyond them goes into the outermost buckets.
-        low, high = torch.aminmax(scores[:, :: max(1, len(self.reference) // 512)], dim=1, keepdim=True)
-        scale = (self.buckets - 1) / (high - low).clamp_min(self.tolerance[rows])
-
-        def bucket_of(values: torch.Tensor) -> torch.Tensor:
-            return torch.sub(values, low).mul_(scale).clamp_(0, self.buckets - 1).long()
-
-        bucket = bucket_of(scores)
+        tolerance = self.tolerance[numbers]
+        low = scores.amin(1, keepdim=True)
+        # A little less than all buckets, so that the largest score is not rounded past the last one.
+        scale = (self.buckets - 1.5) / (scores.amax(1, keepdim=True) - low).clamp_min_(tolerance)
+        scores.sub_(low).mul_(scale)
+        if self.bucket.shape[0] < len(numbers):
+            self.bucket = torch.empty(scores.shape, dtype=torch.long, device=scores.device)
+        bucket = self.bucket[: len(numbers)].copy_(scores)
         for matches in excluded:
             bucket[matches.pairs(numbers)] = self.buckets  # one more, past all others
 
@@ -143,26 +170,23 @@ class _Counting:
         relevant = valid.sum(1)
         width = max(1, int(relevant.max()))
         own = torch.nn.functional.pad(own, (0, max(0, width - own.shape[1])), value=torch.inf)[:, :width].contiguous()
-        below, above = own - self.tolerance[rows], own + self.tolerance[rows]
 
         # Items in the buckets of the positives are compared one by one, all others counted.
-        places = [bucket_of(edge) for edge in (below, own, above)]
-        shared = bucket.new_zeros(len(numbers), self.buckets + 1, dtype=torch.bool)
-        counts = torch.zeros_like(shared, dtype=torch.int32)
-        counts.scatter_add_(1, bucket, counts.new_ones(1, 1).expand_as(bucket))
-        for place in places:
-            shared.scatter_(1, place, True)
-            counts.scatter_(1, place, 0)
-        counted = counts.cumsum(1, dtype=torch.int32)
-        row, column = _true_places(shared.gather(1, bucket))
-        near, filled = padded(row, scores[row, column], len(numbers))
-        near = _sort_values(near.masked_fill_(~filled, torch.inf))
-        before, here, after = (counted.gather(1, place) for place in places)
+        below, above = own - tolerance * scale, own + tolerance * scale
+        place = torch.cat([below, own, above], dim=1).clamp_(0, self.buckets - 1).long()
+        shared = bucket.new_zeros(len(numbers), self.buckets + 1, dtype=torch.bool).scatter_(1, place, True)
+        counts = scores.new_zeros(shared.shape)
+        counts.scatter_add_(1, bucket, counts.new_ones(1, 1).expand_as(bucket)).scatter_(1, place, 0)
+        near = _sort_values(_packed(scores, shared.gather(1, bucket)))
+        before, here, after = counts.cumsum(1).gather(1, place).long().split(width, dim=1)
+        positives_within = torch.arange(1, width + 1, device=own.device).expand_as(own)
+        if bool((own.diff(dim=1) == 0).any()):  # infinity less infinity is not 0
+            positives_within = torch.searchsorted(own, own, right=True)
         ranks = PositiveRanks(
             valid=torch.arange(width, device=own.device) < relevant[:, None],
             closer=here + torch.searchsorted(near, own),
             within=here + torch.searchsorted(near, own, right=True),
-            positives_within=torch.searchsorted(own, own, right=True),
+            positives_within=positives_within,
             relevant=relevant,
         )
         surely_closer = before + torch.searchsorted(near, below)
@@ -178,7 +202,7 @@ def _sorted_ranks(
     excluded: Sequence[Matches],
 ) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
     """Rank by sorted float64 distances: slower than counting, and exact to the last tie."""
-    for numbers in queries.split(max(_MIN_QUERIES, _CHUNK_ELEMENTS // len(reference))):
+    for numbers in queries.split(max(1, _COUNTED_ELEMENTS // len(reference))):
         distances = _squared_distances(query[numbers], reference)
         out = mask(list(excluded), numbers, len(reference))
         positive = mask([positives], numbers, len(reference)) & ~out
@@ -275,10 +299,13 @@ def _first_of_tie(values: torch.Tensor, query_norms: torch.Tensor) -> torch.Tens
     return torch.nn.functional.pad(places, (1, 0)).cummax(1).values
 
 
-def _true_places(flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the row and the column of every True, by rows; NumPy finds them faster on a CPU."""
-    if flags.device.type == "cpu":
-        flat = torch.from_numpy(np.flatnonzero(flags.numpy()))
-        row = flat // flags.shape[1]
-        return row, flat - row * flags.shape[1]
-    return flags.nonzero(as_tuple=True)  # type: ignore[return-value]
+def _packed(values: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
+    """Return the flagged values of each row, filled up with infinity."""
+    if values.device.type == "cpu":  # NumPy finds them faster
+        places = torch.from_numpy(np.flatnonzero(flags.numpy()))
+    else:
+        places = flags.view(-1).nonzero()[:, 0]
+    ends = torch.arange(1, len(flags) + 1, device=values.device) * flags.shape[1]
+    count = torch.searchsorted(places, ends).diff(prepend=places.new_zeros(1))
+    filled = torch.arange(int(count.max()), device=values.device) < count[:, None]
+    return values.new_full(filled.shape, torch.inf).masked_scatter_(filled, values.view(-1)[places])
