@@ -20,6 +20,7 @@ from pytorch_metric_learning.utils.inference import FaissKMeans
 
 from ..checks import as_tensor, check_embeddings
 from ..width import fit_width
+from .gallery import Gallery, agreeing, joined
 from .matches import Compared, EqualCodes, Matches, SamePosition, mask
 from .rank_metrics import average_precision, hit_rate, r_precision, reciprocal_rank
 from .ranking import PositiveRanks, exact_ranks, listed_ranks, nearest, query_chunks
@@ -66,6 +67,9 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             ``knn_func(query, k, reference, ref_includes_query=False)``. It cannot see which items are excluded, so it
             is asked for as many more.
         kmeans_func: as in PML.
+        gallery_group: a ``torch.distributed`` process group whose processes hold a part of the gallery each. Every
+            process passes all queries and its own part as ``reference`` (labels, ids and cameras too), and gets the
+            accuracy on the whole gallery, the parts in the order of the ranks. For the ranking metrics.
     Example:
         >>> calculator = CrossModelAccuracyCalculator(include=("precision_at_1",))
         >>> old, new, labels = torch.eye(4), torch.eye(4)[:, [1, 0, 3, 2]], torch.tensor([0, 0, 1, 1])
@@ -84,6 +88,8 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         device: str | torch.device | None = None,
         knn_func: Callable | None = None,
         kmeans_func: Callable | None = None,
+        *,
+        gallery_group: Any = None,
     ) -> None:
         device = c_f.use_cuda_if_available() if device is None else torch.device(device)
         if kmeans_func is None:
@@ -100,6 +106,9 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             knn_func=knn_func or _exact_search,  # given none, PML would reach for faiss
             kmeans_func=kmeans_func,
         )
+        self.gallery_group = gallery_group
+        if gallery_group is not None and knn_func is not None:
+            raise ValueError(f"knn_func must be None with gallery_group, got {knn_func!r}; it sees a part alone")
 
     def requires_knn(self) -> list[str]:
         """Name the metrics that are made from neighbours."""
@@ -183,6 +192,10 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         self.curr_function_dict = self.get_function_dict(include, exclude)
         metrics = set(self.get_curr_metrics())
         own_metrics = metrics & (set(self.requires_knn()) - set(RANK_METRICS))  # a subclass's
+        if self.gallery_group is not None and metrics - set(RANK_METRICS):
+            raise ValueError(
+                f"include must name ranking metrics alone with gallery_group, got {sorted(metrics - set(RANK_METRICS))}"
+            )
         kwargs: dict[str, Any] = {
             "query": search.query,
             "reference": search.reference,
@@ -263,19 +276,28 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
     ) -> _Search:
         """Check what comes in, and say which gallery items are right and which are left out."""
         if reference is None:
+            if self.gallery_group is not None:
+                raise ValueError("reference must be given with gallery_group: this process's part of the gallery")
             if reference_labels is not None or reference_ids is not None or reference_cameras is not None:
                 raise ValueError("reference must be given with reference_labels, reference_ids or reference_cameras")
             reference, reference_labels = query, query_labels
             reference_ids, reference_cameras = query_ids, query_cameras
             ref_includes_query = query_ids is None
-        query = check_embeddings(query, "query").detach().to(self.device)
-        reference = check_embeddings(reference, "reference").detach().to(self.device)
-        query_labels = self._labels(query_labels, "query_labels", len(query))
-        reference_labels = self._labels(reference_labels, "reference_labels", len(reference))
+        with agreeing(self.gallery_group):  # or one process would wait for another that has stopped
+            query = check_embeddings(query, "query").detach().to(self.device)
+            reference = check_embeddings(reference, "reference").detach().to(self.device)
+            query_labels = self._labels(query_labels, "query_labels", len(query))
+            reference_labels = self._labels(reference_labels, "reference_labels", len(reference))
+        if self.gallery_group is not None:
+            reference_labels, reference_ids, reference_cameras = (
+                joined(part, self.gallery_group) for part in (reference_labels, reference_ids, reference_cameras)
+            )
+            reference_labels = reference_labels.to(self.device)
+        n_reference = len(reference_labels)
         if ref_includes_query:
             self._check_same_items(query_labels, reference_labels, query_ids)
-        ids = _codes(query_ids, reference_ids, "ids", len(query), len(reference), self.device)
-        cameras = _codes(query_cameras, reference_cameras, "cameras", len(query), len(reference), self.device)
+        ids = _codes(query_ids, reference_ids, "ids", len(query), n_reference, self.device)
+        cameras = _codes(query_cameras, reference_cameras, "cameras", len(query), n_reference, self.device)
 
         positives = self._positives(query_labels, reference_labels)
         excluded: list[Matches] = []
@@ -294,7 +316,8 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
 
     def _ranks(self, search: _Search, k: int | None) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
         if self.knn_func is _exact_search:
-            return exact_ranks(search.narrow, search.reference, search.positives, search.excluded, k)
+            gallery = Gallery(search.reference, self.gallery_group)
+            return exact_ranks(search.narrow, gallery, search.positives, search.excluded, k)
         return self._listed_ranks(search, k)
 
     def _positives(self, query_labels: torch.Tensor, reference_labels: torch.Tensor) -> Matches:
@@ -390,12 +413,12 @@ class _Search:
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """Yield the numbers of some queries after the other."""
-        for rows in query_chunks(len(self.query), len(self.reference)):
+        for rows in query_chunks(len(self.query), len(self.reference_labels)):
             yield torch.arange(rows.start, rows.stop, device=self.query.device)
 
     def count_positives(self) -> torch.Tensor:
         """Count each query's positives that are in its ranking."""
-        size = len(self.reference)
+        size = len(self.reference_labels)
         chunks = ((mask([self.positives], part, size), mask(self.excluded, part, size)) for part in self.chunks())
         return torch.cat([(positive & ~out).sum(1) for positive, out in chunks])
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from .gallery import Gallery
 from .matches import Matches, mask
 
 _CHUNK_ELEMENTS = 6 * 2**20  # scores held at once: 24 MiB
 _COUNTED_ELEMENTS = 2**20  # scores counted at once, with some 20 bytes each
 _MIN_QUERIES = 16  # a matrix product of fewer rows would spend its time reading the gallery
-_GALLERY_BLOCK = 2**12  # gallery rows turned to float64 at once
 _FIRST_PLACES = 10  # where the order is not left to rounding
 _CHANGE = 1e-3  # of one query's average precision, in the worst case, that is left to rounding; either way as likely
 
@@ -56,24 +56,9 @@ def query_chunks(n_query: int, n_reference: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n_query))
 
 
-def _squared_distances(query: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return ``(q, N)`` squared Euclidean distances less each query's own norm, in float64.
-
-    Within a row the order, which is all that ranks need, is that of the Euclidean distance.
-    """
-    dtype = torch.float32 if query.device.type == "mps" else torch.float64
-    query = query.to(dtype)
-    distances = query.new_empty(len(query), len(reference))
-    for first in range(0, len(reference), _GALLERY_BLOCK):
-        block = reference[first : first + _GALLERY_BLOCK].to(dtype)
-        norms = block.square().sum(1)
-        distances[:, first : first + _GALLERY_BLOCK] = torch.addmm(norms, query, block.t(), alpha=-2)
-    return distances
-
-
 def exact_ranks(
     query: torch.Tensor,
-    reference: torch.Tensor,
+    reference: torch.Tensor | Gallery,
     positives: Matches,
     excluded: Sequence[Matches] = (),
     k: int | None = None,
@@ -82,15 +67,16 @@ def exact_ranks(
 
     Args:
         query: ``(Q, D)``.
-        reference: ``(N, D)``.
+        reference: ``(N, D)``, or a gallery made of it.
         positives: the right items of each query.
         excluded: items that are not in the ranking at all.
         k: the place at which the caller cuts rankings off, if any.
     """
-    counting = _Counting(query, reference)
+    gallery = reference if isinstance(reference, Gallery) else Gallery(reference)
+    counting = _Counting(query, gallery)
     careful = not counting.works
     left = torch.zeros(0, dtype=torch.long, device=query.device)
-    chunks = list(query_chunks(len(query), len(reference)))
+    chunks = list(query_chunks(len(query), len(gallery)))
     for rows in chunks:
         numbers = torch.arange(rows.start, rows.stop, device=query.device)
         if careful:
@@ -104,28 +90,24 @@ def exact_ranks(
                 left = torch.cat([left, part[unsure]])
             careful = 2 * counted < len(numbers)  # ties everywhere: counting first would be for nothing
         if len(left) and (rows is chunks[-1] or len(left) >= len(numbers)):  # together: each time reads the gallery
-            yield from _sorted_ranks(query, reference, left, positives, excluded)
+            yield from _sorted_ranks(query, gallery, left, positives, excluded)
             left = left[:0]
 
 
 class _Counting:
     """Ranks by counting float32 scores, half the squared distance less the query's share of it."""
 
-    def __init__(self, query: torch.Tensor, reference: torch.Tensor) -> None:
-        self.query, self.reference = query.float(), reference.float()
-        half_norms = self.reference.square().sum(1).mul_(0.5)
-        size = self.query.norm(dim=1, keepdim=True) * half_norms.max().mul(2).sqrt() + half_norms.max()
-        eps = torch.finfo(torch.float32).eps
+    def __init__(self, query: torch.Tensor, gallery: Gallery) -> None:
+        self.query, self.gallery = query.float(), gallery
+        size = self.query.norm(dim=1, keepdim=True) * gallery.half_longest.mul(2).sqrt() + gallery.half_longest
         # The error of a product grows with the square root of its terms; then inputs may have been rounded, unit rows
         # differ in length by as much, and scores are rounded once more when they are scaled.
-        self.tolerance = (5 + math.sqrt(query.shape[1]) / 4) * eps * size
-        same_length = bool(half_norms.max() - half_norms.min() <= 8 * eps * half_norms.max())
-        self.half_norms = None if same_length else half_norms
-        self.scores = self.query.new_empty(0, len(reference))
-        self.bucket = torch.empty(0, len(reference), dtype=torch.long, device=query.device)
-        self.buckets = 2 ** max(8, math.floor(math.log2(len(reference))) - 1)
+        self.tolerance = (5 + math.sqrt(query.shape[1]) / 4) * torch.finfo(torch.float32).eps * size
+        self.scores = self.query.new_empty(0, len(gallery))
+        self.bucket = torch.empty(0, len(gallery), dtype=torch.long, device=query.device)
+        self.buckets = 2 ** max(8, math.floor(math.log2(len(gallery))) - 1)
         precise = torch.get_float32_matmul_precision() == "highest" and query.device.type != "mps"
-        countable = len(reference) < 2**24  # in float32
+        countable = len(gallery) < 2**24  # in float32
         self.works = precise and countable and bool(torch.isfinite(size).all()) and float(size.min()) > 1e-20
 
     def ranks(
@@ -133,15 +115,10 @@ class _Counting:
     ) -> Iterator[tuple[torch.Tensor, PositiveRanks, torch.Tensor]]:
         """Yield some of the queries, their ranks, and for which the rounding of scores could show in a metric."""
         if len(self.scores) < len(numbers):  # made once: new memory costs more than the work in it
-            self.scores = self.query.new_empty(len(numbers), len(self.reference))
+            self.scores = self.query.new_empty(len(numbers), len(self.gallery))
         scores = self.scores[: len(numbers)]
-        query = self.query[numbers[0] : numbers[-1] + 1]
-        with torch.autocast(query.device.type, enabled=False):
-            if self.half_norms is None:
-                torch.mm(-query, self.reference.t(), out=scores)
-            else:
-                torch.addmm(self.half_norms, query, self.reference.t(), alpha=-1, out=scores)
-        size = max(1, _COUNTED_ELEMENTS // len(self.reference))
+        self.gallery.scores(self.query[numbers[0] : numbers[-1] + 1], out=scores)
+        size = max(1, _COUNTED_ELEMENTS // len(self.gallery))
         for part, own_scores in zip(numbers.split(size), scores.split(size), strict=True):
             yield part, *self._count(part, own_scores, positives, excluded, k)
 
@@ -196,16 +173,16 @@ class _Counting:
 
 def _sorted_ranks(
     query: torch.Tensor,
-    reference: torch.Tensor,
+    gallery: Gallery,
     queries: torch.Tensor,
     positives: Matches,
     excluded: Sequence[Matches],
 ) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
     """Rank by sorted float64 distances: slower than counting, and exact to the last tie."""
-    for numbers in queries.split(max(1, _COUNTED_ELEMENTS // len(reference))):
-        distances = _squared_distances(query[numbers], reference)
-        out = mask(list(excluded), numbers, len(reference))
-        positive = mask([positives], numbers, len(reference)) & ~out
+    for numbers in queries.split(max(1, _COUNTED_ELEMENTS // len(gallery))):
+        distances = gallery.squared_distances(query[numbers])
+        out = mask(list(excluded), numbers, len(gallery))
+        positive = mask([positives], numbers, len(gallery)) & ~out
         distances.masked_fill_(out, torch.inf)
         counts = positive.sum(1)
         own = distances.new_full((len(distances), max(1, int(counts.max()))), torch.inf)
@@ -213,8 +190,8 @@ def _sorted_ranks(
         own[valid] = distances[positive]
         own, everyone = _sort_values(own), _sort_values(distances)
         first = _first_of_tie(everyone, query[numbers].to(everyone.dtype).square().sum(1, keepdim=True))
-        places = torch.searchsorted(everyone, own).clamp_max(len(reference) - 1)
-        closer = first.gather(1, places).masked_fill_(~valid, len(reference))
+        places = torch.searchsorted(everyone, own).clamp_max(len(gallery) - 1)
+        closer = first.gather(1, places).masked_fill_(~valid, len(gallery))
         yield (
             numbers,
             PositiveRanks(
@@ -247,9 +224,10 @@ def nearest(
     query: torch.Tensor, reference: torch.Tensor, excluded: Sequence[Matches], k: int
 ) -> Iterator[torch.Tensor]:
     """Yield the ``(q, k)`` row numbers of the nearest gallery items, chunk by chunk."""
+    gallery = Gallery(reference)
     for rows in query_chunks(len(query), len(reference)):
         numbers = torch.arange(rows.start, rows.stop, device=query.device)
-        distances = _squared_distances(query[rows], reference)
+        distances = gallery.squared_distances(query[rows])
         distances.masked_fill_(mask(list(excluded), numbers, len(reference)), torch.inf)
         yield distances.topk(k, dim=1, largest=False).indices
 

@@ -14,7 +14,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN, FaissKNN
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pml_compat.accuracy import CrossModelAccuracyCalculator, ranking
+from pml_compat.accuracy import CrossModelAccuracyCalculator, gallery, ranking
 from pml_compat.accuracy.calculator import RANK_METRICS
 from pml_compat.width import fit_width
 from tests.accuracy import naive_metrics
@@ -60,7 +60,7 @@ def self_test(seed, n=60, width=8, classes=7):
 def tiny_chunks(monkeypatch):
     monkeypatch.setattr(ranking, "_CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(ranking, "_MIN_QUERIES", 3)
-    monkeypatch.setattr(ranking, "_GALLERY_BLOCK", 7)
+    monkeypatch.setattr(gallery, "_BLOCK", 7)
 
 
 # The naive reference
@@ -360,7 +360,7 @@ def test_chunks_change_nothing(options, monkeypatch):
     data = same_items(1)
     expected = calculator().get_accuracy(*data, **options)
     monkeypatch.setattr(ranking, "_CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(ranking, "_GALLERY_BLOCK", 7)
+    monkeypatch.setattr(gallery, "_BLOCK", 7)
     for queries in (1, 3, 19):
         monkeypatch.setattr(ranking, "_MIN_QUERIES", queries)
         same(calculator().get_accuracy(*data, **options), expected, tolerance=1e-12)

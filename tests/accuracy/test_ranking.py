@@ -6,7 +6,8 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pml_compat.accuracy import ranking
+from pml_compat.accuracy import gallery, ranking
+from pml_compat.accuracy.gallery import Gallery
 from pml_compat.accuracy.matches import Compared, EqualCodes, SamePosition, mask
 from pml_compat.accuracy.rank_metrics import average_precision, hit_rate, r_precision, reciprocal_rank
 from tests.accuracy import naive_metrics
@@ -103,14 +104,14 @@ def test_chunks_cover_every_query_once(monkeypatch):
 def test_distances_order_like_euclidean_ones_in_tiny_blocks(monkeypatch):
     query, reference = torch.randn(9, 4), torch.randn(31, 4)
     expected = torch.cdist(query.double(), reference.double()).argsort(1)
-    monkeypatch.setattr(ranking, "_GALLERY_BLOCK", 7)
-    assert torch.equal(ranking._squared_distances(query, reference).argsort(1), expected)
+    monkeypatch.setattr(gallery, "_BLOCK", 7)
+    assert torch.equal(Gallery(reference).squared_distances(query).argsort(1), expected)
 
 
 @pytest.mark.parametrize("jitter", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_equal_gallery_rows_tie_wherever_they_stand(dtype, jitter, monkeypatch):
-    monkeypatch.setattr(ranking, "_GALLERY_BLOCK", 77)
+    monkeypatch.setattr(gallery, "_BLOCK", 77)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(100, 17, generator=generator).to(dtype)
     rows[5, 3] = 0.0
@@ -292,7 +293,7 @@ def test_copies_everywhere_are_sorted_at_once(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tolerance_bounds_the_error_of_the_scores(kind, width):
     query, reference = embeddings(kind, 200, 3, width), embeddings(kind, 1000, 4, width)
-    tolerance = ranking._Counting(query, reference).tolerance.double()
+    tolerance = ranking._Counting(query, Gallery(reference)).tolerance.double()
     exact = reference.double().square().sum(1) / 2 - query.double() @ reference.double().t()
     scores = torch.addmm(reference.square().sum(1) / 2, query, reference.t(), alpha=-1)
     assert ((scores.double() - exact).abs() <= tolerance).all()

@@ -1,0 +1,116 @@
+"""The gallery's rows: all here, or a part of them in each process of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+_BLOCK = 2**12  # rows turned to float64 at once
+
+
+class Gallery:
+    """What ranking asks of the gallery: products with queries, and the lengths of its rows.
+
+    Args:
+        rows: ``(N, D)``; with ``group``, this process's part.
+        group: a ``torch.distributed`` process group. Every process asks for the same products, and gets them against
+            the rows of all of them, in the order of the ranks.
+    """
+
+    def __init__(self, rows: torch.Tensor, group: Any = None) -> None:
+        self.rows, self.group = rows, group
+        self.sizes = [len(rows)] if group is None else gathered(len(rows), group)
+        self.rows32 = rows.float()
+        half_norms = self.rows32.square().sum(1).mul_(0.5)
+        low, high = half_norms.min(), half_norms.max()
+        if group is not None:
+            low, high = torch.stack(gathered(low.cpu(), group)).min(), torch.stack(gathered(high.cpu(), group)).max()
+        self.half_longest = high.to(rows.device)
+        # Rows of unit length differ by their rounding; without them a query's scores keep their order.
+        same_length = bool(high - low <= 8 * torch.finfo(torch.float32).eps * high)
+        self.half_norms = None if same_length else half_norms
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.rows.device
+
+    def scores(self, query: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Put half the squared distances less the query's share of them, in float32, into the ``(q, N)`` ``out``."""
+
+        def product(out: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(query.device.type, enabled=False):
+                if self.half_norms is None:
+                    return torch.mm(-query, self.rows32.t(), out=out)
+                return torch.addmm(self.half_norms, query, self.rows32.t(), alpha=-1, out=out)
+
+        if self.group is None:
+            return product(out)
+        return self._joined(product(out.new_empty(len(query), len(self.rows))), out)
+
+    def squared_distances(self, query: torch.Tensor) -> torch.Tensor:
+        """Return ``(q, N)`` squared Euclidean distances less each query's own norm, in float64.
+
+        Within a row the order, which is all that ranks need, is that of the Euclidean distance.
+        """
+        dtype = torch.float32 if query.device.type == "mps" else torch.float64
+        query = query.to(dtype)
+        distances = query.new_empty(len(query), len(self.rows))
+        for first in range(0, len(self.rows), _BLOCK):
+            block = self.rows[first : first + _BLOCK].to(dtype)
+            norms = block.square().sum(1)
+            distances[:, first : first + _BLOCK] = torch.addmm(norms, query, block.t(), alpha=-2)
+        return distances if self.group is None else self._joined(distances, None)
+
+    def _joined(self, part: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """Set the columns of all processes side by side."""
+        widest = max(self.sizes)
+        padded = torch.nn.functional.pad(part, (0, widest - part.shape[1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in self.sizes]
+        dist.all_gather(parts, padded, group=self.group)
+        columns = [one[:, :size] for one, size in zip(parts, self.sizes, strict=True)]
+        return torch.cat(columns, dim=1) if out is None else torch.cat(columns, dim=1, out=out)
+
+
+def gathered(value: Any, group: Any) -> list[Any]:
+    """Return ``value`` of every process of the group, in the order of the ranks."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def joined(part: Any, group: Any) -> torch.Tensor | np.ndarray | None:
+    """Set the ``(n,)`` labels, ids or cameras of all processes one after the other; None where no process has any."""
+    parts = gathered(part.cpu() if isinstance(part, torch.Tensor) else part, group)
+    if all(one is None for one in parts):
+        return None
+    if any(one is None for one in parts):
+        raise ValueError("reference_ids and reference_cameras must be given in every process of gallery_group, or none")
+    if all(isinstance(one, torch.Tensor) for one in parts):
+        return torch.cat(parts)
+    return np.concatenate([np.asarray(one) for one in parts])
+
+
+@contextmanager
+def agreeing(group: Any) -> Iterator[None]:
+    """Raise a ValueError in every process of the group where the block raises one in any of them."""
+    problem = None
+    try:
+        yield
+    except ValueError as error:
+        if group is None:
+            raise
+        problem = str(error)
+    if group is not None:
+        problems = gathered(problem, group)
+        for rank, found in enumerate(problems):
+            if found is not None:
+                raise ValueError(f"rank {rank} of gallery_group: {found}")
