@@ -20,8 +20,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
+import numpy as np
 import torch
 from frozen_classifier import hardware
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -83,7 +85,7 @@ def main(threads, repeats):
         sizes = f"{queries} x {gallery} x {width}"
         print(
             f"| {sizes} | {found['product']:.3f} | {found['metrics']:.3f} | {ratio:.2f} | {goal} "
-            f"| {extra_memory(queries, gallery, width, threads):.0f} | {agreement(arrays):.1g} |",
+            f"| {extra_memory(arrays, threads):.0f} | {agreement(arrays):.1g} |",
             flush=True,
         )
     pml(repeats)
@@ -126,26 +128,31 @@ def agreement(arrays):
     return abs(got - statistics.fmean(expected))
 
 
-def extra_memory(queries, gallery, width, threads):
-    """Return the growth of the peak in MiB, measured in a process of its own."""
-    command = [sys.executable, __file__, "--memory", str(queries), str(gallery), str(width), "--threads", str(threads)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def extra_memory(arrays, threads):
+    """Return the growth of the peak in MiB, measured in a process of its own that loads the arrays and no more."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, array in enumerate(arrays):
+            np.save(f"{folder}/{number}.npy", array.numpy())
+        command = [sys.executable, __file__, "--memory", folder, "--threads", str(threads)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def print_memory(queries, gallery, width, threads):
+def print_memory(folder, threads):
     torch.set_num_threads(threads)
     calculator = CrossModelAccuracyCalculator(include=RANK_METRICS, device="cpu")
-    calculator.get_accuracy(*data(64, 256, width))  # what is loaded and started once
-    arrays = data(queries, gallery, width)
-    torch.mm(arrays[0][:64], arrays[2][:4096].t())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    filler = None
-    with open("/proc/self/statm") as file:  # the peak may lie in the past: count from what is held now
-        held = int(file.read().split()[1]) * resource.getpagesize() / 1024
-    del filler
+    calculator.get_accuracy(*data(300, 3000, 128))  # what is loaded and started once
+    arrays = [torch.from_numpy(np.load(f"{folder}/{number}.npy")) for number in range(4)]
+    held = status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:  # sets the peak back to what is held now
+        file.write("5")
     calculator.get_accuracy(*arrays)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print((after - held) / 1024 if after > before else 0.0)
+    print((status("VmHWM") - held) / 1024)
+
+
+def status(name):
+    """Return an entry of this process's status in KiB."""
+    with open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith(name)).split()[1])
 
 
 def million():
@@ -163,10 +170,10 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--million", action="store_true")
-    parser.add_argument("--memory", type=int, nargs=3, metavar=("Q", "N", "D"), help="print one size's extra MiB")
+    parser.add_argument("--memory", metavar="FOLDER", help="print the extra MiB for the arrays in a folder")
     arguments = parser.parse_args()
     if arguments.memory:
-        print_memory(*arguments.memory, arguments.threads)
+        print_memory(arguments.memory, arguments.threads)
     elif arguments.million:
         million()
     else:

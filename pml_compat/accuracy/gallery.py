@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-_BLOCK = 2**12  # rows turned to float64 at once
+_BLOCK = 2**19  # numbers turned to float64 at once
 
 
 class Gallery:
@@ -26,7 +26,7 @@ class Gallery:
         self.rows, self.group = rows, group
         self.sizes = [len(rows)] if group is None else gathered(len(rows), group)
         self.rows32 = rows.float()
-        half_norms = self.rows32.square().sum(1).mul_(0.5)
+        half_norms = torch.linalg.vector_norm(self.rows32, dim=1).square_().mul_(0.5)
         low, high = half_norms.min(), half_norms.max()
         if group is not None:
             low, high = torch.stack(gathered(low.cpu(), group)).min(), torch.stack(gathered(high.cpu(), group)).max()
@@ -64,10 +64,11 @@ class Gallery:
         dtype = torch.float32 if query.device.type == "mps" else torch.float64
         query = query.to(dtype)
         distances = query.new_empty(len(query), len(self.rows))
-        for first in range(0, len(self.rows), _BLOCK):
-            block = self.rows[first : first + _BLOCK].to(dtype)
+        size = max(1, _BLOCK // self.rows.shape[1])
+        for first in range(0, len(self.rows), size):
+            block = self.rows[first : first + size].to(dtype)
             norms = block.square().sum(1)
-            distances[:, first : first + _BLOCK] = torch.addmm(norms, query, block.t(), alpha=-2)
+            distances[:, first : first + size] = torch.addmm(norms, query, block.t(), alpha=-2)
         return distances if self.group is None else self._joined(distances, None)
 
     def _joined(self, part: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:

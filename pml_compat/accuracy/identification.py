@@ -57,7 +57,8 @@ def tpir_at_fpir(
         0.6666666666666666
 
     Reference:
-        1:N identification of IJB-C, whose threshold is an interpolated quantile of the unknown probes.
+        The 1:N protocol of IJB-C. Public evaluation code takes a quantile of the unknown probes for the threshold,
+        which may let one more of them pass.
     """
     rates = check_rates(fpir, "fpir")
     pairs = PairScores(query, query_labels, reference, reference_labels, **kwargs)

@@ -71,8 +71,8 @@ def tar_at_far(scores: Any, same: Any, far: float | Sequence[float]) -> float | 
         {0.1: 0.3333333333333333, 0.5: 1.0}
 
     Reference:
-        The evaluation of IJB-C takes the ROC point whose FAR is nearest to the one asked for instead, which may exceed
-        it: by up to one impostor pair where no scores tie, by more where they do.
+        The 1:1 protocol of IJB-C. Public evaluation code (of MixBCT, for one) takes the ROC point whose FAR is nearest
+        to the one asked for, which may exceed it: by less than one impostor pair where no scores tie, else by more.
     """
     values, genuine = as_tensor(scores, "scores").detach(), as_tensor(same, "same")
     if values.ndim != 1:

@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the results (%(default)s)")
     demo.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2, 3, 4], help="one upgrade a seed (0 1 2 3 4)")
     demo.set_defaults(run=_demo)
+    _add_evaluate(commands)
     options = parser.parse_args(arguments)
     # A plain 'kill' then ends the program as Ctrl-C does, and temporary files go.
     previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -43,6 +44,64 @@ def _demo(options: argparse.Namespace) -> int:
 
     run_demo(options.out, options.seeds)
     return 0
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure an upgrade on stored embeddings, and say what to do",
+        description="Measure new queries on an old gallery, and say what to do: swap now, swap with a transformed "
+        "gallery, backfill a share first, or do not upgrade.",
+        epilog="FILE is an .npz file with the keys embeddings and labels (optional: ids, cameras), an .npy file of "
+        "embeddings, a .parquet file with the columns embedding and label (optional: id, camera), or a folder written "
+        "by FrozenEmbeddings.",
+    )
+    add = evaluate.add_argument
+    add("--queries", type=Path, required=True, metavar="FILE", help="the queries, embedded by the new model")
+    add("--gallery", type=Path, required=True, metavar="FILE", help="the gallery as it is stored, by the old model")
+    add("--old-queries", type=Path, metavar="FILE", help="the same queries by the old model: needed for a verdict")
+    add("--new-gallery", type=Path, metavar="FILE", help="the same gallery items by the new model: gain and backfill")
+    mapped = evaluate.add_mutually_exclusive_group()
+    mapped.add_argument("--transformed-gallery", type=Path, metavar="FILE", help="the gallery mapped to the new space")
+    mapped.add_argument("--transformation", type=Path, metavar="FILE", help="the map itself, a .safetensors file")
+    add("--side-info", type=Path, metavar="NPY", help="side-information of the gallery, for a map that takes it")
+    add("--query-labels", type=Path, metavar="NPY", help="labels of the queries, in place of those in the file")
+    add("--gallery-labels", type=Path, metavar="NPY", help="labels of the gallery, in place of those in the file")
+    add("--labels", type=Path, metavar="NPY", help="both, for queries and gallery of the same items")
+    add("--same-items", action="store_true", help="row i of queries and gallery is one item: leave it out of its own "
+        "ranking; ids in both files say the same")  # fmt: skip
+    add("--normalize", action=argparse.BooleanOptionalAction, default=True, help="scale embeddings to length 1 (on)")
+    add(
+        "--fars",
+        type=float,
+        nargs="+",
+        default=(),
+        metavar="FAR",
+        help="verification, too, at these false accept rates",
+    )
+    add("--k", type=_positive, help="cut rankings off after k items (full rankings)")
+    add("--seed", type=_seed, default=0, help="of the backfill's order and of the resamples (%(default)s)")
+    add("--device", help="where to compute, such as cpu or cuda (a GPU where there is one)")
+    add("--out", type=Path, default=Path("evaluation_output"), help="folder for the results (%(default)s)")
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .evaluate import run_evaluate  # imports torch and PML: not for --help
+    from .inputs import Inputs
+
+    settings = {key: value for key, value in vars(options).items() if key not in ("run", "out", "labels")}
+    settings["query_labels"] = options.query_labels or options.labels
+    settings["gallery_labels"] = options.gallery_labels or options.labels
+    run_evaluate(Inputs(**settings), options.out)
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def _seed(text: str) -> int:

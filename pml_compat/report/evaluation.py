@@ -1,0 +1,279 @@
+"""What ``pml-compat evaluate`` measured, and the metrics.json it becomes.
+
+``metrics.json`` is strict JSON; accuracies, differences and rates are fractions, and what is undefined is null::
+
+    {
+      "pml_compat": version,
+      "data": {"queries", "scored_queries", "gallery", "classes", "widths": {file: width}, "files": {file: path},
+               "normalized", "same_items": "position" | "id" | null, "cameras", "k", "seed"},
+      "pairs": {pair: {metric: value, ..., "cmc": [at 1, at 2, ...]}},
+      "differences": {pair: {metric: INTERVAL}},            less old_to_old, over the same queries
+      "update_gain": {pair: {metric: INTERVAL}},            share of what re-embedding everything would bring
+      "negative_flips": {pair or "backfill": {"rate", "positive_rate", "relative_rate", "queries", "left_out",
+                                              "worst": [{"label", "flips", "queries"}]}},
+      "backfill": {start: {"order", "fractions": [], "vectors": [], "values": {metric: []}, "area": {metric: value},
+                           "differences": {metric: [INTERVAL]}}},
+      "criterion": {"same_label", "different_label", "n_same_label", "n_different_label"} | null,
+      "verification": {pair: {"at_far": {FAR: POINT}, "at_old_threshold": {FAR: POINT}, "genuine_pairs",
+                              "impostor_pairs"}} | null,
+      "verdict": {"outcome", "certain", "share", "vectors", "start", "title", "summary", "reasons": [],
+                  "warnings": [], "missing": []},
+      "notes": []
+    }
+
+A pair is ``old_to_old``, ``new_to_old``, ``new_to_transformed_old``, ``new_to_new`` or ``old_to_new``, the query's
+model first; a start is ``old`` or ``transformed_old``. INTERVAL is ``{"estimate", "low", "high", "probability",
+"level", "queries", "left_out"}`` (:class:`pml_compat.accuracy.BootstrapInterval`), POINT ``{"threshold", "far",
+"tar"}``. What needs ``--old-queries`` or a gallery that was not given is an empty object, or null. ``outcome`` is
+``swap_now``, ``swap_with_transformed_gallery``, ``backfill_first``, ``do_not_upgrade``, or null without
+``--old-queries``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..accuracy import (
+    BootstrapInterval,
+    NegativeFlips,
+    PairCriterion,
+    VerificationResult,
+    bootstrap_update_gain,
+    negative_flips,
+    paired_bootstrap,
+)
+from .results import METRICS, PAIRS
+
+PAIR_NAMES = {**PAIRS, "old_to_new": "old/new"}
+UPGRADES = ("new_to_old", "new_to_transformed_old", "new_to_new")  # pairs that could take the place of old/old
+STARTS = {"old": "new_to_old", "transformed_old": "new_to_transformed_old"}  # a backfill's start: its pair at 0 %
+ALL_METRICS = {
+    **METRICS,
+    "mean_average_precision_at_r": "mAP@R",
+    "r_precision": "R-precision",
+    "mean_reciprocal_rank": "MRR",
+    "cmc_top_5": "CMC@5",
+    "cmc_top_10": "CMC@10",
+}
+_CMC_PLACES = 100
+
+
+@dataclass(frozen=True)
+class Backfill:
+    """New queries on a gallery of which a growing share is new: per-query metrics at each share.
+
+    Args:
+        order: how the vectors to replace were chosen, in one word.
+        fractions: from 0 to 1.
+        vectors: how many vectors are new at each.
+        per_query: at each, metric to ``(Q,)`` values.
+    """
+
+    order: str
+    fractions: tuple[float, ...]
+    vectors: tuple[int, ...]
+    per_query: list[dict[str, torch.Tensor]]
+
+    def values(self, metric: str) -> list[float]:
+        """Return the metric's mean at each share."""
+        return [mean(step[metric]) for step in self.per_query]
+
+    def area(self, metric: str) -> float:
+        """Return the metric's average over the backfill, by the trapezoidal rule."""
+        values = torch.tensor(self.values(metric), dtype=torch.float64)
+        return float(torch.trapezoid(values, torch.tensor(self.fractions, dtype=torch.float64)))
+
+
+@dataclass
+class Evaluation:
+    """Everything that tables, plots and the verdict of one upgrade are made from.
+
+    Args:
+        data: what was measured on; see the module.
+        labels: ``(Q,)`` query labels.
+        gallery_size: vectors in the gallery.
+        pairs: pair to metric to ``(Q,)`` values, NaN for a query with no positive.
+        backfill: start to its curve.
+        criterion: shares of pairs, with old queries.
+        verification: pair to result, where it was asked for.
+        notes: what a reader should know about the input, one sentence each.
+        seed: of the bootstrap.
+    """
+
+    data: dict[str, Any]
+    labels: torch.Tensor
+    gallery_size: int
+    pairs: dict[str, dict[str, torch.Tensor]]
+    backfill: dict[str, Backfill] = field(default_factory=dict)
+    criterion: PairCriterion | None = None
+    verification: dict[str, VerificationResult] | None = None
+    notes: list[str] = field(default_factory=list)
+    seed: int = 0
+
+    def accuracy(self, pair: str, metric: str) -> float:
+        """Return the mean over the queries that have a positive."""
+        return mean(self.pairs[pair][metric])
+
+    def cmc(self, pair: str) -> list[float]:
+        """Return the share of queries with a positive in the first 1, 2, ... places, up to 100 or the gallery's size.
+
+        A positive that ties with other items counts at its expected place, but for the first place, where it is P@1.
+        """
+        values = self.pairs[pair]["mean_reciprocal_rank"]
+        values = values[~values.isnan()]
+        last = min(_CMC_PLACES, self.gallery_size)
+        places = (1 / values - 1e-6).ceil().clamp_max(last + 1).long()  # of the first positive
+        curve = torch.bincount(places, minlength=last + 2)[1 : last + 1].cumsum(0).double() / len(values)
+        curve[0] = self.accuracy(pair, "precision_at_1")
+        return torch.cummax(curve, 0).values.tolist()
+
+    @cached_property
+    def differences(self) -> dict[str, dict[str, BootstrapInterval]]:
+        """How much better than old/old each pair with new queries is; nothing without old queries."""
+        return {pair: self._against_old(self.pairs[pair]) for pair in UPGRADES if self._comparable(pair)}
+
+    @cached_property
+    def backfill_differences(self) -> dict[str, list[dict[str, BootstrapInterval]]]:
+        """The same for each step of each backfill."""
+        if "old_to_old" not in self.pairs:
+            return {}
+        return {start: [self._against_old(step) for step in curve.per_query] for start, curve in self.backfill.items()}
+
+    @cached_property
+    def gains(self) -> dict[str, dict[str, BootstrapInterval]]:
+        """Update gain of each pair with a gallery that is not re-embedded; needs old queries and the new gallery."""
+        if "new_to_new" not in self.differences:
+            return {}
+        return {
+            pair: {metric: self._gain(pair, metric) for metric in METRICS}
+            for pair in self.differences
+            if pair != "new_to_new"
+        }
+
+    def compute_intervals(self) -> None:
+        """Compute what is otherwise computed when it is first asked for."""
+        _ = self.differences, self.backfill_differences, self.gains
+
+    def _gain(self, pair: str, metric: str) -> BootstrapInterval:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # an undefined gain stands as one
+            return bootstrap_update_gain(
+                old_to_old=self.pairs["old_to_old"][metric],
+                new_to_old=self.pairs[pair][metric],
+                independent=self.pairs["new_to_new"][metric],
+                seed=self.seed,
+            )
+
+    def flips(self, per_query: dict[str, torch.Tensor]) -> NegativeFlips:
+        """Return the queries whose first find was right with old/old and is wrong in ``per_query``."""
+        old = self.pairs["old_to_old"]["precision_at_1"]
+        return negative_flips(old, per_query["precision_at_1"], self.labels)
+
+    @cached_property
+    def pair_flips(self) -> dict[str, NegativeFlips]:
+        """:meth:`flips` of each pair with new queries; nothing without old queries."""
+        return {pair: self.flips(self.pairs[pair]) for pair in UPGRADES if self._comparable(pair)}
+
+    def _comparable(self, pair: str) -> bool:
+        return pair in self.pairs and "old_to_old" in self.pairs
+
+    def _against_old(self, per_query: dict[str, torch.Tensor]) -> dict[str, BootstrapInterval]:
+        old = self.pairs["old_to_old"]
+        return {metric: paired_bootstrap(old[metric], per_query[metric], seed=self.seed) for metric in METRICS}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the verdict, of types that strict JSON has; see the module."""
+        out = {
+            "data": self.data,
+            "pairs": {
+                pair: {**{metric: self.accuracy(pair, metric) for metric in values}, "cmc": self.cmc(pair)}
+                for pair, values in self.pairs.items()
+            },
+            "differences": {pair: _intervals(found) for pair, found in self.differences.items()},
+            "update_gain": {pair: _intervals(found) for pair, found in self.gains.items()},
+            "negative_flips": {pair: flips_to_json(found) for pair, found in self.pair_flips.items()},
+            "backfill": {start: self._backfill_to_json(start) for start in self.backfill},
+            "criterion": None if self.criterion is None else dataclasses.asdict(self.criterion),
+            "verification": None
+            if self.verification is None
+            else {pair: _verification_to_json(found) for pair, found in self.verification.items()},
+            "notes": self.notes,
+        }
+        return without_nan(out)
+
+    def _backfill_to_json(self, start: str) -> dict[str, Any]:
+        curve = self.backfill[start]
+        steps = self.backfill_differences.get(start, [])
+        return {
+            "order": curve.order,
+            "fractions": list(curve.fractions),
+            "vectors": list(curve.vectors),
+            "values": {metric: curve.values(metric) for metric in METRICS},
+            "area": {metric: curve.area(metric) for metric in METRICS},
+            "differences": {metric: [_interval(step[metric]) for step in steps] for metric in METRICS} if steps else {},
+        }
+
+
+def mean(values: torch.Tensor) -> float:
+    """Return the mean of what is not NaN."""
+    return float(values.nanmean())
+
+
+def flips_to_json(flips: NegativeFlips) -> dict[str, Any]:
+    """Return rates and the worst classes."""
+    return {
+        "rate": flips.rate,
+        "positive_rate": flips.positive_rate,
+        "relative_rate": flips.relative_rate,
+        "queries": flips.queries,
+        "left_out": flips.left_out,
+        "worst": [one._asdict() for one in flips.worst()],
+    }
+
+
+def criterion_in_words(evaluation: Evaluation) -> str:
+    """Return how many pairs the new model puts no worse than the old one, in a sentence."""
+    criterion = evaluation.criterion
+    if criterion is None:
+        return ""
+    parts = []
+    if criterion.n_same_label:
+        parts.append(f"{criterion.same_label:.1%} of the pairs of one label are no further apart")
+    if criterion.n_different_label:
+        parts.append(f"{criterion.different_label:.1%} of the pairs of two labels are no closer")
+    return f"With new queries on the stored gallery, {' and '.join(parts)} than with old queries."
+
+
+def without_nan(value: Any) -> Any:
+    """Return nested dicts and lists with None for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _interval(found: BootstrapInterval) -> dict[str, Any]:
+    values = dataclasses.asdict(found)
+    del values["undefined"]
+    return values
+
+
+def _intervals(found: dict[str, BootstrapInterval]) -> dict[str, Any]:
+    return {metric: _interval(one) for metric, one in found.items()}
+
+
+def _verification_to_json(found: VerificationResult) -> dict[str, Any]:
+    return {
+        "at_far": {f"{far:g}": dataclasses.asdict(point) for far, point in found.at_far.items()},
+        "at_old_threshold": {f"{far:g}": dataclasses.asdict(point) for far, point in found.at_threshold.items()},
+        "genuine_pairs": found.genuine_pairs,
+        "impostor_pairs": found.impostor_pairs,
+    }

@@ -1,0 +1,160 @@
+"""The tables of an evaluation: for a terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ..accuracy import BootstrapInterval
+from ..extras import import_extra
+from .evaluation import ALL_METRICS, PAIR_NAMES, Evaluation
+from .results import METRICS
+from .upgrade_verdict import UpgradeVerdict
+
+
+class Table(NamedTuple):
+    """A heading, the columns' names and the cells; the first column is text, the others numbers."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def summary_table(evaluation: Evaluation) -> Table:
+    """Return the few numbers that decide, one row a pair."""
+    header = ["query/gallery", *METRICS.values()]
+    compared = bool(evaluation.differences)
+    if compared:
+        header += [*(f"{name} less old/old" for name in METRICS.values()), "flips"]
+    rows = []
+    for pair in evaluation.pairs:
+        row = [PAIR_NAMES[pair], *(_percent(evaluation.accuracy(pair, metric)) for metric in METRICS)]
+        if pair in evaluation.differences:
+            row += [interval_cell(evaluation.differences[pair][metric]) for metric in METRICS]
+            row.append(_percent(evaluation.pair_flips[pair].rate))
+        elif compared:
+            row += [""] * 3
+        rows.append(row)
+    title = "In percent; [95% intervals]; flips: right first today, wrong after"
+    return Table(title if compared else "In percent", header, rows)
+
+
+def metric_table(evaluation: Evaluation) -> Table:
+    """Return every pair and every metric."""
+    shown = [metric for metric in ALL_METRICS if all(metric in values for values in evaluation.pairs.values())]
+    return Table(
+        "All metrics, in percent",
+        ["query/gallery", *(ALL_METRICS[metric] for metric in shown)],
+        [[PAIR_NAMES[p], *(_percent(evaluation.accuracy(p, m)) for m in shown)] for p in evaluation.pairs],
+    )
+
+
+def gain_table(evaluation: Evaluation) -> Table | None:
+    """Return the update gains with their intervals, if there are any."""
+    rows = [
+        [PAIR_NAMES[pair], *(_gain_cell(gains[metric]) for metric in METRICS)]
+        for pair, gains in evaluation.gains.items()
+    ]
+    title = "Update gain: 0 is today's system, 1 is as good as re-embedding everything"
+    return Table(title, ["query/gallery", *METRICS.values()], rows) if rows else None
+
+
+def backfill_table(evaluation: Evaluation) -> Table | None:
+    """Return accuracies at each share of new vectors, if a backfill was measured."""
+    if not evaluation.backfill:
+        return None
+    names = {"old": " from stored", "transformed_old": " from transformed"}
+    header = ["re-embedded", "vectors"]
+    columns = []
+    for start, curve in evaluation.backfill.items():
+        suffix = names[start] if len(evaluation.backfill) > 1 else ""
+        for metric, name in METRICS.items():
+            header.append(f"{name}{suffix}")
+            columns.append([_percent(value) for value in curve.values(metric)])
+    curve = next(iter(evaluation.backfill.values()))
+    first = zip(curve.fractions, curve.vectors, strict=True)
+    cells = zip(*columns, strict=True)
+    rows = [[f"{share:.0%}", f"{n:,}", *values] for (share, n), values in zip(first, cells, strict=True)]
+    return Table("Backfill in random order, in percent", header, rows)
+
+
+def flip_table(verdict: UpgradeVerdict) -> Table | None:
+    """Return the classes that lose most, if any query does."""
+    worst = verdict.flips.worst() if verdict.flips is not None else []
+    rows = [[str(one.label), f"{one.flips:g}", str(one.queries), _percent(one.flips / one.queries)] for one in worst]
+    title = "Queries answered rightly today and wrongly after the upgrade"
+    return Table(title, ["class", "flips", "queries", "percent"], rows) if rows else None
+
+
+def verification_table(evaluation: Evaluation) -> Table | None:
+    """Return TAR at each FAR, and what today's thresholds do to new pairs, if it was measured."""
+    if evaluation.verification is None:
+        return None
+    rows = []
+    for pair, found in evaluation.verification.items():
+        for far, point in found.at_far.items():
+            row = [PAIR_NAMES[pair], f"{far:g}", _percent(point.tar), f"{point.threshold:.4f}"]
+            old = found.at_threshold.get(far)
+            rows.append([*row, *(["", ""] if old is None else [f"{old.far:.2g}", _percent(old.tar)])])
+    header = ["query/gallery", "FAR", "TAR %", "threshold", "FAR at the old threshold", "TAR % there"]
+    return Table("Verification", header, rows)
+
+
+def all_tables(evaluation: Evaluation, verdict: UpgradeVerdict) -> list[Table]:
+    """Return every table that has rows, the deciding one first."""
+    tables = [
+        summary_table(evaluation),
+        metric_table(evaluation),
+        gain_table(evaluation),
+        backfill_table(evaluation),
+        flip_table(verdict),
+        verification_table(evaluation),
+    ]
+    return [table for table in tables if table is not None]
+
+
+def to_markdown(table: Table) -> str:
+    """Return a table as Markdown."""
+    lines = [table.header, ["---"] + ["---:"] * (len(table.header) - 1), *table.rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def to_rich(table: Table) -> Any:
+    """Return a table as a ``rich.table.Table``; needs the ``report`` extra."""
+    table_module, box = import_extra("rich.table", "report"), import_extra("rich.box", "report")
+    out = table_module.Table(title=table.title, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    for place, column in enumerate(table.header):
+        out.add_column(column, justify="right" if place else "left", no_wrap=place > 0)
+    for row in table.rows:
+        out.add_row(*row)
+    return out
+
+
+def to_html(table: Table) -> str:
+    """Return a table as HTML."""
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in table.header)
+    body = "".join(f"<tr>{_html_row(row)}</tr>" for row in table.rows)
+    return (
+        f'<div class="wide"><table><caption>{table.title}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def interval_cell(found: BootstrapInterval) -> str:
+    """Return a difference and its interval in percentage points."""
+    return f"{100 * found.estimate:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def _html_row(row: Sequence[str]) -> str:
+    first, *others = row
+    return f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others)
+
+
+def _gain_cell(found: BootstrapInterval) -> str:
+    if found.estimate != found.estimate:
+        return "undefined"
+    return f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
