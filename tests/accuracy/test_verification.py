@@ -45,6 +45,13 @@ def points(result):
     return {far: (point.tar, point.far) for far, point in result.at_far.items()}
 
 
+def assert_thresholds_do_what_they_say(result, *pairs):
+    genuine, impostors = naive_pairs(*pairs, decimals=14)
+    for point in result.at_far.values():
+        measured = (genuine >= point.threshold).mean(), (impostors >= point.threshold).mean()
+        assert (point.tar, point.far) == measured
+
+
 def data(seed, ties=False, n=(40, 60), width=5, classes=4):
     generator = torch.Generator().manual_seed(seed)
     labels = [torch.randint(classes, (rows,), generator=generator) for rows in n]
@@ -117,7 +124,9 @@ def test_a_share_that_is_a_whole_number_of_impostors_is_all_of_them():
         if count <= number:
             scores = np.arange(number + 1) / 1.0
             scores[-1] = number - count - 0.5  # genuine: accepted with exactly count impostors
-            assert tar_at_far(scores, np.arange(number + 1) == number, count / number) == 1.0
+            same = np.arange(number + 1) == number
+            assert tar_at_far(scores, same, count / number) == 1.0
+            assert tar_at_far(scores, same, np.nextafter(count / number, 0)) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64])
@@ -181,10 +190,7 @@ def test_verification_is_the_definition(seed, ties, search):
         assert points(result) == naive_verification(*pairs, fars=FARS)
         genuine, impostors = naive_pairs(*pairs)
         assert (result.genuine_pairs, result.impostor_pairs) == (len(genuine), len(impostors))
-        genuine, impostors = naive_pairs(*pairs, decimals=14)
-        for point in result.at_far.values():
-            measured = (genuine >= point.threshold).mean(), (impostors >= point.threshold).mean()
-            assert (point.tar, point.far) == measured
+        assert_thresholds_do_what_they_say(result, *pairs)
 
 
 @pytest.mark.parametrize("search", [contextlib.nullcontext, in_bins])
@@ -283,8 +289,8 @@ def test_the_kept_scores_are_thinned_out_as_larger_ones_come(far, rising, monkey
     reference = torch.stack([torch.linspace(0, 0.01, 50).cos(), torch.linspace(0, 0.01, 50).sin()], dim=1).double()
     labels = torch.arange(300) // 5, torch.arange(50)
     result = verification(query, labels[0], reference, labels[1], fars=far)
-    rounded = naive_verification(query, labels[0], reference, labels[1], fars=[far])
-    assert points(result) == rounded
+    assert points(result) == naive_verification(query, labels[0], reference, labels[1], fars=[far])
+    assert_thresholds_do_what_they_say(result, query, labels[0], reference, labels[1])
     assert len(calls) > 2 if rising else len(calls) == 1
 
 
