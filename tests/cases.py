@@ -2,7 +2,7 @@
 
 A case builds a fresh loss for embeddings ``WIDTH`` wide and labels 0 to ``CLASSES - 1``; the same seed builds the
 same loss. A loss that needs the other model's embeddings of the same rows, ``ref_emb``, and neither labels nor pairs,
-joins by one line in ``ALIGNED``.
+joins by one line in ``ALIGNED``; one that needs both ``ref_emb`` and labels, by one line in ``PAIRED``.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from pytorch_metric_learning import distances, losses
 
 from pml_compat.frozen import ClassCenters, FrozenClassifier
-from pml_compat.losses import BCTLoss, FCTLoss, LCELoss
+from pml_compat.losses import BCTLoss, CompatibleLoss, FCTLoss, LCELoss
 from pml_compat.transformations import LinearTransformation
 
 WIDTH, OLD_WIDTH, CLASSES = 8, 6, 5
@@ -66,10 +66,14 @@ ALIGNED: dict[str, Callable[..., torch.nn.Module]] = {
     "fct_cosine": lambda **kwargs: FCTLoss(distance=distances.CosineSimilarity(), **kwargs),
 }
 
+PAIRED: dict[str, Callable[..., torch.nn.Module]] = {
+    "compatible": lambda **kwargs: CompatibleLoss(classification(), FCTLoss(), 0.5, **kwargs),
+}
+
 
 def build(name: str, seed: int = 0, **kwargs: object) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return (LOSSES | ALIGNED)[name](**kwargs)
+    return (LOSSES | ALIGNED | PAIRED)[name](**kwargs)
 
 
 def batch(n: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,9 +10,10 @@ from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners, reducers, regularizers, trainers
 from pytorch_metric_learning.utils import distributed as pml_distributed
 
-from tests.cases import ALIGNED, CLASSES, LOSSES, WIDTH, batch, build, references
+from tests.cases import ALIGNED, CLASSES, LOSSES, PAIRED, WIDTH, batch, build, references
 
-every_loss = pytest.mark.parametrize("name", [*LOSSES, *ALIGNED])
+every_loss = pytest.mark.parametrize("name", [*LOSSES, *ALIGNED, *PAIRED])
+every_paired_loss = pytest.mark.parametrize("name", PAIRED)
 every_loss_of_labels = pytest.mark.parametrize("name", LOSSES)
 
 REDUCERS = {
@@ -86,14 +87,38 @@ def test_miner_tuples(name, miner):
     step(build(name), miner(*batch()))
 
 
-@every_loss_of_labels
+@every_loss
 def test_state_dict_round_trip(name):
     source, target = build(name, seed=0), build(name, seed=1)
-    assert step(source) != step(target)
+    has_state = bool(source.state_dict())
+    assert (step(source, **references(name)) != step(target, **references(name))) == has_state
     file = io.BytesIO()
     torch.save(source.state_dict(), file)
     target.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    assert step(source) == step(target)
+    assert step(source, **references(name)) == step(target, **references(name))
+
+
+@every_paired_loss
+def test_labels_of_the_old_embeddings_may_be_any_copy_or_left_out(name):
+    """PML drops the pairs of a sample with itself where both labels are one object: here they are the positives."""
+    labels = batch()[1]
+    expected = step(build(name), **references(name))
+    for ref_labels in (labels, labels.clone(), labels.int()):
+        embeddings, labels = batch()
+        loss = build(name)(embeddings, labels, ref_labels=ref_labels, **references(name))
+        torch.testing.assert_close(loss.detach(), expected)
+    embeddings, labels = batch()
+    torch.testing.assert_close(build(name)(embeddings, labels, ref_labels=labels, **references(name)), loss)
+
+
+@every_paired_loss
+def test_old_embeddings_get_no_gradient_and_must_be_given(name):
+    embeddings, labels = batch()
+    old = references(name)["ref_emb"].requires_grad_()
+    build(name)(embeddings, labels, ref_emb=old).backward()
+    assert old.grad is None
+    with pytest.raises(ValueError, match="ref_emb must be given"):
+        build(name)(embeddings, labels)
 
 
 @every_loss
@@ -210,7 +235,7 @@ def run_rank(rank, world_size, rendezvous, results):
     """Every loss, wrapped for distributed training, on this rank's share of the batch."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-    for name in [*LOSSES, *ALIGNED]:
+    for name in [*LOSSES, *ALIGNED, *PAIRED]:
         embeddings, labels = batch()
         own = embeddings.detach().chunk(world_size)[rank].requires_grad_()
         others = {key: other.chunk(world_size)[rank] for key, other in references(name).items()}

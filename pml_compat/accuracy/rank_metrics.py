@@ -30,6 +30,8 @@ def r_precision(ranks: PositiveRanks, k: int | None = None) -> torch.Tensor:
 def hit_rate(ranks: PositiveRanks, k: int) -> torch.Tensor:
     """Return CMC at k: whether one of the first k places holds a positive, or the chance of it where items tie."""
     before, size, positives = _first_group(ranks)
+    if bool((size == positives).all()):  # the nearest item is right for sure, wherever it stands
+        return ((before < k) & ranks.valid[:, 0]).double()
     slots = (k - before).clamp_min(0).minimum(size)
     # Of the ways to fill the slots from the tied items, those without a positive: C(size - positives, slots).
     wrong = size - positives

@@ -23,9 +23,10 @@ import torch
 from .gallery import Gallery
 from .matches import Matches, mask
 
-_CHUNK_ELEMENTS = 6 * 2**20  # scores held at once: 24 MiB
+_CHUNK_ELEMENTS = 4 * 2**20  # scores held at once: 16 MiB
 _COUNTED_ELEMENTS = 2**20  # scores counted at once, with some 20 bytes each
 _MIN_QUERIES = 16  # a matrix product of fewer rows would spend its time reading the gallery
+_FEW_QUERIES = 4  # the least that float64 works at: each time it reads the gallery
 _FIRST_PLACES = 10  # where the order is not left to rounding
 _CHANGE = 1e-3  # of one query's average precision, in the worst case, that is left to rounding; either way as likely
 
@@ -179,7 +180,7 @@ def _sorted_ranks(
     excluded: Sequence[Matches],
 ) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
     """Rank by sorted float64 distances: slower than counting, and exact to the last tie."""
-    for numbers in queries.split(max(1, _COUNTED_ELEMENTS // (4 * len(gallery)))):
+    for numbers in queries.split(max(_FEW_QUERIES, _COUNTED_ELEMENTS // (4 * len(gallery)))):
         distances = gallery.squared_distances(query[numbers])
         out = mask(list(excluded), numbers, len(gallery))
         positive = mask([positives], numbers, len(gallery)) & ~out

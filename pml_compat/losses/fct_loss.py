@@ -10,7 +10,7 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import normalize
 
-from ..checks import check_embeddings, check_same_device
+from .old_rows import check_old_rows
 
 
 class FCTLoss(BaseMetricLossFunction):
@@ -62,21 +62,8 @@ class FCTLoss(BaseMetricLossFunction):
     ) -> dict[str, Any]:
         """Return one loss a row."""
         c_f.indices_tuple_not_supported(indices_tuple)
-        if ref_emb is embeddings:
-            raise ValueError(
-                "ref_emb must be given: the new model's embeddings of the same items, row by row; got None"
-            )
-        check_same_device(embeddings, "embeddings", ref_emb, "ref_emb")
-        check_embeddings(embeddings)
-        check_embeddings(ref_emb, "ref_emb")
-        if ref_emb.shape != embeddings.shape:
-            raise ValueError(
-                f"ref_emb must be shaped like embeddings, row i of the same item: expected {tuple(embeddings.shape)}, "
-                f"got {tuple(ref_emb.shape)}"
-            )
+        one, other = check_old_rows(embeddings, ref_emb, whose="the new model's embeddings")
         with torch.autocast(embeddings.device.type, enabled=False):
-            dtype = torch.promote_types(embeddings.dtype, torch.float32)
-            one, other = embeddings.to(dtype), ref_emb.detach().to(dtype)
             if self.distance.normalize_embeddings:
                 # The slope at a zero row is 1 / eps, which has to be a number of the embeddings' dtype too.
                 eps = max(1e-12, torch.finfo(embeddings.dtype).tiny)

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import bootstrap, bootstrap_update_gain, paired_bootstrap, update_gain
+from pml_compat.accuracy import (
+    CrossModelAccuracyCalculator,
+    bootstrap,
+    bootstrap_update_gain,
+    paired_bootstrap,
+    update_gain,
+)
 
 nan = math.nan
 
@@ -22,8 +28,10 @@ def drawn(values, samples, seed):
     return np.array([values[:, rng.integers(values.shape[1], size=values.shape[1])].mean(1) for _ in range(samples)])
 
 
+@pytest.mark.parametrize("many", [0, 1])
 @pytest.mark.parametrize("seed", range(3))
-def test_agrees_with_drawing_queries_one_by_one(seed):
+def test_agrees_with_drawing_queries_one_by_one(seed, many, monkeypatch):
+    monkeypatch.setattr(bootstrap, "_MANY", many)
     first, second = sample(seed)
     means = drawn((second - first)[None], 4000, seed)[:, 0]
     got = paired_bootstrap(first, second, samples=4000, level=0.9)
@@ -33,8 +41,10 @@ def test_agrees_with_drawing_queries_one_by_one(seed):
     assert got.probability == pytest.approx((means > 0).mean(), abs=0.03)
 
 
+@pytest.mark.parametrize("many", [0, 1])
 @pytest.mark.parametrize("seed", range(3))
-def test_gain_agrees_with_drawing_queries_one_by_one(seed):
+def test_gain_agrees_with_drawing_queries_one_by_one(seed, many, monkeypatch):
+    monkeypatch.setattr(bootstrap, "_MANY", many)
     rng = np.random.default_rng(seed)
     hard = rng.uniform(0, 0.5, 80)
     values = np.stack([hard, hard + rng.uniform(-0.1, 0.3, 80), hard + rng.uniform(0, 0.5, 80)])
@@ -49,8 +59,10 @@ def test_gain_agrees_with_drawing_queries_one_by_one(seed):
     assert got.undefined == 0
 
 
-def test_the_distribution_of_a_difference_of_hits():
+@pytest.mark.parametrize("many", [0, 1])
+def test_the_distribution_of_a_difference_of_hits(many, monkeypatch):
     """1 query of 4 changed: the resampled mean is k / 4 with the binomial chance of k of 4."""
+    monkeypatch.setattr(bootstrap, "_MANY", many)
     means = bootstrap._resampled_means(np.array([[0.0, 0.0, 1.0, 0.0]]), 40_000, 0)[:, 0]
     chances = [math.comb(4, k) * 0.25**k * 0.75 ** (4 - k) for k in range(5)]
     assert [(means == k / 4).mean() for k in range(5)] == pytest.approx(chances, abs=0.01)
@@ -111,6 +123,7 @@ def test_invariances(seed):
 
 @pytest.mark.parametrize("elements", [1, 100, 1000])
 def test_blocks_change_nothing(elements, monkeypatch):
+    monkeypatch.setattr(bootstrap, "_MANY", 1)
     first, second = sample(0)
     expected = paired_bootstrap(first, second, samples=50)
     monkeypatch.setattr(bootstrap, "_BLOCK_ELEMENTS", elements)
@@ -200,3 +213,26 @@ def test_unusable_arguments_are_named():
             paired_bootstrap([0, 1], [0, 1], level=level)
     with pytest.raises(ValueError, match="old_to_old and new_to_old and independent must have one entry a query"):
         bootstrap_update_gain(old_to_old=[0, 1], new_to_old=[0, 1], independent=[1])
+
+
+def test_of_what_the_calculator_measured():
+    """Per-query metrics go straight in; a query without a positive is left out on its own."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 7
+    labels[0] = 99  # in no gallery
+    centers = torch.randn(7, 8, generator=generator)
+    clean = centers[torch.arange(60) % 7]
+    old, new = (clean + spread * torch.randn(60, 8, generator=generator) for spread in (2.0, 1.0))
+    calculator = CrossModelAccuracyCalculator(include=("mean_average_precision",), device="cpu")
+    found = [
+        calculator.get_per_query_accuracy(query, labels, centers, torch.arange(7))["mean_average_precision"]
+        for query in (old, new)
+    ]
+    means = [
+        calculator.get_accuracy(query, labels, centers, torch.arange(7))["mean_average_precision"]
+        for query in (old, new)
+    ]
+    got = paired_bootstrap(*found)
+    assert (got.queries, got.left_out) == (59, 1)
+    assert got.estimate == pytest.approx(means[1] - means[0])
+    assert got.low > 0
