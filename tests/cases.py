@@ -11,7 +11,22 @@ import torch
 from pytorch_metric_learning import distances, losses
 
 from pml_compat.frozen import ClassCenters, FrozenClassifier
-from pml_compat.losses import BCTLoss, CompatibleLoss, FCTLoss, LCELoss
+from pml_compat.losses import (
+    AdvBCTLoss,
+    BCTLoss,
+    CompatibleLoss,
+    CrossModelLoss,
+    FCTLoss,
+    FocalDistillationLoss,
+    LCELoss,
+    LwFLoss,
+    MixBCTLoss,
+    NCCLLoss,
+    PointAlignmentLoss,
+    RACTLoss,
+    UniBCTLoss,
+)
+from pml_compat.miners import HardestCrossModelMiner
 from pml_compat.transformations import LinearTransformation
 
 WIDTH, OLD_WIDTH, CLASSES = 8, 6, 5
@@ -30,8 +45,20 @@ def measured_centers(width: int = OLD_WIDTH) -> ClassCenters:
     return ClassCenters(torch.randn(CLASSES, width), torch.arange(CLASSES), torch.full((CLASSES,), 0.8))
 
 
+def halfway(loss_func: AdvBCTLoss) -> AdvBCTLoss:
+    loss_func.set_progress(0.5)
+    return loss_func
+
+
 def classification() -> torch.nn.Module:
     return losses.NormalizedSoftmaxLoss(CLASSES, WIDTH)
+
+
+def nccl(loss: torch.nn.Module, **kwargs: object) -> NCCLLoss:
+    """A queue that a batch fills, and goes past the end of."""
+    loss_func = NCCLLoss(loss, 40, embedding_size=WIDTH, **kwargs)
+    loss_func.fill(torch.randn(30, WIDTH), torch.arange(30) % CLASSES)
+    return loss_func
 
 
 LOSSES: dict[str, Callable[..., torch.nn.Module]] = {
@@ -58,17 +85,53 @@ LOSSES: dict[str, Callable[..., torch.nn.Module]] = {
         **kwargs,
     ),
     "lce_pairs": lambda **kwargs: LCELoss(losses.ContrastiveLoss(), measured_centers(WIDTH), 0.0, **kwargs),
+    "unibct": lambda **kwargs: UniBCTLoss(classification(), old_centers(), 0.5, **kwargs),
+    "unibct_margin": lambda **kwargs: UniBCTLoss(
+        losses.ArcFaceLoss(CLASSES, WIDTH), old_centers(), scale=30.0, margin=0.3, **kwargs
+    ),
 }
 
 ALIGNED: dict[str, Callable[..., torch.nn.Module]] = {
     "fct": FCTLoss,
     "fct_unit": lambda **kwargs: FCTLoss(distance=distances.LpDistance(p=2, power=2), **kwargs),
     "fct_cosine": lambda **kwargs: FCTLoss(distance=distances.CosineSimilarity(), **kwargs),
+    "lwf": lambda **kwargs: LwFLoss(FrozenClassifier(torch.randn(3, WIDTH), kind="cosine"), **kwargs),
+    "lwf_linear": lambda **kwargs: LwFLoss(
+        FrozenClassifier.from_layer(torch.nn.Linear(WIDTH, 3)), temperature=2.0, old_temperature=0.5, **kwargs
+    ),
+    "point_alignment": PointAlignmentLoss,
+    "point_alignment_weakened": lambda **kwargs: PointAlignmentLoss(10.0, threshold=0.2, squared=False, **kwargs),
 }
 
 PAIRED: dict[str, Callable[..., torch.nn.Module]] = {
     "compatible": lambda **kwargs: CompatibleLoss(classification(), FCTLoss(), 0.5, **kwargs),
+    "advbct": lambda **kwargs: halfway(
+        AdvBCTLoss(torch.randn(3, WIDTH) / 8, torch.rand(3), [2, 0, 4], threshold=0.4, **kwargs)
+    ),
+    "advbct_boundary": lambda **kwargs: AdvBCTLoss(
+        torch.randn(CLASSES, WIDTH) / 8, torch.rand(CLASSES), adversarial_weight=0.0, **kwargs
+    ),
+    "mixbct": lambda **kwargs: MixBCTLoss(classification(), **kwargs),
+    "nccl": lambda **kwargs: nccl(classification(), logit_weight=0.5, **kwargs),
+    "nccl_pairs": lambda **kwargs: nccl(losses.ContrastiveLoss(), logit_weight=0.0, temperature=0.1, **kwargs),
+    "focal_distillation": lambda **kwargs: FocalDistillationLoss(measured_centers(WIDTH), **kwargs),
+    "focal_distillation_batch": FocalDistillationLoss,
+    "focal_distillation_logits": lambda **kwargs: FocalDistillationLoss(
+        FrozenClassifier(torch.randn(3, WIDTH), labels=[2, 0, 4]), kind="logits", **kwargs
+    ),
+    "ract": lambda **kwargs: RACTLoss(temperature=0.1, **kwargs),
+    "ract_hardest": lambda **kwargs: RACTLoss(top_k=3, **kwargs),
+    "ract_triplet": lambda **kwargs: RACTLoss(form="triplet", top_k=4, **kwargs),
+    "ract_old_negatives": lambda **kwargs: RACTLoss(temperature=0.1, regression=False, **kwargs),
+    "cross_model": lambda **kwargs: CrossModelLoss(losses.ContrastiveLoss(), **kwargs),
+    "cross_model_symmetric": lambda **kwargs: CrossModelLoss(losses.SupConLoss(), symmetric=True, **kwargs),
+    "cross_model_mined": lambda **kwargs: CrossModelLoss(
+        losses.TripletMarginLoss(), HardestCrossModelMiner(2), symmetric=True, **kwargs
+    ),
 }
+
+# Losses that draw at random, in train mode: other rows at the next call, and of the same rows in another order.
+RANDOM = {"mixbct"}
 
 
 def build(name: str, seed: int = 0, **kwargs: object) -> torch.nn.Module:

@@ -160,3 +160,129 @@ def fct_losses(mapped, target, kind):
             h, f = unit(h), unit(f)
         losses.append(sum((a - b) ** 2 for a, b in zip(h, f, strict=True)) / len(h))
     return losses
+
+
+def ract_losses(new_emb, old_emb, labels, *, temperature, margin, top_k, regression, form):
+    new, old = [unit(e) for e in new_emb], [unit(e) for e in old_emb]
+    losses = []
+    for i, anchor in enumerate(new):
+        sides = []
+        for rows in [old, new] if regression else [old]:
+            negatives = [rows[j] for j in range(len(new)) if labels[j] != labels[i]]
+            sides.append(sorted(negatives, key=lambda row: np.linalg.norm(anchor - row))[:top_k])
+        if form == "contrastive":
+            positive = float(anchor @ old[i])
+            logits = [positive] + [float(anchor @ row) for side in sides for row in side]
+            losses.append(cross_entropy([z / temperature for z in logits], 0))
+            continue
+        within = margin + np.linalg.norm(anchor - old[i])
+        hinges = [[max(0.0, within - np.linalg.norm(anchor - row)) for row in side] for side in sides]
+        losses.append(sum(sum(side) / len(side) for side in hinges if side))
+    return losses
+
+
+def point_alignment_losses(new_emb, old_emb, weight, threshold, squared, normalize):
+    losses = []
+    for a, o in zip(new_emb, old_emb, strict=True):
+        if normalize:
+            a, o = unit(a), unit(o)
+        beyond = max(0.0, math.sqrt(sum((x - y) ** 2 for x, y in zip(a, o, strict=True))) - threshold)
+        losses.append(weight * (beyond**2 if squared else beyond))
+    return losses
+
+
+def softmax(logits):
+    top = max(logits)
+    exponentials = [math.exp(z - top) for z in logits]
+    return [e / sum(exponentials) for e in exponentials]
+
+
+def lwf_losses(new_logits, old_logits, temperature, old_temperature):
+    losses = []
+    for new, old in zip(new_logits, old_logits, strict=True):
+        p, q = softmax([z / old_temperature for z in old]), softmax([z / temperature for z in new])
+        losses.append(-sum(a * math.log(b) for a, b in zip(p, q, strict=True)))
+    return losses
+
+
+def nearest_has_the_label(embeddings, labels):
+    right = []
+    for i, row in enumerate(embeddings):
+        others = [j for j in range(len(embeddings)) if j != i]
+        nearest = max(others, key=lambda j: float(unit(row) @ unit(embeddings[j])), default=None)
+        right.append(nearest is not None and labels[nearest] == labels[i])
+    return right
+
+
+def focal_distillation_losses(distances, right, alpha, beta):
+    return [(alpha + (beta if r else 0.0)) * d for d, r in zip(distances, right, strict=True)]
+
+
+def class_balls(embeddings, labels, normalize=True):
+    """Return {label: (mean of the unit rows, largest distance to it within 1.5 IQR, count, every distance)}."""
+    result = {}
+    for label in sorted(set(labels.tolist())):
+        own = [unit(e) if normalize else e for e, y in zip(embeddings, labels.tolist(), strict=True) if y == label]
+        mean, n = sum(own) / len(own), len(own)
+        distances = sorted(math.sqrt(sum((a - b) ** 2 for a, b in zip(e, mean, strict=True))) for e in own)
+        q1, q3 = distances[n // 4], distances[3 * n // 4]
+        kept = [d for d in distances if n < 4 or d <= q3 + 1.5 * (q3 - q1)]
+        result[label] = (mean, max(kept), n, distances)
+    return result
+
+
+def advbct_adversarial(new, old, state, progress):
+    """One loss a row: the cross-entropies of the new row as class 0 and the old row as class 1, times 1 - p."""
+    rows = [*new, *old]
+    hidden = [state["0.weight"] @ row + state["0.bias"] for row in rows]
+    for unit_number in range(len(hidden[0])):
+        values = [h[unit_number] for h in hidden]
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values) + 1e-5)
+        for h in hidden:
+            normal = (h[unit_number] - mean) / spread
+            h[unit_number] = max(0.0, normal * state["1.weight"][unit_number] + state["1.bias"][unit_number])
+    losses = [
+        cross_entropy([float(z) for z in state["3.weight"] @ h + state["3.bias"]], int(i >= len(new)))
+        for i, h in enumerate(hidden)
+    ]
+    return [(1 - progress) * (losses[i] + losses[i + len(new)]) for i in range(len(new))]
+
+
+def advbct_boundary(new, labels, balls, elasticity, threshold):
+    """{row: how far its unit embedding lies outside the elastic boundary}, for labels of ``balls``."""
+    result = {}
+    for i, (row, label) in enumerate(zip(new, labels.tolist(), strict=True)):
+        if label not in balls:
+            continue
+        center, radius = balls[label]
+        delta = abs(radius - threshold) / (1 + math.exp(-elasticity[label]))
+        elastic = radius + delta if radius < threshold else radius - delta
+        result[i] = max(0.0, float(np.linalg.norm(unit(row) - center)) - elastic)
+    return result
+
+
+def credible_nearest(embeddings, labels, share):
+    kept = [False] * len(embeddings)
+    for label in set(labels.tolist()):
+        own = [i for i, y in enumerate(labels.tolist()) if y == label]
+        mean = sum(unit(embeddings[i]) for i in own) / len(own)
+        own.sort(key=lambda i: np.linalg.norm(unit(embeddings[i]) - mean))
+        for i in own[: math.ceil(round(share * len(own), 6))]:
+            kept[i] = True
+    return kept
+
+
+def credible_entropies(embeddings, labels):
+    """The entropy of exp(-|e - m_c|^2 / v_c), normalised over the classes, of each row."""
+    balls = class_balls(embeddings, labels)
+    overall = sum(d**2 for *_, distances in balls.values() for d in distances) / len(embeddings)
+    result = []
+    for e in embeddings:
+        weights = []
+        for mean, _, count, distances in balls.values():
+            variance = sum(d**2 for d in distances) / count or overall
+            weights.append(math.exp(-(np.linalg.norm(unit(e) - mean) ** 2) / variance))
+        shares = [w / sum(weights) for w in weights]
+        result.append(-sum(p * math.log(p) for p in shares if p > 0))
+    return result

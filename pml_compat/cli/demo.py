@@ -13,6 +13,8 @@ Or the new model stays ``independent``, and the stored old gallery is mapped int
 - ``fct_side``: the same, given side-information that was stored beside them: the embeddings of a small network that
   learned from the images without any labels.
 
+More methods, all those of the library, are compared on request.
+
 Then queries by one model search the other's gallery: the held-out images, all ten digits, each image left out of its
 own ranking.
 """
@@ -35,26 +37,38 @@ from ..accuracy.matches import EqualCodes
 from ..accuracy.ranking import nearest
 from ..extras import import_extra
 from ..files import whole_folder
-from ..report import Results, RetrievalExample, markdown_table, plot_compatibility, rich_table, title, verdict
-from ..report.results import CROSS_PAIRS, METRICS
+from ..report import (
+    Results,
+    RetrievalExample,
+    markdown_table,
+    plot_compatibility,
+    rich_cost_table,
+    rich_table,
+    title,
+    verdict,
+)
+from ..report.results import COSTS, CROSS_PAIRS, METRICS
 from ..width import fit_width
-from .demo_models import METHODS, NEW_METHODS, OLD_CLASSES, OLD_IMAGES_PER_CLASS, count_epochs, split_in_half, upgrade
+from .demo_models import MAPS, METHODS, OLD_CLASSES, OLD_IMAGES_PER_CLASS, count_epochs, split_in_half, upgrade
 
 _EXAMPLES, _DEPTH = 3, 5
 
 
-def run_demo(out: Path, seeds: Sequence[int]) -> Results:
+def run_demo(out: Path, seeds: Sequence[int], methods: Sequence[str] = METHODS) -> Results:
     """Train, measure, print the table, and write metrics.json, report.md, compatibility.png and the embeddings.
 
     Args:
         out: the folder; its files appear together at the end, or not at all.
         seeds: all models are trained for each.
+        methods: what to compare, of ``ALL_METHODS``; ``independent``, which the others are measured against, is always
+            among them. Costs are in the table where there are others than the default ones.
     Raises:
         ImportError: the ``demo`` extra is not installed; raised before anything is computed.
         ValueError: a seed twice; ``out`` is a file.
     """
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must differ, got {list(seeds)}")
+    methods = ["independent", *(method for method in methods if method != "independent")]
     console = import_extra("rich.console", "demo").Console()
     import_extra("matplotlib.figure", "demo")
     digits = import_extra("sklearn.datasets", "demo").load_digits()
@@ -74,17 +88,22 @@ def run_demo(out: Path, seeds: Sequence[int]) -> Results:
     calculator = CrossModelAccuracyCalculator(include=tuple(METRICS))
     examples: list[RetrievalExample] = []
     start = time.perf_counter()
-    with whole_folder(out) as folder, tqdm(total=len(seeds) * count_epochs(), unit="epoch") as progress:
+    with whole_folder(out) as folder, tqdm(total=len(seeds) * count_epochs(methods), unit="epoch") as progress:
         for seed in seeds:
             train, test = split_in_half(labels, seed)
-            models = upgrade(images[train], labels[train], images[test], seed, progress)
-            for method, pair, query, gallery in searches(models):
+            found = upgrade(images[train], labels[train], images[test], seed, progress, methods)
+            models = found.embeddings
+            for method, pair, query, gallery in searches(methods, models):
                 accuracies = calculator.get_accuracy(
                     models[query], labels[test], models[gallery], labels[test], ref_includes_query=True
                 )
                 results.add(method, pair, accuracies)
+            if set(methods) - set(METHODS):
+                for method in methods:
+                    costs = found.milliseconds[method], found.held_mib[method]
+                    results.add_costs(method, dict(zip(COSTS, costs, strict=True)))
             _save_embeddings(folder / "embeddings" / f"seed_{seed}", models, labels[test], test)
-            examples = examples or _examples(models, images[test, 0], labels[test])
+            examples = examples or _examples(methods, models, images[test, 0], labels[test])
         counts = torch.bincount(labels[test]).double()
         # A random ranking's precision is the positives' share of the gallery, at every place: so is its mAP, nearly.
         share = float((counts * (counts - 1)).sum() / (len(test) * (len(test) - 1)))
@@ -92,25 +111,28 @@ def run_demo(out: Path, seeds: Sequence[int]) -> Results:
         progress.close()
         _write(folder, results, examples, time.perf_counter() - start)
     console.print(rich_table(results))
-    for method in METHODS:
+    if results.costs:
+        console.print(rich_cost_table(results))
+    for method in methods:
         console.print(verdict(results, method), highlight=False)
     console.print(f"Written to {out}: metrics.json, report.md, compatibility.png, embeddings/", highlight=False)
     return results
 
 
-def searches(embeddings: Iterable[str]) -> list[tuple[str, str, str, str]]:
+def searches(methods: Sequence[str], embeddings: Iterable[str]) -> list[tuple[str, str, str, str]]:
     """Return what is measured: method, pair, and the names of the query's and the gallery's embeddings."""
     found = [("old", "old_to_old", "old", "old")]
-    for method in NEW_METHODS:
+    for method in methods:
+        if method in MAPS:
+            found.append((method, "new_to_transformed_old", "independent", f"{method}_gallery"))
+            continue
         query = f"{method}_query" if f"{method}_query" in embeddings else method
         found += [(method, "new_to_old", query, "old"), (method, "new_to_new", method, method)]
-    for method in ("fct", "fct_side"):
-        found.append((method, "new_to_transformed_old", "independent", f"{method}_gallery"))
     return found
 
 
 def _examples(
-    embeddings: dict[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor
+    methods: Sequence[str], embeddings: dict[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor
 ) -> list[RetrievalExample]:
     """One query each of the first digits that the old model never saw, and what it finds in the old gallery."""
     queries = torch.stack([(labels == digit).nonzero()[0, 0] for digit in range(OLD_CLASSES, OLD_CLASSES + _EXAMPLES)])
@@ -118,14 +140,14 @@ def _examples(
     itself = [EqualCodes(queries, torch.arange(len(labels)))]
 
     found = {}
-    for method, pair, query_name, gallery in searches(embeddings):
+    for method, pair, query_name, gallery in searches(methods, embeddings):
         if pair in CROSS_PAIRS:
             narrow = fit_width(embeddings[query_name][queries], embeddings[gallery].shape[1])
             found[method] = torch.cat(list(nearest(narrow, embeddings[gallery], itself, _DEPTH)))
     return [
         RetrievalExample(
             images[query].numpy(),
-            {m: [(images[g].numpy(), bool(labels[g] == labels[query])) for g in found[m][i]] for m in METHODS},
+            {m: [(images[g].numpy(), bool(labels[g] == labels[query])) for g in found[m][i]] for m in methods},
         )
         for i, query in enumerate(queries)
     ]
@@ -148,7 +170,7 @@ def _write(folder: Path, results: Results, examples: list[RetrievalExample], sec
         "",
         markdown_table(results),
         "",
-        *(f"- {verdict(results, method)}" for method in METHODS),
+        *(f"- {verdict(results, method)}" for method in results.new_methods()),
         "",
         "![new queries on the old gallery](compatibility.png)",
         "",

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from pytorch_metric_learning.losses import NormalizedSoftmaxLoss, NTXentLoss, SelfSupervisedLoss
+from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 from tqdm import tqdm
 
 from ..extras import import_extra
 from ..frozen import ClassCenters, FrozenClassifier
-from ..losses import BCTLoss, LCELoss
-from ..transformations import FCTTransformation, OrthogonalTransformation, fit_transformation
+from ..transformations import FCTTransformation, fit_transformation
+from .demo_methods import CLASSES, NETWORKS, NEW_WIDTH, OLD_WIDTH, OldSystem, task_loss
 
 # Chosen on seeds 10 to 19; the results are those of seeds 0 to 4.
 OLD_CLASSES, OLD_IMAGES_PER_CLASS = 5, 20
-OLD_CHANNELS, OLD_WIDTH, OLD_EPOCHS, OLD_BATCH = 8, 32, 30, 64
-NEW_CHANNELS, NEW_WIDTH, NEW_EPOCHS, NEW_BATCH = 32, 64, 40, 128
+OLD_CHANNELS, OLD_EPOCHS, OLD_BATCH = 8, 30, 64
+NEW_CHANNELS, NEW_EPOCHS, NEW_BATCH = 32, 40, 128
 LEARNING_RATE = 2e-3  # of batches of 64
-TEMPERATURE = 0.25  # soft enough that the influence goes on shaping classes it already tells apart
-INFLUENCE_WEIGHT = 3.0
+PROTOTYPE_EPOCHS = (10, 20)  # after which UniBCT refines its prototypes
 SIDE_CHANNELS, SIDE_WIDTH, SIDE_EPOCHS, SIDE_BATCH, SIDE_TEMPERATURE = 16, 32, 10, 32, 0.2
 FCT_HIDDEN, FCT_EPOCHS, FCT_BATCH, FCT_LEARNING_RATE = 512, 40, 128, 1e-3
-NEW_METHODS = ("independent", "bct", "lce", "lce_backward")  # a network each
-METHODS = (*NEW_METHODS, "fct", "fct_side")
+MAPS = ("fct", "fct_side")  # of the old gallery, for the independent new model
+METHODS = ("independent", "bct", "lce", "lce_backward", *MAPS)  # of the three papers
+ALL_METHODS = (*NETWORKS, *MAPS)
 
 
-def count_epochs() -> int:
+def count_epochs(methods: Sequence[str]) -> int:
     """Return the epochs that one seed takes, for a progress bar."""
-    return OLD_EPOCHS + len(NEW_METHODS) * NEW_EPOCHS + SIDE_EPOCHS
+    networks = sum(method in NETWORKS for method in methods)
+    return OLD_EPOCHS + networks * NEW_EPOCHS + SIDE_EPOCHS * ("fct_side" in methods)
 
 
 def split_in_half(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,81 +43,124 @@ def split_in_half(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.
     return torch.from_numpy(train), torch.from_numpy(test)
 
 
-def upgrade(
-    images: torch.Tensor, labels: torch.Tensor, test_images: torch.Tensor, seed: int, progress: tqdm
-) -> dict[str, torch.Tensor]:
-    """Train every model; return each one's embeddings of ``test_images``, by its name.
+@dataclass
+class Upgrade:
+    """What one seed gave.
 
-    ``lce_backward_query`` are those of ``lce_backward`` in the old space, by its backward transformation;
-    ``fct_gallery`` and ``fct_side_gallery`` those of ``old`` in the independent model's space, by theirs.
+    Args:
+        embeddings: of the test images, by the name of the model or gallery. ``METHOD_query`` are a model's in the old
+            space, by its backward transformation; ``METHOD_gallery`` the old model's in the independent model's space.
+        milliseconds: of a step of each method's training.
+        held_mib: what each method's training holds beside the network and its task loss.
     """
 
-    def step() -> None:
-        progress.update()
+    embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    held_mib: dict[str, float] = field(default_factory=dict)
 
-    def fit(name: str, loss: torch.nn.Module, width: int) -> torch.nn.Module:
-        progress.set_description(f"seed {seed}: {name}")
-        model = network(NEW_CHANNELS, width)
-        train(model, loss, images, labels, NEW_EPOCHS, NEW_BATCH, step)
-        return model
 
+def upgrade(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    test_images: torch.Tensor,
+    seed: int,
+    progress: tqdm,
+    methods: Sequence[str] = METHODS,
+) -> Upgrade:
+    """Train the models of some methods; each draws the same random numbers, whatever the others are."""
+    found = Upgrade()
     few = torch.cat([(labels == c).nonzero()[:OLD_IMAGES_PER_CLASS, 0] for c in range(OLD_CLASSES)])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         progress.set_description(f"seed {seed}: old")
         old, old_loss = network(OLD_CHANNELS, OLD_WIDTH), task_loss(OLD_CLASSES, OLD_WIDTH)
-        train(old, old_loss, images[few], labels[few], OLD_EPOCHS, OLD_BATCH, step)
-        independent = fit("independent", task_loss(10, NEW_WIDTH), NEW_WIDTH)
-
-        # The old model, run over the new training set: a centre for every digit, also for those it never saw.
-        centers = ClassCenters.from_embeddings(embed(old, images), labels)
-        # BCT: the old classifier, with pseudo rows for the new digits, judges the new model too.
-        old_classifier = FrozenClassifier.from_loss(old_loss).extend(centers)
-        bct = fit("bct", BCTLoss(task_loss(10, NEW_WIDTH), old_classifier, INFLUENCE_WEIGHT), NEW_WIDTH)
-        # LCE: the new classes lie where the old ones lie; directly, or after a map from new to old space.
-        lce = fit("lce", LCELoss(task_loss(10, OLD_WIDTH), centers), OLD_WIDTH)
-        to_old = OrthogonalTransformation(NEW_WIDTH, OLD_WIDTH)
-        lce_loss = LCELoss(task_loss(10, NEW_WIDTH), centers, backward_transformation=to_old)
-        lce_backward = fit("lce_backward", lce_loss, NEW_WIDTH)
-
-        # FCT: side-information made beside the old model, and a map from what was stored into the new space.
-        progress.set_description(f"seed {seed}: side-information")
-        side = network(SIDE_CHANNELS, SIDE_WIDTH)
-        train_without_labels(side, images, SIDE_EPOCHS, SIDE_BATCH, step)
-        fct = {
-            "fct": FCTTransformation(OLD_WIDTH, NEW_WIDTH, None, FCT_HIDDEN),
-            "fct_side": FCTTransformation(OLD_WIDTH, NEW_WIDTH, SIDE_WIDTH, FCT_HIDDEN),
-        }
-    stored = {name: (embed(old, part), embed(side, part)) for name, part in (("train", images), ("test", test_images))}
-    models = {"old": old, "independent": independent, "bct": bct, "lce": lce, "lce_backward": lce_backward}
-    embeddings = {name: embed(model, test_images) for name, model in models.items()}
-    embeddings["lce_backward_query"] = embed(to_old, embeddings["lce_backward"])
-    embeddings["side_info"] = stored["test"][1]
-    for name, transformation in fct.items():
-        progress.set_description(f"seed {seed}: {name}")
-        source, side_info = stored["train"]
-        fit_transformation(
-            transformation,
-            source,
-            embed(independent, images),
-            side_info if transformation.side_features else None,
-            epochs=FCT_EPOCHS,
-            batch_size=FCT_BATCH,
-            lr=FCT_LEARNING_RATE,
-            seed=seed,
-            progress=False,
-        )
-        source, side_info = stored["test"]
-        mapped = transformation.apply_to(
-            source, side_info if transformation.side_features else None, normalize=True, progress=False
-        )
-        embeddings[f"{name}_gallery"] = torch.from_numpy(mapped)
-    return embeddings
+        train(old, old_loss, images[few], labels[few], OLD_EPOCHS, OLD_BATCH, progress.update)
+        found.embeddings["old"] = embed(old, test_images)
+        # The old model is run over the new training set once: no method needs it in its training loop.
+        stored = raw_embeddings(old, images)
+        centers = ClassCenters.from_embeddings(stored, labels)
+        system = OldSystem(FrozenClassifier.from_loss(old_loss).extend(centers), centers, stored, labels)
+        for method in (name for name in methods if name in NETWORKS):
+            torch.manual_seed(seed)
+            progress.set_description(f"seed {seed}: {method}")
+            model, loss = _train_new(method, system, images, found, progress.update)
+            found.embeddings[method] = embed(model, test_images)
+            if method == "independent":
+                target = embed(model, images)
+            if method == "lce_backward":
+                found.embeddings["lce_backward_query"] = embed(loss.backward_transformation, found.embeddings[method])
+        side_info = None
+        if "fct_side" in methods:
+            torch.manual_seed(seed)
+            progress.set_description(f"seed {seed}: side-information")
+            side = network(SIDE_CHANNELS, SIDE_WIDTH)
+            train_without_labels(side, images, SIDE_EPOCHS, SIDE_BATCH, progress.update)
+            found.embeddings["side_info"], side_info = embed(side, test_images), embed(side, images)
+        for method in (name for name in methods if name in MAPS):
+            torch.manual_seed(seed)
+            progress.set_description(f"seed {seed}: {method}")
+            _map_gallery(method, embed(old, images), target, side_info if method == "fct_side" else None, found, seed)
+    return found
 
 
-def task_loss(classes: int, width: int) -> NormalizedSoftmaxLoss:
-    """The loss of every model that learns from labels."""
-    return NormalizedSoftmaxLoss(classes, width, temperature=TEMPERATURE)
+def _train_new(
+    method: str, old: OldSystem, images: torch.Tensor, found: Upgrade, after_epoch: Callable[[], Any]
+) -> tuple[torch.nn.Module, Any]:
+    """Train a new network; return it and its loss."""
+    loss: Any
+    loss, width, reads_old = NETWORKS[method](old)
+    model = network(NEW_CHANNELS, width)
+    epochs = 0
+
+    def follow_the_training() -> None:
+        nonlocal epochs
+        epochs += 1
+        after_epoch()
+        if method == "unibct" and epochs in PROTOTYPE_EPOCHS:
+            loss.update_prototypes(old.embeddings, raw_embeddings(model, images), old.labels)
+        if method == "advbct":
+            loss.old_losses["old_loss"].set_progress(epochs / NEW_EPOCHS)
+
+    start = time.perf_counter()
+    old_embeddings = old.embeddings if reads_old else None
+    train(model, loss, images, old.labels, NEW_EPOCHS, NEW_BATCH, follow_the_training, old_embeddings)
+    found.milliseconds[method] = 1000 * (time.perf_counter() - start) / (NEW_EPOCHS * -(-len(images) // NEW_BATCH))
+    held = _mib(loss) - _mib(task_loss(CLASSES, width))
+    found.held_mib[method] = held + (old.embeddings.nbytes / 2**20 if reads_old else 0)
+    return model, loss
+
+
+def _map_gallery(
+    method: str,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    side_info: torch.Tensor | None,
+    found: Upgrade,
+    seed: int,
+) -> None:
+    """Fit FCT's transformation of the old embeddings, and apply it to those of the test images."""
+    transformation = FCTTransformation(OLD_WIDTH, NEW_WIDTH, None if side_info is None else SIDE_WIDTH, FCT_HIDDEN)
+    start = time.perf_counter()
+    fit_transformation(
+        transformation,
+        source,
+        target,
+        side_info,
+        epochs=FCT_EPOCHS,
+        batch_size=FCT_BATCH,
+        lr=FCT_LEARNING_RATE,
+        seed=seed,
+        progress=False,
+    )
+    found.milliseconds[method] = 1000 * (time.perf_counter() - start) / (FCT_EPOCHS * -(-len(source) // FCT_BATCH))
+    found.held_mib[method] = _mib(transformation)
+    stored_side_info = None if side_info is None else found.embeddings["side_info"]
+    mapped = transformation.apply_to(found.embeddings["old"], stored_side_info, normalize=True, progress=False)
+    found.embeddings[f"{method}_gallery"] = torch.from_numpy(mapped)
+
+
+def _mib(module: torch.nn.Module) -> float:
+    return sum(tensor.nbytes for tensor in module.state_dict().values()) / 2**20
 
 
 def network(channels: int, width: int) -> torch.nn.Module:
@@ -135,17 +182,23 @@ def train(
     labels: torch.Tensor,
     epochs: int,
     batch_size: int,
-    after_epoch: Callable[[], None] = lambda: None,
+    after_epoch: Callable[[], Any] = lambda: None,
+    old_embeddings: torch.Tensor | None = None,
 ) -> None:
-    """An ordinary PML training loop; the loss's own parameters are trained with the model's."""
+    """An ordinary PML training loop; the loss's own parameters are trained with the model's.
+
+    ``old_embeddings`` of the same images go to losses that read them.
+    """
     lr = LEARNING_RATE * batch_size / 64
     optimizer = torch.optim.Adam([*model.parameters(), *loss_func.parameters()], lr=lr)
     steps = epochs * -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for _ in range(epochs):
+        model.train()
         for index in torch.randperm(len(images)).split(batch_size):
             optimizer.zero_grad()
-            loss_func(model(images[index]), labels[index]).backward()
+            old = {} if old_embeddings is None else {"ref_emb": old_embeddings[index]}
+            loss_func(model(images[index]), labels[index], **old).backward()
             optimizer.step()
             schedule.step()
         after_epoch()
@@ -156,7 +209,7 @@ def train_without_labels(
     images: torch.Tensor,
     epochs: int,
     batch_size: int,
-    after_epoch: Callable[[], None] = lambda: None,
+    after_epoch: Callable[[], Any] = lambda: None,
 ) -> None:
     """SimCLR by PML's own loss: two random views of an image are one class, and every other image is another."""
     loss_func = SelfSupervisedLoss(NTXentLoss(temperature=SIDE_TEMPERATURE))
@@ -190,6 +243,11 @@ def augment(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def raw_embeddings(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return embeddings as the model gives them."""
+    return model.eval()(images)
+
+
 def embed(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Return unit-length embeddings."""
-    return torch.nn.functional.normalize(model.eval()(images), dim=1)
+    return torch.nn.functional.normalize(raw_embeddings(model, images), dim=1)

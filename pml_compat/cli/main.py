@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="upgrade a small model on real images, in a minute on a CPU")
     demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the results (%(default)s)")
     demo.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2, 3, 4], help="one upgrade a seed (0 1 2 3 4)")
+    demo.add_argument("--methods", nargs="+", metavar="METHOD", help="what to compare, or 'all', with what each costs "
+        "(independent bct lce lce_backward fct fct_side)")  # fmt: skip
     demo.set_defaults(run=_demo)
     _add_evaluate(commands)
     options = parser.parse_args(arguments)
@@ -41,8 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     from .demo import run_demo  # imports torch and PML: not for --help
+    from .demo_models import ALL_METHODS, METHODS
 
-    run_demo(options.out, options.seeds)
+    methods = options.methods or METHODS
+    if methods == ["all"]:
+        methods = ALL_METHODS
+    unknown = sorted(set(methods) - set(ALL_METHODS))
+    if unknown:
+        raise ValueError(f"--methods must be all, or some of {' '.join(ALL_METHODS)}, got {' '.join(unknown)}")
+    run_demo(options.out, options.seeds, methods)
     return 0
 
 

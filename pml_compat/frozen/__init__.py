@@ -3,10 +3,12 @@
 from .class_centers import ClassCenters
 from .class_weights import class_weights
 from .classifier import FrozenClassifier
+from .credible import credible_mask
 from .embeddings import FrozenEmbeddings
 from .fingerprint import model_fingerprint
 from .model import FrozenModel
 from .old_embedding_dataset import OldEmbeddingDataset, data_and_label
+from .prototypes import refine_prototypes
 
 __all__ = [
     "ClassCenters",
@@ -15,6 +17,8 @@ __all__ = [
     "FrozenModel",
     "OldEmbeddingDataset",
     "class_weights",
+    "credible_mask",
     "data_and_label",
     "model_fingerprint",
+    "refine_prototypes",
 ]

@@ -67,6 +67,7 @@ class SoftmaxHead(Head):
         return (normalize(embeddings, dim=1) if self.unit_embeddings else embeddings) * self.scale
 
     def logits(self, embeddings: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        bias = None if bias is None else bias.to(embeddings.dtype)
         logits = torch.nn.functional.linear(self._scaled(embeddings), rows.to(embeddings.dtype), bias)
         return logits.unflatten(1, (-1, self.centers_per_class)).amax(2) if self.centers_per_class > 1 else logits
 

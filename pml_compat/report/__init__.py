@@ -4,7 +4,7 @@ from .evaluation import Backfill, Evaluation
 from .html_page import html_page
 from .plot import RetrievalExample, plot_compatibility
 from .results import Results
-from .table import markdown_table, rich_table, title
+from .table import markdown_table, rich_cost_table, rich_table, title
 from .upgrade_verdict import UpgradeVerdict, upgrade_verdict
 from .verdict import verdict
 
@@ -17,6 +17,7 @@ __all__ = [
     "html_page",
     "markdown_table",
     "plot_compatibility",
+    "rich_cost_table",
     "rich_table",
     "title",
     "upgrade_verdict",

@@ -18,6 +18,7 @@ _COLORS = {
     "new_to_transformed_old": "#d9a441",
     "new_to_new": "#2f6f8f",
 }
+_MANY_METHODS = 8  # above which names and numbers are turned
 _RIGHT, _WRONG = "#2e8b57", "#c0392b"
 
 
@@ -39,7 +40,8 @@ def plot_compatibility(
     """
     figure_module = import_extra("matplotlib.figure", "demo")
     below_inches = 0.5 + 0.55 * len(examples[0].found) if examples else 0.0
-    figure = figure_module.Figure(figsize=(12.5, 4.6 + below_inches), layout="constrained")
+    size = max(12.5, 1.25 * len(results.methods)), 4.6 + below_inches
+    figure = figure_module.Figure(figsize=size, layout="constrained")
     top, *below = figure.subfigures(2, 1, height_ratios=[4.6, below_inches]) if examples else [figure]
     top.suptitle("Can new queries search the old gallery?", fontsize=15, fontweight="bold")
     panels = top.subplots(1, len(METRICS), sharey=True)
@@ -56,6 +58,7 @@ def plot_compatibility(
 def _draw_bars(panel: Any, results: Results, metric: str) -> None:
     width = 0.38
     methods = list(results.methods)
+    crowded = len(methods) > _MANY_METHODS
     for pair, name in PAIRS.items():
         shown = [m for m in methods if results.values(m, pair, metric)]
         places = [methods.index(m) + _shift(pair, list(results.methods[m])) * width for m in shown]
@@ -65,11 +68,11 @@ def _draw_bars(panel: Any, results: Results, metric: str) -> None:
             values = 100 * np.array(results.values(method, pair, metric))
             if len(values) > 1:
                 panel.scatter(np.full(len(values), place), values, s=9, color="black", alpha=0.45, zorder=3)
-            panel.text(place, values.max() + 2, f"{mean:.1f}", ha="center", fontsize=8)
+            panel.text(place, values.max() + 2, f"{mean:.1f}", ha="center", fontsize=8, rotation=90 if crowded else 0)
     panel.axhline(100 * results.mean("old", "old_to_old", metric), color="#555", linestyle="--", linewidth=1)
     panel.set_title(METRICS[metric])
-    panel.set_xticks(range(len(methods)), methods)
-    panel.set_ylim(0, 112)
+    panel.set_xticks(range(len(methods)), methods, **({"rotation": 35, "ha": "right"} if crowded else {}))
+    panel.set_ylim(0, 115)
     panel.set_yticks(range(0, 101, 20))
     panel.spines[["top", "right"]].set_visible(False)
 

@@ -18,6 +18,7 @@ PAIRS = {
     "new_to_transformed_old": "new/transformed old",
     "new_to_new": "new/new",
 }
+COSTS = {"milliseconds_per_step": "ms/step", "extra_mebibytes": "+MiB"}  # of a method's training
 CROSS_PAIRS = ("new_to_transformed_old", "new_to_old")  # what an upgrade without re-embedding serves
 
 
@@ -33,17 +34,29 @@ class Results:
             maps the gallery has ``new_to_transformed_old`` in place of ``new_to_old``, and no ``new_to_new`` where it
             leaves the independent model as it is.
         chance: the accuracy of a random ranking, where it is known.
+        costs: ``costs[method][cost]`` is a list with one value a seed; the costs are those of ``COSTS``.
     """
 
     data: dict[str, Any]
     seeds: list[int]
     methods: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def add(self, method: str, pair: str, accuracies: Mapping[str, float]) -> None:
         """Append one seed's accuracies."""
         for metric in METRICS:
             self.methods.setdefault(method, {}).setdefault(pair, {}).setdefault(metric, []).append(accuracies[metric])
+
+    def add_costs(self, method: str, costs: Mapping[str, float]) -> None:
+        """Append one seed's costs."""
+        for cost in COSTS:
+            self.costs.setdefault(method, {}).setdefault(cost, []).append(costs[cost])
+
+    def cost(self, method: str, cost: str) -> float:
+        """Return the mean over the seeds; NaN where it was not measured."""
+        values = self.costs.get(method, {}).get(cost, [])
+        return statistics.fmean(values) if values else math.nan
 
     def values(self, method: str, pair: str, metric: str) -> list[float]:
         """Return one value a seed; nothing where the method has no such pair."""
@@ -96,6 +109,10 @@ class Results:
                     for pair, metrics in pairs.items()
                 }
                 for method, pairs in self.methods.items()
+            },
+            "costs": {
+                method: {cost: _summary(values) for cost, values in costs.items()}
+                for method, costs in self.costs.items()
             },
             "compatibility": {
                 method: {

@@ -7,16 +7,18 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..extras import import_extra
-from .results import METRICS, Results
+from .results import COSTS, METRICS, Results
 from .verdict import criterion_in_words, gain_in_words
 
 
 def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     """Return the header and one row a method; a cell holds P@1 / mAP, in percent, means over the seeds.
 
-    A "T" stands behind the numbers of a transformed gallery.
+    A "T" stands behind the numbers of a transformed gallery. Costs have columns where they were measured: the time of a
+    training step, and the memory that the method holds beside the model and the task loss.
     """
-    header = ["method", "old/old", "new/old", "new/new", "gain", "criterion"]
+    costs = list(COSTS) if results.costs else []
+    header = ["method", "old/old", "new/old", "new/new", "gain", *(COSTS[cost] for cost in costs), "criterion"]
     rows = []
     for method in results.methods:
         row = [method]
@@ -24,25 +26,37 @@ def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
         row += [_accuracies(results, method, pair) for pair in ("old_to_old", cross, "new_to_new")]
         if cross == "new_to_transformed_old":
             row[2] += " T"
-        if method == "old":
-            row += ["", ""]
-        else:
-            row.append(_cell(gain_in_words(results, method, metric) for metric in METRICS))
-            row.append(criterion_in_words(results, method))
+        row.append("" if method == "old" else _cell(gain_in_words(results, method, metric) for metric in METRICS))
+        row += [_number(results.cost(method, cost)) for cost in costs]
+        row.append("" if method == "old" else criterion_in_words(results, method))
         rows.append(row)
     return header, rows
 
 
 def rich_table(results: Results) -> Any:
-    """Return the table as a ``rich.table.Table``; needs the ``demo`` extra."""
+    """Return the table as a ``rich.table.Table``, without the costs: 80 columns; needs the ``demo`` extra."""
     table_module, box = import_extra("rich.table", "demo"), import_extra("rich.box", "demo")
     table = table_module.Table(title=title(results), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     header, rows = table_rows(results)
-    for column in header[:-1]:
-        table.add_column(column, justify="left" if column == header[0] else "right", no_wrap=True)
+    shown = [place for place, column in enumerate(header) if column not in COSTS.values()]
+    for place in shown[:-1]:
+        table.add_column(header[place], justify="right" if place else "left", no_wrap=True)
     table.add_column(header[-1])
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[place] for place in shown))
+    return table
+
+
+def rich_cost_table(results: Results) -> Any:
+    """Return what each method's training costs as a ``rich.table.Table``; needs the ``demo`` extra."""
+    table_module, box = import_extra("rich.table", "demo"), import_extra("rich.box", "demo")
+    title = "time of a training step, and memory beside the model and its task loss"
+    table = table_module.Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("method", no_wrap=True)
+    for name in COSTS.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    for method in results.costs:
+        table.add_row(method, *(_number(results.cost(method, cost)) for cost in COSTS))
     return table
 
 
@@ -68,6 +82,10 @@ def _accuracies(results: Results, method: str, pair: str) -> str:
 
 def _cell(values: Iterable[str]) -> str:
     return " / ".join(value for value in values if value)
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def _percent(value: float) -> str:

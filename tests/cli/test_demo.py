@@ -18,7 +18,8 @@ from pml_compat.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 METRICS = ("precision_at_1", "mean_average_precision")
-MODELS = ("old", "independent", "bct", "lce", "lce_backward", "lce_backward_query", "side_info")
+NETWORKS = ("independent", "bct", "lce", "lce_backward")  # of the demo's default
+MODELS = ("old", *NETWORKS, "lce_backward_query", "side_info")
 MODELS += ("fct_gallery", "fct_side_gallery")
 
 
@@ -73,7 +74,7 @@ def test_metrics_schema(metrics):
     assert metrics["data"]["name"]
     assert {method: set(pairs) for method, pairs in metrics["methods"].items()} == {
         "old": {"old_to_old"},
-        **{key: {"new_to_old", "new_to_new"} for key in demo_models.NEW_METHODS},
+        **{key: {"new_to_old", "new_to_new"} for key in NETWORKS},
         "fct": {"new_to_transformed_old"},
         "fct_side": {"new_to_transformed_old"},
     }
@@ -106,6 +107,42 @@ def test_embeddings_reproduce_the_metrics(out, metrics):
 def test_embeddings_have_unit_length(out):
     for name in set(MODELS) - {"lce_backward_query"}:
         assert np.linalg.norm(arrays(out)[name], axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_all_methods_with_their_costs(tmp_path, monkeypatch, capsys):
+    short(monkeypatch)
+    monkeypatch.setattr(demo_models, "PROTOTYPE_EPOCHS", (1,))
+    assert main(["demo", "--out", str(tmp_path / "out"), "--seeds", "0", "--methods", "all"]) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert list(found["methods"]) == ["old", *demo_models.ALL_METHODS]
+    assert list(found["costs"]) == list(demo_models.ALL_METHODS)
+    for method, costs in found["costs"].items():
+        (milliseconds,), (mebibytes,) = (costs[cost]["per_seed"] for cost in costs)
+        assert milliseconds > 0
+        assert mebibytes == 0 if method == "independent" else mebibytes > 0
+    (header,) = (
+        line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "| ms/step | +MiB |" in line
+    )
+    assert header.startswith("| method |")
+    printed = capsys.readouterr().out
+    assert "ms/step" in printed and max(map(len, printed.splitlines())) <= 80
+
+
+def test_one_method_gives_what_it_gives_among_others(out, tmp_path, monkeypatch):
+    short(monkeypatch)
+    assert main(["demo", "--out", str(tmp_path / "out"), "--seeds", "0", "--methods", "lce_backward"]) == 0
+    few = arrays(tmp_path / "out")
+    assert set(few) == {"old", "independent", "lce_backward", "lce_backward_query", "labels", "image_index"}
+    for name, array in few.items():
+        assert array == pytest.approx(arrays(out)[name], abs=1e-4), name
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(found["methods"]) == ["old", "independent", "lce_backward"] and found["costs"] == {}
+
+
+def test_an_unknown_method_is_refused_before_the_work(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "out"), "--methods", "bct", "bvt"]) == 1
+    assert "--methods must be all, or some of independent bct lce" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_report_has_the_table_and_the_verdicts(out, metrics):
@@ -142,8 +179,8 @@ def test_a_seed_gives_the_same_embeddings_again(out, tmp_path, monkeypatch, caps
 def test_examples_show_what_other_images_a_query_finds(tmp_path, monkeypatch):
     narrow = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))  # loses enough to be wrong at times
 
-    def one_model(images, labels, test_images, seed, progress):
-        return dict.fromkeys(MODELS, test_images.flatten(1) @ narrow)
+    def one_model(images, labels, test_images, seed, progress, methods):
+        return demo_models.Upgrade(dict.fromkeys(MODELS, test_images.flatten(1) @ narrow))
 
     drawn = []
     monkeypatch.setattr(demo, "upgrade", one_model)
@@ -249,7 +286,7 @@ def test_unusable_arguments_are_a_usage_error(arguments, capsys):
 
 def test_largest_seed_is_taken(monkeypatch):
     taken = []
-    monkeypatch.setattr(demo, "run_demo", lambda out, seeds: taken.append((out, seeds)))
+    monkeypatch.setattr(demo, "run_demo", lambda out, seeds, methods: taken.append((out, seeds)))
     assert main(["demo", "--out", "x", "--seeds", "0", str(2**32 - 1)]) == 0
     assert taken == [(Path("x"), [0, 2**32 - 1])]
 
@@ -269,7 +306,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError("x")])
 def test_the_callers_signal_handler_comes_back(error, monkeypatch):
-    def run(out, seeds):
+    def run(out, seeds, methods):
         assert signal.getsignal(signal.SIGTERM) is not mine
         if error is not None:
             raise error

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # One thread: on a busy machine small networks on two threads take ten times as long, waiting for each other.
@@ -117,3 +118,27 @@ def test_fct_end_to_end():
     without = average_precision["new / old transformed"]
     for origin in ("SimCLR", "PCA"):
         assert average_precision[f"new / old transformed, side-information by {origin}"] > without, printed
+
+
+@pytest.mark.slow
+def test_ddp_torchrun():
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    two = python(*torchrun, EXAMPLES / "ddp_torchrun.py")
+    beats_the_old_system(two)  # printed once, by one of the processes
+    assert two.count("new/old") == 1 and two.startswith("2 processes")
+    one = python(EXAMPLES / "ddp_torchrun.py")
+    assert one.startswith("1 processes")
+    for pair, accuracy in accuracies(one).items():  # the same batches and the same gradients, but for rounding
+        assert accuracies(two)[pair] == pytest.approx(accuracy, abs=0.01)
+
+
+@pytest.mark.slow
+def test_three_generations():
+    printed = python(EXAMPLES / "three_generations.py")
+    rows = re.findall(r"^v\d +([\d.]+)% +([\d.]+)% +([\d.]+)%$", printed, re.MULTILINE)
+    compatible, free = torch.tensor([[float(value) for value in row] for row in rows]).reshape(2, 3, 3)
+    assert compatible[1, 0] > compatible[0, 0] and compatible[2, 0] > compatible[1, 0], printed
+    assert compatible[2, 2] > compatible[1, 1] > compatible[0, 0], printed
+    assert compatible[2, 1] > compatible[1, 1] - 3 and free.tril(-1).max() < 30, printed
+    (share, mean), (free_share, free_mean) = re.findall(r"^AC ([\d.]+), AM ([\d.]+)%$", printed, re.MULTILINE)
+    assert float(share) > 0.6 and float(free_share) == 0 and float(mean) > float(free_mean) + 10

@@ -163,6 +163,14 @@ def test_blocks_give_what_one_buffer_gives(monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("own", [torch.float32, torch.float64])
+def test_logits_with_a_bias_of_another_dtype(dtype, own):
+    classifier = FrozenClassifier(torch.eye(2, dtype=own), torch.tensor([0.5, -0.5], dtype=own))
+    logits = classifier.logits(torch.tensor([[1.0, 2.0]], dtype=dtype))
+    assert logits.dtype == dtype and logits.tolist() == [[1.5, 1.5]]
+
+
 def test_logits_far_apart_do_not_overflow():
     embeddings = torch.full((2, D), 300.0, requires_grad=True)
     classifier = FrozenClassifier(weight(dtype=torch.float32) * 100)

@@ -83,7 +83,8 @@ def test_a_method_with_a_missing_seed_is_an_error():
 
 def test_json_schema():
     one = strict_json(results(chance={"precision_at_1": 0.1}).to_json())
-    assert set(one) == {"data", "seeds", "chance", "methods", "compatibility"}
+    assert set(one) == {"data", "seeds", "chance", "methods", "costs", "compatibility"}
+    assert one["costs"] == {}
     assert one["data"] == {"name": "digits", "images": 10}
     assert one["seeds"] == [0, 1]
     assert one["chance"] == {"precision_at_1": 0.1}
@@ -100,6 +101,22 @@ def test_json_schema():
     assert one["compatibility"]["bct"]["precision_at_1"] == {
         "update_gain": {"mean": pytest.approx(0.25), "per_seed": pytest.approx([0.25, 0.25])},
         "holds": [True, True],
+    }
+
+
+def test_costs_have_columns_where_they_were_measured():
+    measured = results()
+    assert "ms/step" not in markdown_table(measured)
+    for milliseconds in (7.0, 8.0):
+        measured.add_costs("bct", {"milliseconds_per_step": milliseconds, "extra_mebibytes": 12.4})
+    header, _, *rows = markdown_table(measured).splitlines()
+    assert header.endswith("| gain | ms/step | +MiB | criterion |")
+    assert "| 7.50 | 12 | holds |" in rows[-1] and "|  |  | fails |" in rows[1]
+    assert strict_json(measured.to_json())["costs"] == {
+        "bct": {
+            "milliseconds_per_step": {"mean": 7.5, "per_seed": [7.0, 8.0]},
+            "extra_mebibytes": {"mean": pytest.approx(12.4), "per_seed": [12.4, 12.4]},
+        }
     }
 
 

@@ -1,0 +1,79 @@
+"""CIFAR-100 in memory: from torchvision, or from a folder of one picture a class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+# ImageFolder sorts folders named "0" to "99" as strings: the published "first 50 classes" are these fine labels.
+LEXICOGRAPHIC = [*range(6), *range(10, 54)]
+SPLITS = {"lexicographic": LEXICOGRAPHIC, "numeric": list(range(50))}
+
+
+@dataclass
+class Images:
+    """``(N, 3, 32, 32)`` uint8 images and ``(N,)`` fine labels."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: torch.Tensor) -> Images:
+        return Images(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device) -> Images:
+        """Return them on a device."""
+        return Images(self.images.to(device), self.labels.to(device))
+
+
+def load(folder: Path) -> tuple[Images, Images]:
+    """Return the 50,000 training images and the 10,000 test images; torchvision downloads what is not there."""
+    if (folder / "train").is_dir():
+        return tuple(_read_strips(folder / part) for part in ("train", "test"))
+    from torchvision.datasets import CIFAR100
+
+    parts = (CIFAR100(folder, train=train, download=True) for train in (True, False))
+    return tuple(Images(torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets)) for p in parts)
+
+
+def _read_strips(folder: Path) -> Images:
+    """Read one lossless strip a class, images 32 pixels high below each other; classes in the order of their names."""
+    from PIL import Image
+
+    strips = [np.asarray(Image.open(path).convert("RGB")).reshape(-1, 32, 32, 3) for path in sorted(folder.iterdir())]
+    labels = np.repeat(np.arange(len(strips)), [len(strip) for strip in strips])
+    return Images(torch.from_numpy(np.concatenate(strips)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels))
+
+
+def hold_out(part: Images, per_class: int, seed: int) -> tuple[Images, Images]:
+    """Split off ``per_class`` images of every class, to choose settings on: never on the test images."""
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
+    order = order[torch.argsort(part.labels[order], stable=True)]
+    place = torch.cat([torch.arange(int(count)) for count in torch.bincount(part.labels)])
+    return part[order[place >= per_class]], part[order[place < per_class]]
+
+
+def augment(images: torch.Tensor) -> torch.Tensor:
+    """Shift each image by up to 4 pixels and flip half of them."""
+    n, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4), mode="constant", value=120)
+    rows = torch.randint(9, (n, 1), device=images.device) + torch.arange(height, device=images.device)
+    columns = torch.randint(9, (n, 1), device=images.device) + torch.arange(width, device=images.device)
+    columns = torch.where(torch.rand(n, 1, device=images.device) < 0.5, columns, columns.flip(1))
+    batch = torch.arange(n, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def scaled(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
+    """Return what a network takes: channels of zero mean and unit deviation, enlarged to ``size`` if that is given."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] * 255 for values in (MEAN, STD))
+    values = (images.float() - mean) / std
+    if size is not None:
+        values = torch.nn.functional.interpolate(values, size=size, mode="bilinear", antialias=True)
+    return values.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,65 @@
+"""What the comparison is run with: on a CPU in an afternoon, on a GPU in minutes, or as the papers did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from networks import resnet8, resnet18, resnet50
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Settings of every training; the learning rate rises for a fifth of the steps and then falls to zero.
+
+    Args:
+        network: builds a model, old and new alike.
+        size: what images are enlarged to; None leaves their 32 pixels.
+        epochs: of every model.
+        side_epochs: of the side-information's network, over the old training images, without labels.
+        batch_size: images a step.
+        lr: of SGD with momentum 0.9 and Nesterov's step.
+        weight_decay: of every parameter.
+        temperature: of the task loss, a softmax over cosines.
+        fct_epochs: of FCT's transformation.
+    """
+
+    network: Callable[[], torch.nn.Module]
+    size: int | None
+    epochs: int
+    side_epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    temperature: float = 1 / 16
+    fct_epochs: int = 40
+
+
+PROFILES = {
+    "cpu": Profile(resnet8, None, epochs=10, side_epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4),
+    "gpu": Profile(
+        resnet18, None, epochs=30, side_epochs=100, batch_size=256, lr=0.2, weight_decay=5e-4, fct_epochs=80
+    ),
+    "paper": Profile(
+        resnet50, 224, 100, side_epochs=200, batch_size=1024, lr=1.024, weight_decay=2**-15, fct_epochs=80
+    ),
+}
+
+# Multipliers of the methods' terms, chosen on held-out training images with the cpu profile.
+WEIGHTS = {
+    "pseudo_scale": 16.0,
+    "supcon_temperature": 0.1,
+    "bct": 1.0,
+    "unibct": 1.0,
+    "lce": 100.0,
+    "lce_backward": 100.0,
+    "cross_model": 1.0,
+    "ract": 1.0,
+    "ract_temperature": 0.1,
+    "point_alignment": 10.0,
+    "lwf": 1.0,
+    "focal_distillation": 1.0,
+    "nccl": 1.0,
+    "advbct": 1.0,
+}

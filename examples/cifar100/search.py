@@ -1,0 +1,58 @@
+"""Settings of the methods, chosen on training images that no model sees: the test images are not looked at.
+
+50 training images of each class are left out of all training, and are query and gallery. One seed and fewer epochs than
+the comparison's; the first setting of a method is its paper's or the library's default.
+
+    python examples/cifar100/search.py --data DATA --out runs/settings --epochs 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+from compare import Comparison
+from data import hold_out, load
+from measuring import report
+from profiles import PROFILES, WEIGHTS
+
+HELD_OUT = 50  # training images a class
+SETTINGS: dict[str, list[dict[str, float]]] = {
+    "bct": [{"bct": 1}, {"bct": 3}, {"bct": 3, "pseudo_scale": 8}],
+    "lce": [{"lce": 100}, {"lce": 1000}],
+    "cross_model": [{"cross_model": 1}, {"cross_model": 3}, {"cross_model": 3, "supcon_temperature": 0.2}],
+    "point_alignment": [{"point_alignment": 10}, {"point_alignment": 3}],
+    "bct_point_alignment": [{"bct": 1, "point_alignment": 3}],
+    "ract": [{"ract": 1}, {"ract": 3}],
+    "nccl": [{"nccl": 1}, {"nccl": 10}],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the data set's folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder for models, embeddings, results")
+    parser.add_argument("--profile", choices=list(PROFILES), default="cpu")
+    parser.add_argument("--methods", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=100)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    options.settings = dataclasses.replace(PROFILES[options.profile], epochs=options.epochs)
+    options.split = "lexicographic"
+    train_set, held_out = hold_out(load(options.data)[0], HELD_OUT, seed=0)
+    comparison = Comparison(options.out, options.seed, train_set, held_out, options)
+    comparison.run("old")
+    comparison.run("independent")
+    for method in options.methods:
+        for setting in SETTINGS[method]:
+            comparison.weights = WEIGHTS | setting
+            values = ", ".join(f"{name} {value:g}" for name, value in setting.items())
+            comparison.run(method, f"{method} ({values})")
+            print(report(options.out), flush=True)
+
+
+if __name__ == "__main__":
+    main()

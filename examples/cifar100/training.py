@@ -1,0 +1,108 @@
+"""Training and embedding, the same for every model of the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from data import Images, augment, scaled
+from profiles import Profile
+from pytorch_metric_learning.losses import NormalizedSoftmaxLoss, NTXentLoss, SelfSupervisedLoss
+from tqdm import tqdm
+
+EMBED_BATCH = 1000
+
+
+def task_loss(classes: int, width: int, profile: Profile) -> NormalizedSoftmaxLoss:
+    """The loss that all models learn their classes by."""
+    return NormalizedSoftmaxLoss(classes, width, temperature=profile.temperature)
+
+
+def train(
+    model: torch.nn.Module,
+    loss_func: torch.nn.Module,
+    data: Images,
+    profile: Profile,
+    name: str,
+    old_embeddings: torch.Tensor | None = None,
+    after_epoch: Callable[[int], Any] = lambda epoch: None,
+) -> None:
+    """Train a model and its loss; ``old_embeddings`` of the same images go to a loss that reads them."""
+
+    def loss_of(index: torch.Tensor) -> torch.Tensor:
+        old = {} if old_embeddings is None else {"ref_emb": old_embeddings[index]}
+        return loss_func(embed_batch(model, augment(data.images[index]), profile), data.labels[index], **old)
+
+    _run(model, loss_func, loss_of, len(data), profile, profile.epochs, name, after_epoch)
+
+
+def train_without_labels(model: torch.nn.Module, data: Images, profile: Profile, name: str) -> None:
+    """SimCLR: two augmented views of an image are one class, every other image another."""
+    head = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.LazyLinear(128)).to(data.images.device)
+    both = torch.nn.Sequential(model, head)
+    loss_func = SelfSupervisedLoss(NTXentLoss(temperature=0.2))
+
+    def loss_of(index: torch.Tensor) -> torch.Tensor:
+        views = [embed_batch(both, recolor(augment(data.images[index])), profile) for _ in range(2)]
+        return loss_func(*views)
+
+    with torch.no_grad():
+        embed_batch(both, data.images[:2], profile)
+    _run(both, torch.nn.Module(), loss_of, len(data), profile, profile.side_epochs, name)
+
+
+def recolor(images: torch.Tensor) -> torch.Tensor:
+    """Change brightness, contrast and the balance of the colours of each image at random."""
+    n, device = len(images), images.device
+    values = images.float()
+    mean = values.mean((1, 2, 3), keepdim=True)
+    contrast = torch.empty(n, 1, 1, 1, device=device).uniform_(0.6, 1.4)
+    color = torch.empty(n, 3, 1, 1, device=device).uniform_(0.7, 1.3)
+    gray = torch.rand(n, 1, 1, 1, device=device) < 0.2
+    values = torch.where(gray, values.mean(1, keepdim=True).expand_as(values), values)
+    return (((values - mean) * contrast + mean) * color).clamp_(0, 255)
+
+
+def embed_batch(model: torch.nn.Module, images: torch.Tensor, profile: Profile) -> torch.Tensor:
+    """Return float32 embeddings, computed in bfloat16."""
+    with torch.autocast(images.device.type, torch.bfloat16):
+        return model(scaled(images, profile.size)).float()
+
+
+@torch.no_grad()
+def embed(model: torch.nn.Module, images: torch.Tensor, profile: Profile) -> torch.Tensor:
+    """Return the model's embeddings of plain images, as it gives them, on the CPU."""
+    model.eval()
+    parts = [embed_batch(model, part, profile).cpu() for part in images.split(EMBED_BATCH)]
+    return torch.cat(parts)
+
+
+def _run(
+    model: torch.nn.Module,
+    loss_func: torch.nn.Module,
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    size: int,
+    profile: Profile,
+    epochs: int,
+    name: str,
+    after_epoch: Callable[[int], Any] = lambda epoch: None,
+) -> None:
+    parameters = [*model.parameters(), *loss_func.parameters()]
+    optimizer = torch.optim.SGD(parameters, profile.lr, momentum=0.9, nesterov=True, weight_decay=profile.weight_decay)
+    steps = size // profile.batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, profile.lr, epochs * steps, pct_start=0.2)
+    device = next(model.parameters()).device
+    with tqdm(total=epochs * steps, desc=name, unit="step", mininterval=5) as progress:
+        for epoch in range(epochs):
+            model.train()
+            order = torch.randperm(size, device=device)[: steps * profile.batch_size]  # whole batches
+            for index in order.split(profile.batch_size):
+                optimizer.zero_grad()
+                loss = loss_of(index)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                progress.update()
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+            after_epoch(epoch + 1)

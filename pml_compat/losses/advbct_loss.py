@@ -1,0 +1,256 @@
+"""Adversarial backward-compatible training: a discriminator between old and new, and elastic class boundaries."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from pytorch_metric_learning.reducers import AvgNonZeroReducer
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch.nn.functional import cross_entropy, normalize, relu
+
+from ..checks import as_tensor, check_embeddings, check_integer, check_labels, check_number, check_same_device
+from ..frozen.class_means import class_means
+from ..frozen.label_map import LabelMap
+from .named_terms import NamedTermsLoss
+from .old_rows import check_old_rows, check_row_labels
+from .task_and_terms import per_sample
+
+
+class AdvBCTLoss(NamedTermsLoss):
+    r"""Hide from a discriminator which model an embedding is from, and keep it near its class's old centre.
+
+    .. math:: L &= \lambda_a (1 - p) \operatorname{mean}_i \big[\ell_D(R_\alpha(f_{n,i}), \text{new})
+        + \ell_D(f_{o,i}, \text{old})\big] + \lambda_b \operatorname{mean}_{i: > 0}
+        \max(0, \lVert \hat f_{n,i} - c_{y_i} \rVert - r'_{y_i}) \\
+        r'_y &= r_y + (T - r_y) \, \sigma(v_y), \quad \alpha = \frac{2}{1 + e^{-10 p}} - 1
+
+    :math:`D`, linear - batch norm - ReLU - linear, learns to tell new from old embeddings by the cross-entropy
+    :math:`\ell_D`. :math:`R_\alpha` is the identity whose gradient is multiplied by :math:`-\alpha`, so that the new
+    model learns the contrary. :math:`c_y` is the mean of the class's unit old embeddings, shorter than 1, and
+    :math:`r_y` the largest distance to it within 1.5 IQR; the learned :math:`v_y` moves the boundary from there
+    towards T, never past it. Samples of classes without a radius take no part in the second term.
+
+    It is a term: add the task loss with :class:`CompatibleLoss`. Call :meth:`set_progress` as training goes on; at 0,
+    where it starts, the new model does not feel the discriminator. D sees embeddings as they are, not unit rows, so
+    ``ref_emb`` must be what the old model gives, not normalised, where the new model's are not.
+
+    What to watch (``collect_stats``): the boundary term can only ever push :math:`v_y` to where the boundary is
+    widest, against nothing but weight decay. ``mean_radius_change`` near ``mean |T - r|`` means that, for r < T, the
+    term has given up; lower T then. ``discriminator_accuracy`` near 0.5 means that D cannot tell the two apart.
+
+    Args:
+        centers: ``(C, D)`` mean of each class's unit old embeddings; see :meth:`from_embeddings`.
+        radii: ``(C,)`` distance from it that new embeddings may have; 0 or more.
+        labels: ``(C,)`` the label, of the new training set, of each row; by default row i is label i.
+        adversarial_weight: the multiplier :math:`\lambda_a`, 0 or more.
+        boundary_weight: the multiplier :math:`\lambda_b`, 0 or more.
+        threshold: T, the radius that boundaries move to; 0 or more. Distances are at most 2.
+        hidden_features: width of D's hidden layer.
+        **kwargs: ``reducer`` (one loss a row; default ``AvgNonZeroReducer``, for the paper's mean over the samples
+            outside), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats``
+            both terms are recorded, ``discriminator_accuracy``, ``mean_radius_change`` (mean :math:`|r'_y - r_y|`
+            of the classes), ``bounded_fraction`` (of the batch) and ``outside_fraction`` (of those).
+    Shape:
+        - embeddings ``(N, D)``, carries the gradient; labels ``(N,)`` of the new training set
+        - ref_emb ``(N, D)``: the old embeddings of the same rows, as the old model gives them; receives no gradient
+        - output: scalar of ``embeddings.dtype``; ``terms["adversarial_loss"]`` and ``terms["boundary_loss"]`` after
+          the call
+    Raises:
+        ValueError: centres longer than 1, labels that repeat, a radius or weight < 0; ``ref_emb`` missing; rows of
+            another width than the centres; embeddings empty, NaN, infinite or on another device; labels missing;
+            ``ref_labels`` of other rows; an ``indices_tuple``.
+    Example:
+        >>> old, labels = torch.randn(40, 8), torch.arange(40) % 10
+        >>> loss_func = AdvBCTLoss.from_embeddings(old, labels)
+        >>> loss_func.set_progress(0.25)  # at the start of epoch 11 of 40
+        >>> loss = loss_func(torch.randn(4, 8), labels[:4], ref_emb=old[:4])
+        >>> sorted(loss_func.terms)
+        ['adversarial_loss', 'boundary_loss']
+
+    Reference:
+        Pan et al., "Boundary-Aware Backward-Compatible Representation via Adversarial Learning", CVPR 2023. With
+        p = (e - 1) / E in epoch e of E, 1 - p is the paper's (E - e + 1) / E. Differs from the paper in: new and old
+        rows go through D's batch norm together, in eval mode too, as each apart would hide a shift between them.
+    """
+
+    old_centers: torch.Tensor
+    old_radii: torch.Tensor
+    progress: torch.Tensor
+
+    def __init__(
+        self,
+        centers: Any,
+        radii: Any,
+        labels: Any = None,
+        *,
+        adversarial_weight: float = 1.0,
+        boundary_weight: float = 1.0,
+        threshold: float = 1.0,
+        hidden_features: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        centers, radii = _check_balls(centers, radii)
+        labels = check_labels(
+            torch.arange(len(centers)) if labels is None else torch.as_tensor(labels), length=len(centers)
+        )
+        self.old_label_map = LabelMap(labels.to(centers.device))
+        self.register_buffer("old_centers", centers)
+        self.register_buffer("old_radii", radii)
+        self.register_buffer("progress", torch.zeros((), device=centers.device))
+        self.adversarial_weight = check_number(adversarial_weight, "adversarial_weight", minimum=0)
+        self.boundary_weight = check_number(boundary_weight, "boundary_weight", minimum=0)
+        self.threshold = check_number(threshold, "threshold", minimum=0)
+        hidden_features = check_integer(hidden_features, "hidden_features", minimum=1)
+        self.discriminator = torch.nn.Sequential(
+            torch.nn.Linear(centers.shape[1], hidden_features),
+            torch.nn.BatchNorm1d(hidden_features, track_running_stats=False),
+            torch.nn.ReLU(),
+            torch.nn.Linear(hidden_features, 2),
+        ).to(centers.device)
+        self.elasticity = torch.nn.Parameter(torch.empty(len(centers), device=centers.device).uniform_(-1, 1))
+        self.add_to_recordable_attributes(
+            list_of_names=["adversarial_weight", "boundary_weight", "threshold"], is_stat=False
+        )
+        self.add_to_recordable_attributes(
+            list_of_names=["discriminator_accuracy", "mean_radius_change", "bounded_fraction", "outside_fraction"],
+            is_stat=True,
+        )
+
+    @classmethod
+    def from_embeddings(cls, old_embeddings: Any, labels: Any, **kwargs: Any) -> AdvBCTLoss:
+        """Measure centres and radii of the old embeddings of the new training set; classes of one sample have none.
+
+        Args:
+            old_embeddings: ``(N, D)`` tensor, array, memory map or ``FrozenEmbeddings``; read in pieces, twice.
+            labels: ``(N,)`` labels of the new training set.
+            **kwargs: see the class.
+        Raises:
+            ValueError: empty, NaN or infinite, lengths that differ, no class of two samples.
+        Warns:
+            UserWarning: classes of one sample, which are left out of the boundary term.
+        """
+        classes = class_means(old_embeddings, labels)
+        several = classes.counts > 1
+        found = int(several.sum())
+        if found == 0:
+            raise ValueError("old_embeddings must have a class of two samples or more, for its radius; got none")
+        if found < len(several):
+            single = len(several) - found
+            warnings.warn(
+                f"AdvBCTLoss leaves {single} of {len(several)} classes, those of one sample, out of the boundary term",
+                stacklevel=2,
+            )
+        return cls(classes.means[several], classes.radii()[several], classes.labels[several], **kwargs)
+
+    def set_progress(self, progress: float) -> None:
+        """Say how much of the training is done: 0 at its start, 1 at its end; it is saved with the loss's state.
+
+        Raises:
+            ValueError: ``progress`` outside [0, 1].
+        """
+        if check_number(progress, "progress", minimum=0) > 1:
+            raise ValueError(f"progress must be in [0, 1], the share of the training that is done, got {progress!r}")
+        self.progress.fill_(float(progress))
+
+    def get_default_reducer(self) -> torch.nn.Module:
+        """The mean over the losses above 0: for the boundary term, over the samples outside."""
+        return AvgNonZeroReducer()
+
+    def _sub_loss_names(self) -> list[str]:
+        return ["adversarial_loss", "boundary_loss"]
+
+    def compute_loss(
+        self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: torch.Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        """Return both terms, one loss a row."""
+        c_f.indices_tuple_not_supported(indices_tuple)
+        new, old = check_old_rows(embeddings, ref_emb, same_width=False)
+        check_same_device(embeddings, "embeddings", self.old_centers, "the loss")
+        self._check_width(embeddings, "embeddings", "put a Linear layer of that width behind the new model")
+        self._check_width(ref_emb, "ref_emb", "measure the centres on embeddings of the same old model")
+        labels = check_labels(labels, length=len(embeddings))
+        check_row_labels(labels, ref_labels)
+        terms = self.zero_losses()
+        with torch.autocast(embeddings.device.type, enabled=False):
+            if self.adversarial_weight > 0:
+                terms["adversarial_loss"] = self._adversarial(new, old.to(new.dtype))
+            if self.boundary_weight > 0:
+                # The slope at a zero row is 1 / eps, which has to be a number of the embeddings' dtype too.
+                eps = max(1e-12, torch.finfo(embeddings.dtype).tiny)
+                terms["boundary_loss"] = self._boundary(normalize(new, dim=1, eps=eps), labels)
+        return terms
+
+    def _check_width(self, rows: torch.Tensor, name: str, fix: str) -> None:
+        width = self.old_centers.shape[1]
+        if rows.shape[1] != width:
+            raise ValueError(f"{name} must be {width} wide, like the old centres, got width {rows.shape[1]}; {fix}")
+
+    def _adversarial(self, new: torch.Tensor, old: torch.Tensor) -> dict[str, Any]:
+        progress = self.progress.to(new.dtype)
+        reversal = torch.tanh(5 * progress)  # the formula's alpha
+        rows = torch.cat([reverse_gradient(new, reversal), old])
+        weights = {name: value.to(new.dtype) for name, value in self.discriminator.named_parameters()}
+        logits = torch.func.functional_call(self.discriminator, weights, rows)
+        is_old = torch.arange(len(rows), device=rows.device) >= len(new)
+        if self.collect_stats:
+            self.discriminator_accuracy = (logits.argmax(1) == is_old).float().mean().item()
+        losses = cross_entropy(logits, is_old.long(), reduction="none").view(2, -1).sum(0)
+        losses = losses * (1 - progress) * self.adversarial_weight
+        return per_sample(losses, c_f.torch_arange_from_size(new))
+
+    def _boundary(self, directions: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        rows = self.old_label_map(labels)
+        index = (rows >= 0).nonzero()[:, 0]
+        if self.collect_stats:
+            with torch.no_grad():
+                change = (self.threshold - self.old_radii) * torch.sigmoid(self.elasticity)
+            self.mean_radius_change = change.abs().mean().item()
+            self.bounded_fraction, self.outside_fraction = len(index) / len(rows), 0.0
+        if len(index) == 0:
+            return self.zero_loss()
+        rows, directions = rows[index], directions[index]
+        centers, radii = (tensor[rows].to(directions.dtype) for tensor in (self.old_centers, self.old_radii))
+        radii = radii + (self.threshold - radii) * torch.sigmoid(self.elasticity[rows].to(directions.dtype))
+        outside = relu(torch.linalg.vector_norm(directions - centers, dim=1) - radii)
+        if self.collect_stats:
+            self.outside_fraction = (outside > 0).float().mean().item()
+        return per_sample(outside * self.boundary_weight, index)
+
+
+def reverse_gradient(values: torch.Tensor, coefficient: torch.Tensor) -> torch.Tensor:
+    """Return ``values``; their gradient is multiplied by minus ``coefficient``, a 0-dimensional tensor."""
+    return _ReverseGradient.apply(values, coefficient)
+
+
+class _ReverseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, coefficient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(coefficient)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (coefficient,) = ctx.saved_tensors
+        return -coefficient * gradient, None
+
+
+def _check_balls(centers: Any, radii: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return copies of centres and radii in the same dtype, float32 or better."""
+    centers = check_embeddings(centers, "centers").detach()
+    centers = centers.to(torch.promote_types(centers.dtype, torch.float32), copy=True)
+    longest = float(torch.linalg.vector_norm(centers, dim=1).max())
+    if longest > 1 + 1e-3:
+        raise ValueError(
+            f"centers must be means of unit rows, at most 1 long, got a length of {longest:.4g}; "
+            "AdvBCTLoss.from_embeddings(old_embeddings, labels) measures them"
+        )
+    radii = as_tensor(radii, "radii").detach().to(centers, copy=True)
+    if radii.shape != (len(centers),) or not bool(torch.isfinite(radii).all() & (radii >= 0).all()):
+        raise ValueError(
+            f"radii must be one finite distance of 0 or more a class, ({len(centers)},), got shape "
+            f"{tuple(radii.shape)} and values in [{float(radii.min()):.4g}, {float(radii.max()):.4g}]"
+        )
+    return centers, radii

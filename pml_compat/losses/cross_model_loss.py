@@ -1,0 +1,174 @@
+"""Any pair or triplet loss, between a new model and an old one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning.miners import BaseMiner
+from pytorch_metric_learning.reducers import DoNothingReducer, MultipleReducers
+
+from ..frozen import class_weights
+from ..old_references import check_references
+from .named_terms import NamedTermsLoss, TermReducers
+from .task_and_terms import reduced
+
+Tuples = tuple[torch.Tensor, ...]
+
+# PML's losses that compare no anchor with a reference of another set, by name, as not every version has all of them.
+# Those with class weights are known by these.
+_WITHOUT_REFERENCES = {
+    "FastAPLoss",
+    "HistogramLoss",
+    "InstanceLoss",
+    "ManifoldLoss",
+    "NPairsLoss",
+    "PNPLoss",
+    "RankedListLoss",
+    "SmoothAPLoss",
+    "ThresholdConsistentMarginLoss",
+    "VICRegLoss",
+}
+
+
+class CrossModelLoss(NamedTermsLoss):
+    r"""Train new embeddings as queries of old ones, by any PML pair or triplet loss.
+
+    .. math:: L = L_{pair}(f_n \to f_o),\qquad L_{symmetric} = \tfrac{1}{2} L_{pair}(f_n \to f_o) + \tfrac{1}{2}
+        L_{pair}(f_o \to f_n)
+
+    :math:`L_{pair}(a \to r)` takes anchors from a, positives and negatives from r. An item's own old embedding is a
+    positive, always: PML on its own drops it where both labels are one object, and keeps it where one is a copy.
+
+    Args:
+        loss: any PML pair or triplet loss that takes ``ref_emb`` (``ContrastiveLoss``, ``TripletMarginLoss``,
+            ``MultiSimilarityLoss``, ``NTXentLoss``, ``SupConLoss``, ``CircleLoss``, ...). It keeps its own distance
+            and reducer, and its parameters are in ``parameters()``.
+        miner: a PML miner, called ``miner(new, labels, old, ref_labels)``; the loss gets its tuples. None: all pairs,
+            or the ``indices_tuple`` of the call.
+        symmetric: add the term with old anchors and new references. The miner is then called the other way round too;
+            tuples that were given, and those of a miner that needs new anchors (as ``RegressionMiner``), are turned
+            round as pairs.
+        **kwargs: ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``; ``loss`` has reduced each
+            term when ``reducer`` gets it.
+    Shape:
+        - embeddings ``(N, D)``, carries the gradient; labels ``(N,)``; indices_tuple: anchors into ``embeddings``,
+          the others into ``ref_emb``
+        - ref_emb ``(M, D)``, old, receives no gradient; ref_labels ``(M,)``. Without ``ref_labels`` it has the rows of
+          ``embeddings``; with them it may be of any items, such as a bank
+        - output: scalar of ``embeddings.dtype``; ``terms["new_to_old_loss"]``, and ``terms["old_to_new_loss"]`` where
+          it is symmetric, after the call, as they went into the sum
+    Raises:
+        ValueError: ``loss`` with class weights, without references, with ``swap`` or a ``DoNothingReducer``; ``miner``
+            no PML miner; a ``distance``. In a call: ``ref_emb`` missing, of another width or on another device;
+            ``ref_labels`` missing for other rows; embeddings empty, NaN or infinite; labels missing;
+            an ``indices_tuple`` beside a miner, or one of ``DistributedLossWrapper(efficient=True)``, which drops the
+            own old embedding: leave ``efficient`` off, or take ``GatheredLoss``.
+    Example:
+        >>> from pytorch_metric_learning.losses import ContrastiveLoss
+        >>> new, old = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+        >>> loss_func = CrossModelLoss(ContrastiveLoss())
+        >>> loss_func(new, torch.tensor([0, 1]), ref_emb=old)  # sqrt(2) from the first item's own, 0 from a negative
+        tensor(2.4142)
+        >>> loss_func.terms
+        {'new_to_old_loss': tensor(2.4142)}
+    """
+
+    def __init__(
+        self, loss: torch.nn.Module, miner: BaseMiner | None = None, *, symmetric: bool = False, **kwargs: Any
+    ) -> None:
+        self.symmetric = symmetric  # before PML's __init__, which asks for the names of the terms
+        if "distance" in kwargs:
+            raise ValueError("distance must be given to the pair loss: CrossModelLoss(ContrastiveLoss(distance=...))")
+        super().__init__(**kwargs)
+        _check_pair_loss(loss)
+        if miner is not None and not isinstance(miner, BaseMiner):
+            raise ValueError(
+                f"miner must be a PML miner (BaseMiner), got {type(miner).__name__}; "
+                "tuples of indices go into the call, as indices_tuple"
+            )
+        self.loss, self.miner = loss, miner
+
+    def _sub_loss_names(self) -> list[str]:
+        return ["new_to_old_loss", "old_to_new_loss"] if self.symmetric else ["new_to_old_loss"]
+
+    def set_reducer(self, reducer: Any) -> None:
+        """Give every term its own copy of ``reducer``; the one term of a loss that is not symmetric is kept too."""
+        super().set_reducer(reducer)
+        if not isinstance(self.reducer, MultipleReducers | DoNothingReducer):
+            self.reducer = TermReducers({"new_to_old_loss": self.reducer})
+
+    def compute_loss(
+        self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any
+    ) -> dict[str, Any]:
+        """Return each term; the pair loss has reduced it."""
+        if ref_emb is embeddings:  # PML puts them in the place of a ref_emb that is not given
+            ref_emb = None
+        new, labels, old, ref_labels = check_references(embeddings, labels, ref_emb, ref_labels)
+        if indices_tuple is not None:
+            self._check_tuples(indices_tuple, labels, ref_labels)
+        with torch.autocast(new.device.type, enabled=False):
+            tuples = indices_tuple if self.miner is None else self.miner(new, labels, old, ref_labels)
+            loss = self.loss(new, labels, tuples, old, ref_labels)
+            if not self.symmetric:
+                return {"new_to_old_loss": reduced(loss)}
+            if self.miner is not None and not getattr(self.miner, "new_anchors_only", False):
+                tuples = self.miner(old, ref_labels, new.detach(), labels)
+            elif tuples is not None:
+                tuples = _turned_round(tuples)
+            other = self.loss(old, ref_labels, tuples, new, labels)
+        return {"new_to_old_loss": reduced(loss / 2), "old_to_new_loss": reduced(other / 2)}
+
+    def _check_tuples(self, indices_tuple: Tuples, labels: torch.Tensor, ref_labels: torch.Tensor) -> None:
+        fix = "leave efficient off in DistributedLossWrapper, which makes tuples of its own, or take GatheredLoss"
+        if self.miner is not None:
+            raise ValueError(f"indices_tuple must be None where the loss has a miner, got tuples; give one or {fix}")
+        if len(indices_tuple) == 4 and len(ref_labels) > len(labels) and _lacks_own(indices_tuple, labels, ref_labels):
+            raise ValueError(
+                "indices_tuple must not leave out each item's own old embedding, got all pairs but these, as "
+                f"DistributedLossWrapper(efficient=True) makes them; {fix}"
+            )
+
+
+def _check_pair_loss(loss: Any) -> None:
+    name = type(loss).__name__
+    pairs = "take one of pairs or triplets, such as ContrastiveLoss, TripletMarginLoss or SupConLoss"
+    if not isinstance(loss, pml_losses.BaseMetricLossFunction):
+        raise ValueError(f"loss must be a PML loss (BaseMetricLossFunction), got {name}; {pairs}, and wrap this loss")
+    if _has_class_weights(loss):
+        raise ValueError(
+            f"loss must compare embeddings with each other, {name} compares them with its class weights; {pairs}, or "
+            "hold a classification loss to an old model with BCTLoss or LCELoss"
+        )
+    if _WITHOUT_REFERENCES & {kind.__name__ for kind in type(loss).__mro__}:
+        raise ValueError(f"loss must take reference embeddings and labels, {name} does not; {pairs}")
+    if getattr(loss, "swap", False):
+        raise ValueError("loss must not swap: PML would look for the positive's old embedding among the new ones")
+    if isinstance(loss.reducer, DoNothingReducer):
+        raise ValueError("loss must reduce to a number, got DoNothingReducer; leave its reducer out")
+
+
+def _has_class_weights(loss: torch.nn.Module) -> bool:
+    try:
+        class_weights(loss)
+    except ValueError:
+        return isinstance(loss, pml_losses.WeightRegularizerMixin)
+    return True
+
+
+def _lacks_own(indices_tuple: Tuples, labels: torch.Tensor, ref_labels: torch.Tensor) -> bool:
+    """Whether these are all pairs, without those of row i with reference i."""
+    a1, p, a2, _ = indices_tuple
+    if not torch.equal(labels, ref_labels[: len(labels)]) or bool((a1 == p).any()):
+        return False
+    same = int((labels[:, None] == ref_labels).sum())
+    return len(a1) == same - len(labels) and len(a2) == len(labels) * len(ref_labels) - same
+
+
+def _turned_round(tuples: Tuples) -> Tuples:
+    """Return the pairs of tuples with references as anchors, each of them once."""
+    a1, p, a2, n = tuples if len(tuples) == 4 else (tuples[0], tuples[1], tuples[0], tuples[2])
+    positive = torch.stack([p, a1]).unique(dim=1)
+    negative = torch.stack([n, a2]).unique(dim=1)
+    return positive[0], positive[1], negative[0], negative[1]

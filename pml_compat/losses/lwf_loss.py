@@ -1,0 +1,91 @@
+"""Learning without forgetting: the old classifier's soft answers, kept by the new model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.utils import common_functions as c_f
+
+from ..checks import check_matrix, check_number, check_same_device
+from ..frozen import FrozenClassifier
+from ..width import fit_width
+from .old_rows import check_old_rows
+
+
+class LwFLoss(BaseMetricLossFunction):
+    r"""Let the old classifier answer alike on new and on old embeddings of the same item.
+
+    .. math:: \ell_i = -\sum_c p_{ic} \log q_{ic}, \quad p_i = \operatorname{softmax}(z(f_{o,i}) / T_{old}), \quad
+        q_i = \operatorname{softmax}(z(\tau(f_{n,i})) / T)
+
+    :math:`z` are the frozen old classifier's logits, and :math:`\tau` fits the new embedding to the old width: its
+    first coordinates, or zeros appended (:func:`pml_compat.width.fit_width`). No labels are needed: an item of a
+    class that the old classifier does not know is described by its likeness to those it knows.
+
+    Args:
+        old_classifier: the frozen classifier; its tensors are buffers.
+        temperature: ``T``, above 0. 1 by default, as the logits are the old classifier's own: those of a cosine or
+            a margin classifier carry its scale already. Public code has 0.01 for bare cosines, which is a scale of
+            100; here it would multiply the scale and make every target one-hot.
+        old_temperature: :math:`T_{old}`, above 0; None: the same.
+        **kwargs: ``reducer`` (one loss a row, default ``MeanReducer``), ``embedding_regularizer``,
+            ``embedding_reg_weight``, ``collect_stats``.
+    Shape:
+        - embeddings ``(N, D_new)``, carries the gradient; labels are not used
+        - ref_emb ``(N, D_old)``: the old model's embeddings, row i of the same item; receives no gradient
+        - output: scalar of ``embeddings.dtype``; at least the mean entropy of the old answers, not 0
+    Raises:
+        ValueError: ``old_classifier`` no FrozenClassifier; a temperature that is not above 0; ``ref_emb`` missing, of
+            another length or not as wide as the old classifier; empty, NaN or infinite; another device; an
+            ``indices_tuple``.
+    Example:
+        >>> old_classifier = FrozenClassifier(torch.eye(2))
+        >>> LwFLoss(old_classifier)(torch.tensor([[2.0, 2.0]]), ref_emb=torch.tensor([[0.0, 3.0]]))
+        tensor(0.6931)
+
+    Reference:
+        Li and Hoiem, "Learning without Forgetting", ECCV 2016; as a compatible loss in Shen et al., "Towards
+        Backward-Compatible Representation Learning", CVPR 2020. Differs from the former in: the old classifier is
+        frozen too, as one that moves no longer fits the stored embeddings; no factor :math:`T^2`.
+    """
+
+    def __init__(
+        self,
+        old_classifier: FrozenClassifier,
+        temperature: float = 1.0,
+        old_temperature: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(old_classifier, FrozenClassifier):
+            raise ValueError(
+                f"old_classifier must be a FrozenClassifier, got {type(old_classifier).__name__}; make one with "
+                "FrozenClassifier.from_loss(old_loss), .from_layer(old_linear) or .from_centers(class_centers)"
+            )
+        self.old_classifier = old_classifier
+        self.temperature = check_number(temperature, "temperature", minimum=0, exclusive=True)
+        if old_temperature is None:
+            old_temperature = self.temperature
+        self.old_temperature = check_number(old_temperature, "old_temperature", minimum=0, exclusive=True)
+        self.add_to_recordable_attributes(list_of_names=["temperature", "old_temperature"], is_stat=False)
+
+    def compute_loss(
+        self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: torch.Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        """Return one loss a row."""
+        c_f.indices_tuple_not_supported(indices_tuple)
+        new_emb, old_emb = check_old_rows(embeddings, ref_emb, same_width=False)
+        check_matrix(old_emb, "ref_emb", self.old_classifier.in_features)
+        check_same_device(embeddings, "embeddings", self.old_classifier.rows, "the loss")
+        with torch.autocast(embeddings.device.type, enabled=False):
+            targets = torch.softmax(self.old_classifier.logits(old_emb) / self.old_temperature, dim=1)
+            new_emb = fit_width(new_emb, self.old_classifier.in_features)
+            logits = self.old_classifier.logits(new_emb) / self.temperature
+            losses = torch.nn.functional.cross_entropy(logits, targets.to(logits.dtype), reduction="none")
+            losses = losses.to(embeddings.dtype)
+        index = c_f.torch_arange_from_size(embeddings)
+        return {
+            "loss": {"losses": losses, "indices": index, "reduction_type": "element", "divisor": len(losses)},
+        }

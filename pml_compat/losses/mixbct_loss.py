@@ -1,0 +1,155 @@
+"""MixBCT: the task loss on a batch in which old embeddings stand in for some of the new ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.reducers import DoNothingReducer, MultipleReducers
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch.nn.functional import normalize
+
+from ..checks import check_integer, check_number
+from .named_terms import TermReducers
+from .old_rows import check_old_rows, check_row_labels
+from .task_and_terms import TaskAndTermsLoss
+
+
+class MixBCTLoss(TaskAndTermsLoss):
+    r"""Train one classifier on new and old embeddings alike, which draws both into one space.
+
+    .. math:: L = L_{task}(x, y), \quad x_i = \begin{cases} \hat f_{o,i} & i \in M \\ f_{n,i} & i \notin M \end{cases}
+
+    :math:`M`, drawn anew at every call, is :math:`\lfloor share \cdot N \rfloor` of the rows whose old embedding is
+    credible, or all of those where they are fewer. There is no other term. The rows of M train the class weights
+    alone: the new model learns from a batch that is smaller by ``share``. In eval mode nothing is drawn: the loss is
+    the task loss of the new embeddings, and ``ref_emb`` may be left out.
+
+    Old rows come in at length 1 and new ones as they are, so the task loss has to judge directions alone, as PML's
+    losses do by default (all but ``LargeMarginSoftmaxLoss`` and ``SphereFaceLoss``, which count lengths).
+
+    The draw has its own generator, on the CPU: the global one is not touched, every device draws the same rows, and
+    the generator's state is in ``state_dict()``, in pickles and in copies, so that a resumed training goes on as it
+    would have. Under PML's ``DistributedLossWrapper`` every rank draws from the whole gathered batch by itself.
+
+    Args:
+        loss: the task loss, any PML loss; it keeps its own reducer, and its parameters are in ``parameters()``.
+        share: of the batch that is replaced, in [0, 1]; rounded down, so that a batch of 3 has none at 0.3.
+        seed: of the draw, 0 or more.
+        **kwargs: ``embedding_regularizer`` (on the new embeddings, before any is replaced), ``embedding_reg_weight``,
+            ``collect_stats``, which records ``task_loss`` and ``mixed_fraction``, the share that was replaced.
+    Shape:
+        - embeddings ``(N, D)``, carries the gradient; labels ``(N,)`` of the new training set; indices_tuple: for
+          the task loss
+        - ref_emb ``(N, D)``: the old embeddings of the same rows, which receive no gradient
+        - ref_labels ``(N,)``: the same labels, or -1 at rows that are not credible, which reaches the loss through
+          PML's wrappers too
+        - credible ``(N,)`` bool: the rows that may be replaced; all by default
+        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]`` after the call
+    Raises:
+        ValueError: ``share`` outside [0, 1]; ``ref_emb`` missing in train mode, or not shaped like ``embeddings``;
+            ``credible`` not bool or of another length; ``ref_labels`` neither the labels nor -1; embeddings empty,
+            NaN, infinite or on another device; labels missing, negative or past the task loss's classes.
+    Example:
+        >>> from pytorch_metric_learning.losses import ArcFaceLoss
+        >>> from pml_compat.frozen import credible_mask
+        >>> old, labels = torch.randn(40, 16), torch.arange(40) % 10
+        >>> mask = credible_mask(old, labels)  # once, over the training set
+        >>> loss_func = MixBCTLoss(ArcFaceLoss(num_classes=10, embedding_size=16))
+        >>> rows = torch.arange(8)  # of a batch
+        >>> loss = loss_func(torch.randn(8, 16), labels[rows], ref_emb=old[rows], credible=mask[rows])
+
+    Reference:
+        Liang et al., "MixBCT: Towards Self-Adapting Backward-Compatible Training", 2023. Differs from the public code
+        in: nothing is written in place; fewer credible rows than wanted are no error; the draw is seeded.
+    """
+
+    def __init__(self, loss: torch.nn.Module, *, share: float = 0.3, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(loss, **kwargs)
+        self.share = check_number(share, "share", minimum=0)
+        if self.share > 1:
+            raise ValueError(f"share must be at most 1, got {share!r}")
+        self._generator = torch.Generator().manual_seed(check_integer(seed, "seed", minimum=0))
+        self.add_to_recordable_attributes(list_of_names=["share"], is_stat=False)
+        self.add_to_recordable_attributes(name="mixed_fraction", is_stat=True)
+
+    def _sub_loss_names(self) -> list[str]:
+        return ["task_loss"]
+
+    def set_reducer(self, reducer: Any) -> None:
+        """Keep the value of the only term too; PML has no named reducers where there is one."""
+        super().set_reducer(reducer)
+        if not isinstance(self.reducer, MultipleReducers | DoNothingReducer):
+            self.reducer = TermReducers({"task_loss": self.reducer})
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor,
+        indices_tuple: Any = None,
+        ref_emb: torch.Tensor | None = None,
+        ref_labels: torch.Tensor | None = None,
+        *,
+        credible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the task loss of the mixed batch."""
+        # PML's forward knows no credible: it travels past it in the place of the tuple.
+        return super().forward(embeddings, labels, (indices_tuple, credible), ref_emb, ref_labels)
+
+    def compute_loss(
+        self, embeddings: torch.Tensor, labels: torch.Tensor, indices_tuple: Any, ref_emb: Any, ref_labels: Any
+    ) -> dict[str, Any]:
+        """Return the task loss of the mixed batch, which has reduced itself."""
+        indices_tuple, credible = indices_tuple
+        if self.training:
+            new, old = check_old_rows(embeddings, ref_emb)
+            credible = _check_credible(credible, labels, ref_labels)
+            chosen = self._draw(credible)
+            if self.collect_stats:
+                self.mixed_fraction = chosen.float().mean().item()
+            with torch.autocast(embeddings.device.type, enabled=False):
+                embeddings = torch.where(chosen[:, None], normalize(old.to(new.dtype), dim=1), new)
+        return super().compute_loss(embeddings, labels, indices_tuple, embeddings, labels)
+
+    def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        """Return nothing more: the mixed batch is all there is."""
+        return {}
+
+    def _draw(self, credible: torch.Tensor) -> torch.Tensor:
+        """Return which rows are replaced, without asking the device how many are credible."""
+        wanted = int(self.share * len(credible) + 1e-6)  # 0.29 * 100 is a little below 29 in floating point
+        rank = c_f.to_device(torch.rand(len(credible), generator=self._generator), credible)
+        order = torch.argsort(rank.masked_fill(~credible, 2.0))
+        return torch.zeros_like(credible).index_fill_(0, order[:wanted], True) & credible
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Return the generator's state, for ``state_dict()``."""
+        return self._generator.get_state()
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Go on drawing from ``state``."""
+        self._generator.set_state(state.cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_generator": self._generator.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._generator = torch.Generator()
+        self._generator.set_state(state["_generator"])
+
+
+def _check_credible(credible: Any, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> torch.Tensor:
+    """Return which old embeddings may be used, ``(N,)`` bool."""
+    if credible is None:
+        credible = torch.ones_like(labels, dtype=torch.bool)
+    elif not isinstance(credible, torch.Tensor) or credible.dtype != torch.bool or credible.shape != labels.shape:
+        got = f"{credible.dtype} {tuple(credible.shape)}" if isinstance(credible, torch.Tensor) else repr(credible)
+        raise ValueError(f"credible must be a bool tensor with one entry a row, ({len(labels)},), got {got}")
+    credible = c_f.to_device(credible, labels)
+    if ref_labels is None:
+        return credible
+    ref_labels = c_f.to_device(ref_labels, labels)
+    unknown = ref_labels == -1
+    check_row_labels(labels, torch.where(unknown, labels, ref_labels))
+    return credible & ~unknown

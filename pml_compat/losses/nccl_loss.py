@@ -1,0 +1,209 @@
+"""Neighbourhood consensus: old embeddings of the same class, in a queue, as positives weighted by their agreement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch.nn.functional import normalize
+
+from ..checks import check_embeddings, check_integer, check_labels, check_matrix, check_number, check_same_device
+from ..frozen import class_weights
+from ..width import fit_width
+from .old_rows import check_old_rows, check_row_labels
+from .task_and_terms import TaskAndTermsLoss, per_sample
+
+
+class NCCLLoss(TaskAndTermsLoss):
+    r"""Pull each new embedding to the old ones of its class, the more the better these agree with its own old one.
+
+    .. math:: L = L_{task}(f_n, y) + \alpha \operatorname{mean}_i \ell(a_i, o) + \beta \operatorname{mean}_i
+        \ell(z(a_i), z(o)), \quad
+        \ell(a_i, o) = -\frac{1}{|P_i|} \sum_{k \in P_i} w_{ik} \log \frac{e^{\langle a_i, o_k \rangle / \tau}}{\sum_j
+        e^{\langle a_i, o_j \rangle / \tau}}, \quad w_{ik} = \frac{1 + \langle o_i, o_k \rangle}{2}
+
+    :math:`a_i` is the new embedding and :math:`o` are old ones, all of unit length: those in a queue of the last
+    ``queue_size`` that the loss was called with, this batch's among them; :math:`P_i` are those of label
+    :math:`y_i`, sample i's own always one of them. :math:`z` are logits of the task loss's head, as it is now, taken
+    to unit length: the cosines with its class weights, without margin. Scale would cancel, and ``temperature`` means
+    the same in both terms. The gradient goes into the head through :math:`z(a_i)`, not through :math:`z(o)`.
+
+    Widths may differ: new embeddings are fitted to the old width by BCT's rule (:func:`pml_compat.width.fit_width`),
+    and old ones to the new width for the head.
+
+    Each call in training mode enqueues ``ref_emb``, also where both weights are 0. In eval mode a call gives the loss
+    that it would give in training, and leaves the queue as it is. Queue, labels, position and count are in
+    ``state_dict``: a training that is resumed goes on as if it had not stopped. Places not yet filled take no part.
+
+    Args:
+        loss: the task loss, any PML loss, which sees the new embeddings alone; with class weights, unless
+            ``logit_weight=0``. It keeps its own reducer, and its parameters are in ``parameters()``.
+        queue_size: 1 or more. A larger batch takes part whole, and its last rows are kept.
+        embedding_size: the width of the old embeddings.
+        feature_weight: the multiplier ``alpha``; 0 or more.
+        logit_weight: the multiplier ``beta``; 0 or more.
+        temperature: ``tau``, of cosines; above 0. At the paper's 1 the softmax is nearly flat.
+        **kwargs: ``reducer`` (for both terms, one loss a sample; default ``MeanReducer``), ``embedding_regularizer``,
+            ``embedding_reg_weight``, ``collect_stats``.
+    Shape:
+        - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)``; indices_tuple: for the task loss
+        - ref_emb ``(N, embedding_size)``: old embeddings, row i of the same item; ref_labels: None, or equal to labels
+        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]``, ``["feature_loss"]`` and ``["logit_loss"]``
+          after the call
+    Raises:
+        ValueError: an argument out of its range; ``logit_weight`` > 0 without class weights; ``ref_emb`` missing, of
+            another width or length; ref_labels other than labels; anything empty, NaN, infinite or on another device;
+            labels missing, negative or past the task loss's classes.
+    Example:
+        >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
+        >>> task_loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=16)
+        >>> loss_func = NCCLLoss(task_loss, queue_size=64, embedding_size=8)
+        >>> loss_func.fill(torch.randn(40, 8), torch.arange(40) % 10)  # stored ones, so that it starts full
+        >>> loss = loss_func(torch.randn(4, 16), torch.tensor([0, 3, 3, 9]), ref_emb=torch.randn(4, 8))
+        >>> int(loss_func.old_queue_count)
+        44
+
+    Reference:
+        Wu et al., "Neighborhood Consensus Contrastive Learning for Backward-Compatible Representation", AAAI 2022.
+        Differs from the public implementation in: logits have no margin and unit length, where scaled ones are clamped
+        to [-1, 1] and saturate; empty places of the queue do not count as old embeddings; widths may differ. The
+        paper's filter of unreliable old samples is not here.
+    """
+
+    old_queue: torch.Tensor
+    old_queue_labels: torch.Tensor
+    old_queue_position: torch.Tensor
+    old_queue_count: torch.Tensor
+
+    def __init__(
+        self,
+        loss: torch.nn.Module,
+        queue_size: int = 8192,
+        *,
+        embedding_size: int,
+        feature_weight: float = 1.0,
+        logit_weight: float = 0.01,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(loss, **kwargs)
+        queue_size = check_integer(queue_size, "queue_size", minimum=1)
+        embedding_size = check_integer(embedding_size, "embedding_size", minimum=1)
+        self.feature_weight = check_number(feature_weight, "feature_weight", minimum=0)
+        self.logit_weight = check_number(logit_weight, "logit_weight", minimum=0)
+        self.temperature = check_number(temperature, "temperature", minimum=0, exclusive=True)
+        if self.logit_weight > 0 and self.num_classes is None:
+            raise ValueError(
+                f"logit_weight must be 0 with a task loss without class weights, got {logit_weight!r} and "
+                f"{type(loss).__name__}; pass logit_weight=0, or take a classification or proxy loss"
+            )
+        self.register_buffer("old_queue", torch.zeros(queue_size, embedding_size))
+        self.register_buffer("old_queue_labels", torch.full((queue_size,), -1))
+        self.register_buffer("old_queue_position", torch.tensor(0))
+        self.register_buffer("old_queue_count", torch.tensor(0))
+        self.add_to_recordable_attributes(
+            list_of_names=["feature_weight", "logit_weight", "temperature"], is_stat=False
+        )
+
+    def _sub_loss_names(self) -> list[str]:
+        return ["task_loss", "feature_loss", "logit_loss"]
+
+    @torch.no_grad()
+    def fill(self, embeddings: Any, labels: Any) -> None:
+        """Enqueue stored old embeddings, oldest first, in either mode; of more than the queue holds, the last.
+
+        Args:
+            embeddings: ``(n, embedding_size)`` tensor or array, finite.
+            labels: ``(n,)`` labels of the new training set, 0 or more.
+        Raises:
+            ValueError: another width or length, NaN or infinity, a negative label.
+        """
+        embeddings = check_embeddings(embeddings, width=self.old_queue.shape[1])
+        labels = check_labels(labels, length=len(embeddings))
+        if int(labels.min()) < 0:
+            raise ValueError(f"labels must be 0 or more, got {int(labels.min())}")
+        embeddings = embeddings.to(self.old_queue.device, torch.promote_types(embeddings.dtype, torch.float32))
+        self._keep(*self._enqueued(normalize(embeddings, dim=1), labels.to(self.old_queue.device)))
+
+    def compute_loss(
+        self, embeddings: torch.Tensor, labels: torch.Tensor, indices_tuple: Any, ref_emb: Any, ref_labels: Any
+    ) -> dict[str, Any]:
+        """Return the task loss, which has reduced itself, and one loss a sample for each of the two terms."""
+        new, old = check_old_rows(embeddings, ref_emb, same_width=False)
+        check_matrix(ref_emb, "ref_emb", self.old_queue.shape[1])
+        check_row_labels(labels, ref_labels)
+        check_same_device(embeddings, "embeddings", self.old_queue, "the loss")
+        found = super().compute_loss(embeddings, labels, indices_tuple, embeddings, labels)  # the task loss alone
+        found |= {"feature_loss": self.zero_loss(), "logit_loss": self.zero_loss()}
+        with torch.autocast(embeddings.device.type, enabled=False):
+            old = normalize(old.to(new.dtype), dim=1)
+            queue, queue_labels, filled, position = self._enqueued(old, labels)
+            if self.training:
+                self._keep(queue, queue_labels, filled, position)
+            if len(old) > len(queue):
+                queue, queue_labels, filled = old, labels, filled.new_tensor(len(old))
+            there = torch.arange(len(queue), device=filled.device) < filled
+            shares = _shares(old, labels, queue, queue_labels)
+            index = c_f.torch_arange_from_size(embeddings)
+            if self.feature_weight > 0:
+                similarities = normalize(fit_width(new, old.shape[1]), dim=1) @ queue.t()
+                losses = self._contrast(similarities, shares, there)
+                found["feature_loss"] = per_sample(losses * self.feature_weight, index)
+            if self.logit_weight > 0:
+                weights = normalize(class_weights(self.loss).to(new.dtype), dim=1)
+                similarities = _logit_cosines(new, fit_width(queue, new.shape[1]), weights)
+                losses = self._contrast(similarities, shares, there)
+                found["logit_loss"] = per_sample(losses * self.logit_weight, index)
+        return found
+
+    def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        """Return nothing more: the terms need the old embeddings too."""
+        return {}
+
+    def _contrast(self, similarities: torch.Tensor, shares: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        """Return each sample's loss, ``(N,)``, of its ``(N, K)`` similarities with the queue."""
+        similarities = similarities / self.temperature
+        total = similarities.masked_fill(~there, -torch.inf).logsumexp(1, keepdim=True)
+        return (shares * (total - similarities)).sum(1)
+
+    def _enqueued(
+        self, old: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queue, labels, count and position as they are with unit rows more, in the dtype of these.
+
+        They are new tensors: a loss that was not yet gone back through needs those before.
+        """
+        size = len(self.old_queue)
+        old, labels = old[-size:], labels[-size:]
+        places = (self.old_queue_position + torch.arange(len(old), device=old.device)) % size
+        queue = self.old_queue.to(old.dtype).index_copy(0, places, old)
+        queue_labels = self.old_queue_labels.index_copy(0, places, labels)
+        count = (self.old_queue_count + len(old)).clamp(max=size)
+        return queue, queue_labels, count, (self.old_queue_position + len(old)) % size
+
+    def _keep(
+        self, queue: torch.Tensor, queue_labels: torch.Tensor, count: torch.Tensor, position: torch.Tensor
+    ) -> None:
+        self.old_queue = queue.to(self.old_queue.dtype)
+        self.old_queue_labels, self.old_queue_count, self.old_queue_position = queue_labels, count, position
+
+
+def _shares(old: torch.Tensor, labels: torch.Tensor, queue: torch.Tensor, queue_labels: torch.Tensor) -> torch.Tensor:
+    r"""Return :math:`w_{ik} / |P_i|` where k is a positive of i, and 0 elsewhere, ``(N, K)``."""
+    positives = labels[:, None] == queue_labels  # no label is -1, that of an empty place
+    agreement = (1 + old @ queue.t()) / 2
+    return agreement * positives / positives.sum(1, keepdim=True)
+
+
+def _logit_cosines(new: torch.Tensor, queue: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the ``(N, K)`` cosines of the logits of new and queued embeddings, the latter's without a gradient.
+
+    With frozen weights W, <z, W o> = <W' z, o> and |W o|^2 = <o, W'W o>: no (K, C) logits of the queue are held.
+    """
+    logits = normalize(new @ weights.t(), dim=1)
+    frozen = weights.detach()
+    squares = (queue @ (frozen.t() @ frozen) * queue).sum(1)
+    # Where no class weight has a part in a queued row, its logits are rounding: too short to be taken to length 1.
+    lengths = squares.clamp_min(torch.finfo(queue.dtype).eps * len(weights)).sqrt()
+    return (logits @ frozen) @ (queue / lengths[:, None]).t()

@@ -1,0 +1,15 @@
+"""PML trainers with the old system in the loop, and checkpoints from which a training goes on as if never stopped."""
+
+from .checkpoint import Progress, load_checkpoint, save_checkpoint
+from .compatible_metric_loss_only import CompatibleMetricLossOnly
+from .indexed_dataset import IndexedDataset
+from .resumable_sampler import ResumableSampler
+
+__all__ = [
+    "CompatibleMetricLossOnly",
+    "IndexedDataset",
+    "Progress",
+    "ResumableSampler",
+    "load_checkpoint",
+    "save_checkpoint",
+]
