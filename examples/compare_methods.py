@@ -49,7 +49,7 @@ def losses(old_loss, old_embeddings, labels):
     classifier = FrozenClassifier.from_loss(old_loss).extend(centers)  # pseudo rows for the classes it never saw
 
     def nccl():
-        loss_func = NCCLLoss(task(), len(old_embeddings), embedding_size=WIDTH)
+        loss_func = NCCLLoss(task(), len(old_embeddings), embedding_size=WIDTH, feature_weight=10.0)
         loss_func.fill(old_embeddings, labels)
         return loss_func
 
@@ -58,15 +58,15 @@ def losses(old_loss, old_embeddings, labels):
         "BCT": lambda: BCTLoss(task(), classifier, influence_weight=3.0),
         "UniBCT": lambda: UniBCTLoss(task(), centers, influence_weight=3.0),
         "LCE": lambda: LCELoss(task(), centers),
-        "cross-model SupCon": lambda: CompatibleLoss(task(), CrossModelLoss(SupConLoss())),
+        "cross-model SupCon": lambda: CompatibleLoss(task(), CrossModelLoss(SupConLoss()), weights=10.0),
         "RACT": lambda: CompatibleLoss(task(), RACTLoss(temperature=0.1)),
-        "point alignment": lambda: CompatibleLoss(task(), PointAlignmentLoss(), weights=10.0),
-        "LwF": lambda: CompatibleLoss(task(), LwFLoss(classifier)),
-        "focal distillation": lambda: CompatibleLoss(task(), FocalDistillationLoss(centers)),
+        "point alignment": lambda: CompatibleLoss(task(), PointAlignmentLoss()),
+        "LwF": lambda: CompatibleLoss(task(), LwFLoss(classifier), weights=3.0),
+        "focal distillation": lambda: CompatibleLoss(task(), FocalDistillationLoss(centers), weights=100.0),
         "NCCL": nccl,
         "AdvBCT": lambda: CompatibleLoss(task(), AdvBCTLoss.from_embeddings(old_embeddings, labels)),
-        "MixBCT": lambda: MixBCTLoss(task()),
-        "BCT + point alignment": lambda: CompatibleLoss(BCTLoss(task(), classifier, 3.0), PointAlignmentLoss(), 10.0),
+        "MixBCT": lambda: MixBCTLoss(task(), share=0.5),
+        "BCT + point alignment": lambda: CompatibleLoss(BCTLoss(task(), classifier, 3.0), PointAlignmentLoss()),
     }
 
 

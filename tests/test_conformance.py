@@ -240,6 +240,7 @@ def run_rank(rank, world_size, rendezvous, results):
         loss = pml_distributed.DistributedLossWrapper(build(name))(own, labels.chunk(world_size)[rank], **others)
         loss.backward()
         results[name, rank] = loss.item(), own.grad.numpy()
+    torch.distributed.barrier()  # torch 2.4 hangs where one process tears down while another still works
     torch.distributed.destroy_process_group()
 
 

@@ -88,7 +88,10 @@ def _entropies(embeddings: Any, classes: ClassMeans, normalize: bool) -> torch.T
     """Return the entropy of each sample's distribution over the classes, ``(N,)``, in blocks of rows."""
     squares = classes.distances.square()
     variances = torch.zeros_like(squares[: len(classes.counts)]).index_add_(0, classes.rows, squares) / classes.counts
-    variances = torch.where(variances > 0, variances, squares.mean()).clamp_(min=torch.finfo(squares.dtype).tiny)
+    # Equal rows have a variance of their rounding: such a class takes that of all.
+    variances = torch.where(variances > 1e-12 * squares.mean(), variances, squares.mean()).clamp_(
+        min=torch.finfo(squares.dtype).tiny
+    )
     means = classes.means.double()
     lengths = means.square().sum(1)
     size = max(1, _BLOCK_ELEMENTS // len(means))

@@ -142,3 +142,17 @@ def test_three_generations():
     assert compatible[2, 1] > compatible[1, 1] - 3 and free.tril(-1).max() < 30, printed
     (share, mean), (free_share, free_mean) = re.findall(r"^AC ([\d.]+), AM ([\d.]+)%$", printed, re.MULTILINE)
     assert float(share) > 0.6 and float(free_share) == 0 and float(mean) > float(free_mean) + 10
+
+
+@pytest.mark.slow
+def test_compare_methods():
+    printed = python(EXAMPLES / "compare_methods.py")
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
+    header, _, old, *rows = table
+    assert header[:4] == ["method", "old/old", "new/old", "new/new"]
+    assert len(rows) == 13 and all(float(row[5]) > 0 for row in rows)  # milliseconds
+    precision, average_precision = map(float, old[1].split(" / "))
+    for row in rows:
+        if row[0] in ("BCT", "LCE", "cross-model SupCon"):
+            assert float(row[2].split(" / ")[1]) > average_precision, printed
+    assert float(rows[0][2].split(" / ")[0]) < precision  # independent
