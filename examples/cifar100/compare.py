@@ -183,19 +183,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=["all"])
     parser.add_argument("--split", choices=list(SPLITS), default="lexicographic", help="which classes are old")
-    parser.add_argument("--epochs", type=int, help="in place of the profile's")
+    for name in ("epochs", "side_epochs", "fct_epochs"):
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=argparse.SUPPRESS, help="in place of the profile's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    options.settings = PROFILES[options.profile]
-    if options.epochs:
-        options.settings = dataclasses.replace(options.settings, epochs=options.epochs)
+    given = {name: getattr(options, name) for name in ("epochs", "side_epochs", "fct_epochs") if name in options}
+    options.settings = dataclasses.replace(PROFILES[options.profile], **given)
     known = ["old", *networks_of(options.settings, WEIGHTS), *MAPS]
     methods = known if options.methods == ["all"] else ["old", "independent", *options.methods]
     unknown = set(methods) - set(known)
     if unknown:
         parser.error(f"--methods must be all, or some of {' '.join(known)}, got {' '.join(sorted(unknown))}")
 
-    train_set, test_set = load(options.data)
+    train_set, test_set = load(options.data, "train"), load(options.data, "test")
     assert len(test_set.labels.unique()) == CLASSES
     for seed in options.seeds:
         comparison = Comparison(options.out, seed, train_set, test_set, options)

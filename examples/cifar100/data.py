@@ -32,14 +32,14 @@ class Images:
         return Images(self.images.to(device), self.labels.to(device))
 
 
-def load(folder: Path) -> tuple[Images, Images]:
-    """Return the 50,000 training images and the 10,000 test images; torchvision downloads what is not there."""
-    if (folder / "train").is_dir():
-        return tuple(_read_strips(folder / part) for part in ("train", "test"))
+def load(folder: Path, part: str) -> Images:
+    """Return the 50,000 images of ``train`` or the 10,000 of ``test``; torchvision downloads what is not there."""
+    if (folder / part).is_dir():
+        return _read_strips(folder / part)
     from torchvision.datasets import CIFAR100
 
-    parts = (CIFAR100(folder, train=train, download=True) for train in (True, False))
-    return tuple(Images(torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets)) for p in parts)
+    found = CIFAR100(folder, train=part == "train", download=True)
+    return Images(torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets))
 
 
 def _read_strips(folder: Path) -> Images:

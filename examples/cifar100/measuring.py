@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plots import plot_backfill, plot_trade_off
 
 from pml_compat.accuracy import CrossModelAccuracyCalculator, backfill_curve, is_compatible, negative_flip_rate
 from pml_compat.accuracy import update_gain as gain_of
@@ -66,6 +67,9 @@ def report(folder: Path) -> str:
     (folder / "results.json").write_text(json.dumps(found, indent=1))
     text = "\n".join(table(found))
     (folder / "report.md").write_text(text + "\n")
+    if "independent" in found and len(found) > 2:
+        plot_trade_off(found, folder / "trade_off.png")
+        plot_backfill(found, folder / "backfill.png")
     return text
 
 

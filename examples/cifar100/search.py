@@ -18,7 +18,6 @@ from data import hold_out, load
 from measuring import report
 from profiles import PROFILES, WEIGHTS
 
-HELD_OUT = 50  # training images a class
 SETTINGS: dict[str, list[dict[str, float]]] = {
     "bct": [{"bct": 1}, {"bct": 3}, {"bct": 3, "pseudo_scale": 8}],
     "lce": [{"lce": 100}, {"lce": 1000}],
@@ -37,12 +36,13 @@ def main() -> None:
     parser.add_argument("--profile", choices=list(PROFILES), default="cpu")
     parser.add_argument("--methods", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--per-class", type=int, default=50, help="training images a class that are left out")
     parser.add_argument("--seed", type=int, default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     options.settings = dataclasses.replace(PROFILES[options.profile], epochs=options.epochs)
     options.split = "lexicographic"
-    train_set, held_out = hold_out(load(options.data)[0], HELD_OUT, seed=0)
+    train_set, held_out = hold_out(load(options.data, "train"), options.per_class, seed=0)
     comparison = Comparison(options.out, options.seed, train_set, held_out, options)
     comparison.run("old")
     comparison.run("independent")

@@ -1,0 +1,59 @@
+"""The pictures: what each method trades, and how a gallery gets better while it is backfilled."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Found = dict[str, list[dict[str, Any]]]
+
+
+def plot_trade_off(found: Found, path: Path, metric: str = "mean_average_precision", name: str = "mAP") -> None:
+    """Draw new/new against new/old of every method, means over the seeds."""
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    axes = figure.subplots()
+
+    def mean(method: str, pair: str) -> float:
+        return 100 * statistics.fmean(one[pair][metric] for one in found[method])
+
+    methods = [method for method in found if method not in ("old", "independent")]
+    for method in methods:
+        mapped = found[method][0]["gallery"] != "old"
+        x, y = mean(method, "new_to_old"), mean(method, "new_to_new")
+        axes.scatter(x, y, s=60, color="#d9a441" if mapped else "#d1603d", zorder=3)
+        axes.annotate(method, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9)
+    axes.axvline(mean("old", "old_to_old"), color="#555", linestyle="--", linewidth=1, label="old/old")
+    axes.axhline(mean("independent", "new_to_new"), color="#2f6f8f", linestyle="--", linewidth=1, label="independent")
+    axes.scatter([], [], color="#d1603d", label="gallery untouched")
+    axes.scatter([], [], color="#d9a441", label="gallery transformed")
+    axes.set(xlabel=f"new/old {name}, percent", ylabel=f"new/new {name}, percent")
+    axes.set_title("To the right: found without re-embedding. Up: what the new model is worth by itself")
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def plot_backfill(found: Found, path: Path, metric: str = "precision_at_1", name: str = "top-1") -> None:
+    """Draw the accuracy of new queries while a growing share of the gallery is re-embedded, in random order."""
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    axes = figure.subplots()
+    lines = []
+    for method, seeds in found.items():
+        curves = [one["backfill"] for one in seeds if "backfill" in one]
+        if not curves:
+            continue
+        shares = [100 * share for share in curves[0]["fractions"]]
+        values = [100 * statistics.fmean(point) for point in zip(*(c["values"][metric] for c in curves), strict=True)]
+        (line,) = axes.plot(shares, values, marker="o", markersize=3, label=method)
+        lines.append((values[0], line))
+    old = 100 * statistics.fmean(one["old_to_old"][metric] for one in found["old"])
+    axes.axhline(old, color="#555", linestyle="--", linewidth=1)
+    axes.text(100, old, "old/old", ha="right", va="bottom", fontsize=9)
+    axes.set(xlabel="share of the gallery re-embedded, percent", ylabel=f"{name} of new queries, percent")
+    lines.sort(key=lambda entry: -entry[0])
+    axes.legend(handles=[line for _, line in lines], frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
