@@ -37,7 +37,7 @@ class Profile:
 
 
 PROFILES = {
-    "cpu": Profile(resnet8, None, epochs=10, side_epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4),
+    "cpu": Profile(resnet8, None, epochs=10, side_epochs=10, batch_size=128, lr=0.1, weight_decay=5e-4),
     "gpu": Profile(
         resnet18, None, epochs=30, side_epochs=100, batch_size=256, lr=0.2, weight_decay=5e-4, fct_epochs=80
     ),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from data import Images, augment, scaled
 from profiles import Profile
-from pytorch_metric_learning.losses import NormalizedSoftmaxLoss, NTXentLoss, SelfSupervisedLoss
+from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
 from tqdm import tqdm
 
 EMBED_BATCH = 1000
@@ -38,18 +38,25 @@ def train(
 
 
 def train_without_labels(model: torch.nn.Module, data: Images, profile: Profile, name: str) -> None:
-    """SimCLR: two augmented views of an image are one class, every other image another."""
-    head = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.LazyLinear(128)).to(data.images.device)
-    both = torch.nn.Sequential(model, head)
-    loss_func = SelfSupervisedLoss(NTXentLoss(temperature=0.2))
+    """SimCLR: of all views in a batch, each finds the other one of its own image."""
+    with torch.no_grad():
+        width = embed_batch(model, data.images[:2], profile).shape[1]
+    head = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, width))
+    both = torch.nn.Sequential(model, head.to(data.images.device))
 
     def loss_of(index: torch.Tensor) -> torch.Tensor:
-        views = [embed_batch(both, recolor(augment(data.images[index])), profile) for _ in range(2)]
-        return loss_func(*views)
+        views = [recolor(augment(data.images[index])) for _ in range(2)]
+        return info_nce(embed_batch(both, torch.cat(views), profile))
 
-    with torch.no_grad():
-        embed_batch(both, data.images[:2], profile)
     _run(both, torch.nn.Module(), loss_of, len(data), profile, profile.side_epochs, name)
+
+
+def info_nce(embeddings: torch.Tensor, temperature: float = 0.2) -> torch.Tensor:
+    """Return SimCLR's loss of two views, one below the other. PML's NTXentLoss takes cubic time for this."""
+    unit = torch.nn.functional.normalize(embeddings, dim=1)
+    logits = (unit @ unit.t() / temperature).fill_diagonal_(-torch.inf)
+    other = torch.arange(len(unit), device=unit.device).roll(len(unit) // 2)
+    return torch.nn.functional.cross_entropy(logits, other)
 
 
 def recolor(images: torch.Tensor) -> torch.Tensor:
