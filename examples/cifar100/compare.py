@@ -28,7 +28,7 @@ from networks import WIDTH
 from profiles import PROFILES, WEIGHTS, Profile
 from training import embed, task_loss, train, train_without_labels
 
-from pml_compat.frozen import ClassCenters, FrozenClassifier
+from pml_compat.frozen import ClassCenters
 from pml_compat.losses import AdvBCTLoss, UniBCTLoss
 from pml_compat.transformations import FCTTransformation, LinearTransformation, fit_transformation
 
@@ -94,7 +94,6 @@ class Comparison:
         model = self._model()
         loss = task_loss(len(self.old_classes), WIDTH, self.profile).to(self.device)
         train(model, loss, numbered, self.profile, f"seed {self.seed}: old")
-        write(self.folder / "old_loss.pt", lambda path: torch.save(loss.state_dict(), path))
         self._keep_both("old", model)
 
     def _train_side(self) -> None:
@@ -109,11 +108,7 @@ class Comparison:
 
     def _old_system(self) -> OldSystem:
         embeddings, labels = self._stored("old", "train").to(self.device), self.train_set.labels
-        loss = task_loss(len(self.old_classes), WIDTH, self.profile)
-        loss.load_state_dict(torch.load(self.folder / "old_loss.pt", weights_only=True))
-        centers = ClassCenters.from_embeddings(embeddings.cpu(), labels.cpu())
-        classifier = FrozenClassifier.from_loss(loss, labels=self.old_classes.cpu()).extend(centers)
-        return OldSystem(embeddings, labels, classifier, centers)
+        return OldSystem(embeddings, labels, ClassCenters.from_embeddings(embeddings.cpu(), labels.cpu()))
 
     def _train_new(self, method: str, name: str) -> None:
         old, model = self._old_system(), self._model()
@@ -155,7 +150,13 @@ class Comparison:
             side_features = None if side_info is None else side_info.shape[1]
             transformation = FCTTransformation(WIDTH, WIDTH, side_features).to(self.device)
             fit_transformation(
-                transformation, source, target, side_info, epochs=self.profile.fct_epochs, seed=self.seed
+                transformation,
+                source,
+                target,
+                side_info,
+                epochs=self.profile.fct_epochs,
+                seed=self.seed,
+                autocast=torch.bfloat16,
             )
         mapped = transformation.apply_to(stored, stored_side, normalize=True, progress=False)
         self._keep(f"{method}_gallery", "test", torch.from_numpy(mapped))

@@ -39,13 +39,11 @@ class OldSystem:
     Args:
         embeddings: ``(N, WIDTH)`` of plain images, as the model gives them, on the training's device.
         labels: ``(N,)``.
-        classifier: what it was trained by, with pseudo rows for the classes it never saw.
         centers: of every new class.
     """
 
     embeddings: torch.Tensor
     labels: torch.Tensor
-    classifier: FrozenClassifier
     centers: ClassCenters
 
 
@@ -59,7 +57,7 @@ class Training(NamedTuple):
 def networks_of(profile: Profile, weights: dict[str, float]) -> dict[str, Callable[[OldSystem], Training]]:
     """Return what builds the loss of each method that trains a new model.
 
-    ``weights`` are the multipliers chosen on held-out training images, by method; the papers' own under ``*_paper``.
+    ``weights`` are the multipliers chosen on held-out training images; ``*_paper`` have those of the papers.
     """
 
     def task() -> torch.nn.Module:
@@ -71,9 +69,13 @@ def networks_of(profile: Profile, weights: dict[str, float]) -> dict[str, Callab
     def pseudo(old: OldSystem) -> FrozenClassifier:
         return FrozenClassifier.from_centers(old.centers, scale=weights["pseudo_scale"])
 
+    def cross_model() -> torch.nn.Module:
+        return CrossModelLoss(SupConLoss(temperature=weights["supcon_temperature"]))
+
     def nccl(old: OldSystem) -> Training:
         loss = NCCLLoss(task(), embedding_size=WIDTH, feature_weight=weights["nccl"])
-        loss.fill(old.embeddings[-8192:], old.labels[-8192:])
+        some = torch.randperm(len(old.labels))[:8192]
+        loss.fill(old.embeddings[some], old.labels[some])
         return Training(loss, True)
 
     def lce_backward(old: OldSystem) -> Training:
@@ -83,15 +85,14 @@ def networks_of(profile: Profile, weights: dict[str, float]) -> dict[str, Callab
     return {
         "independent": lambda old: Training(task()),
         "bct": lambda old: Training(BCTLoss(task(), pseudo(old), weights["bct"])),
-        "bct_true_rows": lambda old: Training(BCTLoss(task(), old.classifier, weights["bct"])),
+        "bct_paper": lambda old: Training(BCTLoss(task(), pseudo(old))),
         "unibct": lambda old: Training(
             UniBCTLoss(task(), old.centers, weights["unibct"], scale=weights["pseudo_scale"])
         ),
         "lce": lambda old: Training(LCELoss(task(), old.centers, weights["lce"])),
+        "lce_paper": lambda old: Training(LCELoss(task(), old.centers)),
         "lce_backward": lce_backward,
-        "cross_model": lambda old: added(
-            CrossModelLoss(SupConLoss(temperature=weights["supcon_temperature"])), "cross_model"
-        ),
+        "cross_model": lambda old: added(cross_model(), "cross_model"),
         "ract": lambda old: added(RACTLoss(temperature=weights["ract_temperature"]), "ract"),
         "point_alignment": lambda old: added(PointAlignmentLoss(), "point_alignment"),
         "lwf": lambda old: added(LwFLoss(pseudo(old)), "lwf"),
@@ -99,8 +100,11 @@ def networks_of(profile: Profile, weights: dict[str, float]) -> dict[str, Callab
         "nccl": nccl,
         "advbct": lambda old: added(AdvBCTLoss.from_embeddings(old.embeddings, old.labels), "advbct"),
         "mixbct": lambda old: Training(MixBCTLoss(task()), True),
-        "bct_point_alignment": lambda old: added(
-            PointAlignmentLoss(), "point_alignment", BCTLoss(task(), pseudo(old), weights["bct"])
+        "bct_cross_model": lambda old: added(
+            cross_model(), "cross_model", BCTLoss(task(), pseudo(old), weights["bct_beside_cross_model"])
+        ),
+        "lce_cross_model": lambda old: added(
+            cross_model(), "cross_model", LCELoss(task(), old.centers, weights["lce"])
         ),
     }
 

@@ -19,13 +19,19 @@ from measuring import report
 from profiles import PROFILES, WEIGHTS
 
 SETTINGS: dict[str, list[dict[str, float]]] = {
-    "bct": [{"bct": 1}, {"bct": 3}, {"bct": 3, "pseudo_scale": 8}],
-    "lce": [{"lce": 100}, {"lce": 1000}],
-    "cross_model": [{"cross_model": 1}, {"cross_model": 3}, {"cross_model": 3, "supcon_temperature": 0.2}],
-    "point_alignment": [{"point_alignment": 10}, {"point_alignment": 3}],
-    "bct_point_alignment": [{"bct": 1, "point_alignment": 3}],
-    "ract": [{"ract": 1}, {"ract": 3}],
+    "bct": [{"bct": 1}, {"bct": 3}, {"bct": 3, "pseudo_scale": 8}, {"bct": 10}],
+    "lce": [{"lce": 100}, {"lce": 1000}, {"lce": 10000}],
+    "cross_model": [
+        {"cross_model": 1},
+        {"cross_model": 3},
+        {"cross_model": 3, "supcon_temperature": 0.2},
+        {"cross_model": 10},
+    ],
+    "bct_cross_model": [{"bct_beside_cross_model": 3, "cross_model": 3}],
+    "lce_cross_model": [{"lce": 1000, "cross_model": 3}],
     "nccl": [{"nccl": 1}, {"nccl": 10}],
+    "point_alignment": [{"point_alignment": 3}, {"point_alignment": 10}],
+    "ract": [{"ract": 1}, {"ract": 3}],
 }
 
 

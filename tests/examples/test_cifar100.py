@@ -64,4 +64,4 @@ def test_the_search_leaves_the_test_images_alone(data, tmp_path):
         "search.py", "--data", tmp_path / "data", "--out", tmp_path, "--epochs", 1, "--methods", "lce", "--per-class", 2
     )
     found = json.loads((tmp_path / "results.json").read_text())
-    assert set(found) == {"old", "independent", "lce (lce 100)", "lce (lce 1000)"}
+    assert set(found) == {"old", "independent", "lce (lce 100)", "lce (lce 1000)", "lce (lce 10000)"}
