@@ -26,10 +26,11 @@ from measuring import measure, report
 from methods import CLASSES, MAPS, OldSystem, networks_of
 from networks import WIDTH
 from profiles import PROFILES, WEIGHTS, Profile
+from pytorch_metric_learning.distances import CosineSimilarity
 from training import embed, task_loss, train, train_without_labels
 
 from pml_compat.frozen import ClassCenters
-from pml_compat.losses import AdvBCTLoss, UniBCTLoss
+from pml_compat.losses import AdvBCTLoss, FCTLoss, UniBCTLoss
 from pml_compat.transformations import FCTTransformation, LinearTransformation, fit_transformation
 
 
@@ -137,24 +138,26 @@ class Comparison:
             self._keep(f"{name}_query", "test", query)
 
     def _map_gallery(self, method: str) -> None:
-        """Map the stored old embeddings, of unit length, to the independent model's."""
-        unit = torch.nn.functional.normalize
-        source, target = (unit(self._stored(name, "train")) for name in ("old", "independent"))
-        stored, side_info, stored_side = unit(self._stored("old", "test")), None, None
+        """Map the stored old embeddings, as they are, to the directions of the independent model's."""
+        source, stored = (self._stored("old", part) for part in ("train", "test"))
+        target = torch.nn.functional.normalize(self._stored("independent", "train"))
+        side_info = stored_side = None
         if method == "linear":
             transformation = LinearTransformation(WIDTH, WIDTH).fit(source, target)
         else:
             if method == "fct_side":
-                side_info, stored_side = unit(self._stored("side", "train")), unit(self._stored("side", "test"))
+                side_info, stored_side = self._stored("side", "train"), self._stored("side", "test")
             torch.manual_seed(self.seed)
             side_features = None if side_info is None else side_info.shape[1]
-            transformation = FCTTransformation(WIDTH, WIDTH, side_features).to(self.device)
+            transformation = FCTTransformation(WIDTH, WIDTH, side_features, self.profile.fct_hidden).to(self.device)
             fit_transformation(
                 transformation,
                 source,
                 target,
                 side_info,
+                loss=FCTLoss(distance=CosineSimilarity()),
                 epochs=self.profile.fct_epochs,
+                lr=self.profile.fct_lr,
                 seed=self.seed,
                 autocast=torch.bfloat16,
             )

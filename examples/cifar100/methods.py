@@ -73,9 +73,11 @@ def networks_of(profile: Profile, weights: dict[str, float]) -> dict[str, Callab
         return CrossModelLoss(SupConLoss(temperature=weights["supcon_temperature"]))
 
     def nccl(old: OldSystem) -> Training:
-        loss = NCCLLoss(task(), embedding_size=WIDTH, feature_weight=weights["nccl"])
+        loss = NCCLLoss(
+            task(), embedding_size=WIDTH, feature_weight=weights["nccl"], temperature=weights["nccl_temperature"]
+        )
         some = torch.randperm(len(old.labels))[:8192]
-        loss.fill(old.embeddings[some], old.labels[some])
+        loss.fill(old.embeddings.cpu()[some], old.labels.cpu()[some])
         return Training(loss, True)
 
     def lce_backward(old: OldSystem) -> Training:
@@ -98,7 +100,7 @@ def networks_of(profile: Profile, weights: dict[str, float]) -> dict[str, Callab
         "lwf": lambda old: added(LwFLoss(pseudo(old)), "lwf"),
         "focal_distillation": lambda old: added(FocalDistillationLoss(old.centers), "focal_distillation"),
         "nccl": nccl,
-        "advbct": lambda old: added(AdvBCTLoss.from_embeddings(old.embeddings, old.labels), "advbct"),
+        "advbct": lambda old: added(AdvBCTLoss.from_embeddings(old.embeddings.cpu(), old.labels.cpu()), "advbct"),
         "mixbct": lambda old: Training(MixBCTLoss(task()), True),
         "bct_cross_model": lambda old: added(
             cross_model(), "cross_model", BCTLoss(task(), pseudo(old), weights["bct_beside_cross_model"])

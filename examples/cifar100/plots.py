@@ -30,8 +30,9 @@ def plot_trade_off(found: Found, path: Path, metric: str = "mean_average_precisi
     axes.scatter([], [], color="#d1603d", label="gallery untouched")
     axes.scatter([], [], color="#d9a441", label="gallery transformed")
     axes.set(xlabel=f"new/old {name}, percent", ylabel=f"new/new {name}, percent")
-    axes.set_title("To the right: found without re-embedding. Up: what the new model is worth by itself")
-    axes.legend(frameon=False, loc="lower right")
+    axes.set_title("To the right: found without re-embedding. Up: what the new model is worth by itself", fontsize=11)
+    axes.margins(x=0.1, y=0.1)
+    axes.legend(frameon=False, loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 

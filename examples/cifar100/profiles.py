@@ -23,6 +23,8 @@ class Profile:
         weight_decay: of every parameter.
         temperature: of the task loss, a softmax over cosines.
         fct_epochs: of FCT's transformation.
+        fct_hidden: its hidden features.
+        fct_lr: its learning rate.
     """
 
     network: Callable[[], torch.nn.Module]
@@ -33,17 +35,17 @@ class Profile:
     lr: float
     weight_decay: float
     temperature: float = 1 / 16
-    fct_epochs: int = 40
+    fct_epochs: int = 80
+    fct_hidden: int = 2048
+    fct_lr: float = 2e-3
 
 
 PROFILES = {
-    "cpu": Profile(resnet8, None, epochs=6, side_epochs=6, batch_size=128, lr=0.1, weight_decay=5e-4, fct_epochs=30),
-    "gpu": Profile(
-        resnet18, None, epochs=30, side_epochs=100, batch_size=256, lr=0.2, weight_decay=5e-4, fct_epochs=80
+    "cpu": Profile(
+        resnet8, None, 6, side_epochs=6, batch_size=128, lr=0.1, weight_decay=5e-4, fct_epochs=30, fct_hidden=512
     ),
-    "paper": Profile(
-        resnet50, 224, 100, side_epochs=200, batch_size=1024, lr=1.024, weight_decay=2**-15, fct_epochs=80
-    ),
+    "gpu": Profile(resnet18, None, 30, side_epochs=100, batch_size=256, lr=0.2, weight_decay=5e-4),
+    "paper": Profile(resnet50, 224, 100, side_epochs=200, batch_size=1024, lr=1.024, weight_decay=2**-15),
 }
 
 # Multipliers of the methods' terms, chosen by search.py with the cpu profile; those that it does not vary are the
@@ -62,6 +64,7 @@ WEIGHTS = {
     "point_alignment": 10.0,
     "lwf": 3.0,
     "focal_distillation": 100.0,
-    "nccl": 10.0,
+    "nccl": 3.0,
+    "nccl_temperature": 0.1,
     "advbct": 1.0,
 }

@@ -26,10 +26,11 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
         {"cross_model": 3},
         {"cross_model": 3, "supcon_temperature": 0.2},
         {"cross_model": 10},
+        {"cross_model": 3, "supcon_temperature": 0.05},
     ],
     "bct_cross_model": [{"bct_beside_cross_model": 3, "cross_model": 3}],
     "lce_cross_model": [{"lce": 1000, "cross_model": 3}],
-    "nccl": [{"nccl": 1}, {"nccl": 10}],
+    "nccl": [{"nccl": 3, "nccl_temperature": 0.05}, {"nccl": 3, "nccl_temperature": 0.1}],
     "point_alignment": [{"point_alignment": 3}, {"point_alignment": 10}],
     "ract": [{"ract": 1}, {"ract": 3}],
 }
