@@ -54,7 +54,7 @@ class Comparison:
             return
         start = time.perf_counter()
         if method in MAPS:
-            self._map_gallery(method)
+            self._map_gallery(method, name)
         elif method != "old":
             self._train_new(method, name)
         else:
@@ -137,7 +137,7 @@ class Comparison:
                 query = loss.backward_transformation.cpu()(self._arrays(name))
             self._keep(f"{name}_query", "test", query)
 
-    def _map_gallery(self, method: str) -> None:
+    def _map_gallery(self, method: str, name: str) -> None:
         """Map the stored old embeddings, as they are, to the directions of the independent model's."""
         source, stored = (self._stored("old", part) for part in ("train", "test"))
         target = torch.nn.functional.normalize(self._stored("independent", "train"))
@@ -155,14 +155,14 @@ class Comparison:
                 source,
                 target,
                 side_info,
-                loss=FCTLoss(distance=CosineSimilarity()),
+                loss=FCTLoss() if self.profile.fct_squared else FCTLoss(distance=CosineSimilarity()),
                 epochs=self.profile.fct_epochs,
                 lr=self.profile.fct_lr,
                 seed=self.seed,
                 autocast=torch.bfloat16,
             )
         mapped = transformation.apply_to(stored, stored_side, normalize=True, progress=False)
-        self._keep(f"{method}_gallery", "test", torch.from_numpy(mapped))
+        self._keep(f"{name}_gallery", "test", torch.from_numpy(mapped))
 
 
 def write(path: Path, save: Any) -> None:

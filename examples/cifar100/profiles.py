@@ -25,6 +25,7 @@ class Profile:
         fct_epochs: of FCT's transformation.
         fct_hidden: its hidden features.
         fct_lr: its learning rate.
+        fct_squared: train it by the squared error of unit-length embeddings, in place of their cosine.
     """
 
     network: Callable[[], torch.nn.Module]
@@ -38,6 +39,7 @@ class Profile:
     fct_epochs: int = 80
     fct_hidden: int = 2048
     fct_lr: float = 2e-3
+    fct_squared: bool = False
 
 
 PROFILES = {

@@ -34,6 +34,7 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
     "point_alignment": [{"point_alignment": 3}, {"point_alignment": 10}],
     "ract": [{"ract": 1}, {"ract": 3}],
 }
+FCT_SETTINGS = [{"fct_squared": True, "fct_lr": 5e-4}, {"fct_lr": 5e-4}, {"fct_lr": 2e-3}]
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the data set's folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for models, embeddings, results")
     parser.add_argument("--profile", choices=list(PROFILES), default="cpu")
-    parser.add_argument("--methods", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", choices=[*SETTINGS, "fct"], default=[*SETTINGS, "fct"])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--per-class", type=int, default=50, help="training images a class that are left out")
     parser.add_argument("--seed", type=int, default=100)
@@ -54,8 +55,11 @@ def main() -> None:
     comparison.run("old")
     comparison.run("independent")
     for method in options.methods:
-        for setting in SETTINGS[method]:
-            comparison.weights = WEIGHTS | setting
+        for setting in FCT_SETTINGS if method == "fct" else SETTINGS[method]:
+            if method == "fct":
+                comparison.profile = dataclasses.replace(options.settings, **setting)
+            else:
+                comparison.weights = WEIGHTS | setting
             values = ", ".join(f"{name} {value:g}" for name, value in setting.items())
             comparison.run(method, f"{method} ({values})")
             print(report(options.out), flush=True)
