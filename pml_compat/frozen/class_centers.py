@@ -278,10 +278,10 @@ def _measure_boundaries(
         )
     if boundary == "max":
         return largest
-    return _largest_without_outliers(torch.cat(all_angles), torch.cat(all_rows).long(), counts)
+    return largest_without_outliers(torch.cat(all_angles), torch.cat(all_rows).long(), counts)
 
 
-def _largest_without_outliers(angles: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def largest_without_outliers(angles: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """The largest angle of each class up to Q3 + 1.5 (Q3 - Q1); classes of fewer than four samples keep all.
 
     The quartiles are the sorted angles number n // 4 and 3 n // 4, counted from 0.

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import normalize as unit
 
 from ..checks import check_embeddings, check_labels, check_matrix
-from .class_centers import _largest_without_outliers
+from .class_centers import largest_without_outliers
 
 _BATCH_ROWS = 8192  # an array is read in pieces, so that a memory map stays on disk
 
@@ -38,7 +38,17 @@ class ClassMeans:
 
         The quartiles are the sorted distances number n // 4 and 3 n // 4, counted from 0.
         """
-        return _largest_without_outliers(self.distances, self.rows, self.counts)
+        return largest_without_outliers(self.distances, self.rows, self.counts)
+
+    def variances(self) -> torch.Tensor:
+        """Return each class's mean squared distance, ``(C,)`` float64; a class without spread has that of all samples.
+
+        Equal rows are apart by their rounding, which is no spread.
+        """
+        squares = self.distances.square()
+        found = squares.new_zeros(len(self.counts)).index_add_(0, self.rows, squares) / self.counts
+        found = torch.where(found > 1e-12 * squares.mean(), found, squares.mean())
+        return found.clamp_(min=torch.finfo(squares.dtype).tiny)
 
 
 def class_means(embeddings: Any, labels: Any, *, normalize: bool = True) -> ClassMeans:

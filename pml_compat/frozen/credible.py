@@ -60,17 +60,32 @@ def credible_mask(
         columns after them; the entropy is over all C classes, not over a sample's own, which is always 0; the
         distance is squared, so that its ratio to the variance has no unit.
     """
+    check_rule(rule, share, max_entropy)
+    classes = class_means(embeddings, labels, normalize=normalize)
+    if rule == "nearest":
+        return _nearest(classes, share)
+    limit = max_entropy * math.log(len(classes.labels))
+    return _entropies(embeddings, classes, normalize) <= limit
+
+
+def check_rule(rule: str, share: float, max_entropy: float) -> None:
+    """Check the arguments of :func:`credible_mask`.
+
+    Raises:
+        ValueError: unknown ``rule``; ``share`` or ``max_entropy`` outside its range.
+    """
     if rule not in ("nearest", "entropy"):
         raise ValueError(f"rule must be 'nearest' or 'entropy', got {rule!r}")
     if check_number(share, "share", minimum=0, exclusive=True) > 1:
         raise ValueError(f"share must be at most 1, got {share!r}")
     if check_number(max_entropy, "max_entropy", minimum=0) > 1:
         raise ValueError(f"max_entropy must be at most 1, got {max_entropy!r}")
-    classes = class_means(embeddings, labels, normalize=normalize)
-    if rule == "nearest":
-        return _nearest(classes, share)
-    limit = max_entropy * math.log(len(classes.labels))
-    return _entropies(embeddings, classes, normalize) <= limit
+
+
+def kept(counts: torch.Tensor, share: float) -> torch.Tensor:
+    """Return how many samples ``"nearest"`` keeps of classes of ``counts``, ``(C,)``."""
+    # 0.55 * 100 is a little above 55 in floating point, and no reason to keep 56
+    return (counts.double() * share - 1e-6).ceil().long().clamp(min=1)
 
 
 def _nearest(classes: ClassMeans, share: float) -> torch.Tensor:
@@ -79,19 +94,12 @@ def _nearest(classes: ClassMeans, share: float) -> torch.Tensor:
     first = torch.cumsum(classes.counts, 0) - classes.counts
     rows = classes.rows[order]
     rank = torch.arange(len(order), device=order.device) - first[rows]
-    # 0.55 * 100 is a little above 55 in floating point, and no reason to keep 56
-    wanted = (classes.counts.double() * share - 1e-6).ceil().clamp_(min=1)
-    return torch.empty_like(order, dtype=torch.bool).index_copy_(0, order, rank < wanted[rows])
+    return torch.empty_like(order, dtype=torch.bool).index_copy_(0, order, rank < kept(classes.counts, share)[rows])
 
 
 def _entropies(embeddings: Any, classes: ClassMeans, normalize: bool) -> torch.Tensor:
     """Return the entropy of each sample's distribution over the classes, ``(N,)``, in blocks of rows."""
-    squares = classes.distances.square()
-    variances = torch.zeros_like(squares[: len(classes.counts)]).index_add_(0, classes.rows, squares) / classes.counts
-    # Equal rows have a variance of their rounding: such a class takes that of all.
-    variances = torch.where(variances > 1e-12 * squares.mean(), variances, squares.mean()).clamp_(
-        min=torch.finfo(squares.dtype).tiny
-    )
+    variances = classes.variances()
     means = classes.means.double()
     lengths = means.square().sum(1)
     size = max(1, _BLOCK_ELEMENTS // len(means))

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.miners import BaseMiner
-from pytorch_metric_learning.reducers import DoNothingReducer, MultipleReducers
+from pytorch_metric_learning.reducers import DoNothingReducer
 
 from ..frozen import class_weights
 from ..old_references import check_references
-from .named_terms import NamedTermsLoss, TermReducers
+from .named_terms import NamedTermsLoss
 from .task_and_terms import reduced
 
 Tuples = tuple[torch.Tensor, ...]
@@ -92,12 +92,6 @@ class CrossModelLoss(NamedTermsLoss):
 
     def _sub_loss_names(self) -> list[str]:
         return ["new_to_old_loss", "old_to_new_loss"] if self.symmetric else ["new_to_old_loss"]
-
-    def set_reducer(self, reducer: Any) -> None:
-        """Give every term its own copy of ``reducer``; the one term of a loss that is not symmetric is kept too."""
-        super().set_reducer(reducer)
-        if not isinstance(self.reducer, MultipleReducers | DoNothingReducer):
-            self.reducer = TermReducers({"new_to_old_loss": self.reducer})
 
     def compute_loss(
         self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any

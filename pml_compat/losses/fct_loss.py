@@ -11,6 +11,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import normalize
 
 from .old_rows import check_old_rows
+from .task_and_terms import per_sample
 
 
 class FCTLoss(BaseMetricLossFunction):
@@ -70,7 +71,4 @@ class FCTLoss(BaseMetricLossFunction):
                 one, other = normalize(one, dim=1, eps=eps), normalize(other, dim=1, eps=eps)
             losses = 1 - (one * other).sum(1) if self.distance.is_inverted else (one - other).square().mean(1)
             losses = losses.to(embeddings.dtype)
-        index = c_f.torch_arange_from_size(embeddings)
-        return {
-            "loss": {"losses": losses, "indices": index, "reduction_type": "element", "divisor": len(losses)},
-        }
+        return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}

@@ -13,6 +13,7 @@ from ..checks import check_labels, check_matrix, check_number, check_same_device
 from ..frozen import ClassCenters, FrozenClassifier
 from ..width import fit_width
 from .old_rows import check_old_rows, check_row_labels
+from .task_and_terms import per_sample
 
 
 class FocalDistillationLoss(BaseMetricLossFunction):
@@ -155,10 +156,7 @@ class FocalDistillationLoss(BaseMetricLossFunction):
             losses = losses.to(embeddings.dtype)
         if self.collect_stats:
             self.old_correct_fraction = right.float().mean().item()
-        index = c_f.torch_arange_from_size(embeddings)
-        return {
-            "loss": {"losses": losses, "indices": index, "reduction_type": "element", "divisor": len(losses)},
-        }
+        return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
 
 
 def nearest_has_the_label(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from ..checks import check_matrix, check_number, check_same_device
 from ..frozen import FrozenClassifier
 from ..width import fit_width
 from .old_rows import check_old_rows
+from .task_and_terms import per_sample
 
 
 class LwFLoss(BaseMetricLossFunction):
@@ -85,7 +86,4 @@ class LwFLoss(BaseMetricLossFunction):
             logits = self.old_classifier.logits(new_emb) / self.temperature
             losses = torch.nn.functional.cross_entropy(logits, targets.to(logits.dtype), reduction="none")
             losses = losses.to(embeddings.dtype)
-        index = c_f.torch_arange_from_size(embeddings)
-        return {
-            "loss": {"losses": losses, "indices": index, "reduction_type": "element", "divisor": len(losses)},
-        }
+        return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.reducers import DoNothingReducer, MultipleReducers
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import normalize
 
 from ..checks import check_integer, check_number
-from .named_terms import TermReducers
 from .old_rows import check_old_rows, check_row_labels
 from .task_and_terms import TaskAndTermsLoss
 
@@ -75,12 +73,6 @@ class MixBCTLoss(TaskAndTermsLoss):
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss"]
-
-    def set_reducer(self, reducer: Any) -> None:
-        """Keep the value of the only term too; PML has no named reducers where there is one."""
-        super().set_reducer(reducer)
-        if not isinstance(self.reducer, MultipleReducers | DoNothingReducer):
-            self.reducer = TermReducers({"task_loss": self.reducer})
 
     def forward(
         self,

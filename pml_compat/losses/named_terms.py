@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
-from pytorch_metric_learning.reducers import MultipleReducers
+from pytorch_metric_learning.reducers import DoNothingReducer, MultipleReducers
 
 
 class NamedTermsLoss(BaseMetricLossFunction):
-    """Base of our losses with more than one term; after a call ``loss.terms`` holds each term's reduced value.
+    """Base of our losses whose terms can be read; after a call ``loss.terms`` holds each term's reduced value.
 
     ``terms`` maps every sub-loss name (the regularizer's too) to a detached 0-dimensional tensor, as it went into
     the sum; it is empty before the first call and with PML's ``DoNothingReducer``, which reduces nothing. With
@@ -29,6 +29,8 @@ class NamedTermsLoss(BaseMetricLossFunction):
         super().set_reducer(reducer)
         if isinstance(self.reducer, MultipleReducers):
             self.reducer = TermReducers(self.reducer.reducers, default_reducer=self.reducer.default_reducer)
+        elif not isinstance(self.reducer, DoNothingReducer):  # a loss of one term, whose reducer PML leaves unnamed
+            self.reducer = TermReducers({self.sub_loss_names()[0]: self.reducer})
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the loss, as PML's losses do, and keep each term's value."""

@@ -10,7 +10,8 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_number
-from .old_rows import check_old_rows
+from .old_rows import check_old_rows, unit_rows
+from .task_and_terms import per_sample
 
 
 class PointAlignmentLoss(BaseMetricLossFunction):
@@ -75,15 +76,10 @@ class PointAlignmentLoss(BaseMetricLossFunction):
         new_emb, old_emb = check_old_rows(embeddings, ref_emb)
         with torch.autocast(embeddings.device.type, enabled=False):
             if self.distance.normalize_embeddings:
-                # The slope at a short row is 1 / its length, which has to be a number of the embeddings' dtype too.
-                shortest = max(1e-12, torch.finfo(embeddings.dtype).tiny)
-                new_emb, old_emb = _unit(new_emb, shortest), _unit(old_emb, shortest)
+                new_emb, old_emb = (unit_rows(rows, embeddings.dtype) for rows in (new_emb, old_emb))
             losses = hinged_distances(new_emb - old_emb, self.threshold, self.squared)
             losses = (self.weight * losses).to(embeddings.dtype)
-        index = c_f.torch_arange_from_size(embeddings)
-        return {
-            "loss": {"losses": losses, "indices": index, "reduction_type": "element", "divisor": len(losses)},
-        }
+        return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
 
 
 def hinged_distances(differences: torch.Tensor, threshold: float, squared: bool) -> torch.Tensor:
@@ -92,8 +88,3 @@ def hinged_distances(differences: torch.Tensor, threshold: float, squared: bool)
         return differences.square().sum(1)
     beyond = torch.relu(torch.linalg.vector_norm(differences, dim=1) - threshold)
     return beyond.square() if squared else beyond
-
-
-def _unit(rows: torch.Tensor, shortest: float) -> torch.Tensor:
-    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows * torch.where(length >= shortest, 1 / length.clamp_min(shortest), 0.0)

@@ -9,7 +9,8 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_integer, check_labels, check_number
-from .old_rows import check_old_rows, check_row_labels
+from .old_rows import check_old_rows, check_row_labels, unit_rows
+from .task_and_terms import per_sample
 
 
 class RACTLoss(BaseMetricLossFunction):
@@ -93,9 +94,7 @@ class RACTLoss(BaseMetricLossFunction):
         labels = check_labels(labels, length=len(embeddings))
         check_row_labels(labels, None if ref_labels is None else check_labels(ref_labels, "ref_labels"))
         with torch.autocast(embeddings.device.type, enabled=False):
-            # The slope at a short row is 1 / its length, which has to be a number of the embeddings' dtype too.
-            shortest = max(1e-12, torch.finfo(embeddings.dtype).tiny)
-            new_emb, old_emb = _unit(new_emb, shortest), _unit(old_emb, shortest)
+            new_emb, old_emb = (unit_rows(rows, embeddings.dtype) for rows in (new_emb, old_emb))
             others = [old_emb, new_emb] if self.regression else [old_emb]
             same = labels[:, None] == labels
             if self.form == "contrastive":
@@ -103,10 +102,7 @@ class RACTLoss(BaseMetricLossFunction):
             else:
                 losses = triplet_losses(new_emb, old_emb, others, same, self.top_k, self.margin)
             losses = losses.to(embeddings.dtype)
-        index = c_f.torch_arange_from_size(embeddings)
-        return {
-            "loss": {"losses": losses, "indices": index, "reduction_type": "element", "divisor": len(losses)},
-        }
+        return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
 
 
 def contrastive_losses(
@@ -148,8 +144,3 @@ def _nearest(similarities: torch.Tensor, same: torch.Tensor, top_k: int | None) 
     """The similarities to negatives, or each row's ``top_k`` largest; minus infinity at what is no negative."""
     negatives = similarities.masked_fill_(same, -torch.inf)
     return negatives if top_k is None else negatives.topk(min(top_k, len(same)), dim=1, sorted=False).values
-
-
-def _unit(rows: torch.Tensor, shortest: float) -> torch.Tensor:
-    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows * torch.where(length >= shortest, 1 / length.clamp_min(shortest), 0.0)

@@ -9,9 +9,9 @@ import torch
 from pytorch_metric_learning.miners import BaseMiner
 from torch.nn.functional import normalize as unit
 
-from ..checks import check_matrix, check_number, check_same_device
+from ..checks import check_matrix, check_same_device
 from ..frozen.class_means import class_means
-from ..frozen.credible import Rule
+from ..frozen.credible import Rule, check_rule, kept
 from ..frozen.label_map import LabelMap
 from .base import CrossModelMiner
 
@@ -78,12 +78,7 @@ class CredibleSampleFilter(CrossModelMiner):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if rule not in ("nearest", "entropy"):
-            raise ValueError(f"rule must be 'nearest' or 'entropy', got {rule!r}")
-        if check_number(share, "share", minimum=0, exclusive=True) > 1:
-            raise ValueError(f"share must be at most 1, got {share!r}")
-        if check_number(max_entropy, "max_entropy", minimum=0) > 1:
-            raise ValueError(f"max_entropy must be at most 1, got {max_entropy!r}")
+        check_rule(rule, share, max_entropy)
         if miner is not None and not isinstance(miner, BaseMiner):
             raise ValueError(f"miner must be a PML miner (BaseMiner), got {type(miner).__name__}")
         self.miner, self.rule, self.normalize = miner, rule, normalize
@@ -97,16 +92,11 @@ class CredibleSampleFilter(CrossModelMiner):
         counts, rows, distances = classes.counts, classes.rows, classes.distances
         self.label_map = LabelMap(classes.labels)
         self.register_buffer("old_means", classes.means)
-        squares = distances.square()
-        variances = squares.new_zeros(len(counts)).index_add_(0, rows, squares) / counts
-        # A class without spread, of one sample or of equal ones, takes that of all.
-        variances = torch.where(variances > 1e-12 * squares.mean(), variances, squares.mean()).to(classes.means.dtype)
+        variances = classes.variances().to(classes.means.dtype)
         self.register_buffer("old_variances", variances.clamp(min=torch.finfo(variances.dtype).tiny))
         order = torch.argsort(distances)
         order = order[torch.argsort(rows[order], stable=True)]
-        # 0.55 * 100 is a little above 55 in floating point, and no reason to keep 56
-        kept = (counts.double() * self.share - 1e-6).ceil().long().clamp(min=1)
-        radii = distances[order][counts.cumsum(0) - counts + kept - 1]
+        radii = distances[order][counts.cumsum(0) - counts + kept(counts, self.share) - 1]
         radii = radii + _ROUNDING * (radii + torch.linalg.vector_norm(classes.means.double(), dim=1))
         self.register_buffer("old_radii", radii.to(classes.means.dtype))
 
