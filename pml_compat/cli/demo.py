@@ -68,7 +68,7 @@ def run_demo(out: Path, seeds: Sequence[int], methods: Sequence[str] = METHODS) 
     """
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must differ, got {list(seeds)}")
-    methods = ["independent", *(method for method in methods if method != "independent")]
+    methods = list(dict.fromkeys(["independent", *methods]))
     console = import_extra("rich.console", "demo").Console()
     import_extra("matplotlib.figure", "demo")
     digits = import_extra("sklearn.datasets", "demo").load_digits()

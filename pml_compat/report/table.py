@@ -34,29 +34,36 @@ def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def rich_table(results: Results) -> Any:
-    """Return the table as a ``rich.table.Table``, without the costs: 80 columns; needs the ``demo`` extra."""
+    """Return the table as a ``rich.table.Table``, of 80 columns at most; needs the ``demo`` extra.
+
+    Where costs were measured, they and the criterion are left to :func:`rich_cost_table`.
+    """
     table_module, box = import_extra("rich.table", "demo"), import_extra("rich.box", "demo")
     table = table_module.Table(title=title(results), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     header, rows = table_rows(results)
     shown = [place for place, column in enumerate(header) if column not in COSTS.values()]
-    for place in shown[:-1]:
-        table.add_column(header[place], justify="right" if place else "left", no_wrap=True)
-    table.add_column(header[-1])
+    shown = shown[:-1] if results.costs else shown
+    for place in shown:
+        last = header[place] == "criterion"
+        table.add_column(header[place], justify="right" if place and not last else "left", no_wrap=not last)
     for row in rows:
         table.add_row(*(row[place] for place in shown))
     return table
 
 
 def rich_cost_table(results: Results) -> Any:
-    """Return what each method's training costs as a ``rich.table.Table``; needs the ``demo`` extra."""
+    """Return whether each method meets the criterion, and what its training costs; needs the ``demo`` extra."""
     table_module, box = import_extra("rich.table", "demo"), import_extra("rich.box", "demo")
-    title = "time of a training step, and memory beside the model and its task loss"
+    title = "criterion; time of a training step, memory beside the model and its task loss"
     table = table_module.Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("method", no_wrap=True)
+    table.add_column("criterion", no_wrap=True)
     for name in COSTS.values():
         table.add_column(name, justify="right", no_wrap=True)
     for method in results.costs:
-        table.add_row(method, *(_number(results.cost(method, cost)) for cost in COSTS))
+        table.add_row(
+            method, criterion_in_words(results, method), *(_number(results.cost(method, cost)) for cost in COSTS)
+        )
     return table
 
 
