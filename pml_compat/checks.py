@@ -36,7 +36,7 @@ def check_embeddings(value: Any, name: str = "embeddings", width: int | None = N
     return embeddings
 
 
-def check_matrix(value: Any, name: str, width: int | None = None) -> torch.Tensor:
+def check_matrix(value: Any, name: str = "embeddings", width: int | None = None) -> torch.Tensor:
     """:func:`check_embeddings` without the pass over the values."""
     matrix = as_tensor(value, name)
     if matrix.ndim != 2:

@@ -10,6 +10,7 @@ from .identification import tpir_at_fpir
 from .negative_flips import ClassFlips, NegativeFlips, negative_flip_rate, negative_flips
 from .served_index import ServedIndex
 from .upgrade_chain import average_compatibility, average_multimodel_accuracy
+from .upgrade_split import UpgradeSplit, check_no_leakage, extended_classes, extended_data, open_classes
 from .verification import OperatingPoint, VerificationResult, carry_thresholds, tar_at_far, verification
 
 __all__ = [
@@ -21,17 +22,22 @@ __all__ = [
     "OperatingPoint",
     "PairCriterion",
     "ServedIndex",
+    "UpgradeSplit",
     "VerificationResult",
     "average_compatibility",
     "average_multimodel_accuracy",
     "backfill_curve",
     "bootstrap_update_gain",
     "carry_thresholds",
+    "check_no_leakage",
     "compatibility_matrix",
     "compatibility_scores",
+    "extended_classes",
+    "extended_data",
     "is_compatible",
     "negative_flip_rate",
     "negative_flips",
+    "open_classes",
     "pair_criterion",
     "paired_bootstrap",
     "tar_at_far",

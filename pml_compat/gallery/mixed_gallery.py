@@ -1,0 +1,269 @@
+"""Old and new vectors side by side in one index, ranked by what their scores mean."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import normalize
+
+from ..checks import (
+    check_embeddings,
+    check_integer,
+    check_labels,
+    check_matrix,
+    check_number,
+    check_same_device,
+)
+from ..files import whole_file
+
+_FORMAT = "pml_compat.MixedGallery/1"
+_BINS = 4096  # of the cosines, from -1 to 1
+_BLOCK = 512  # rows of scores at once
+
+
+class MixedGallery:
+    r"""Rows for one index of old and new vectors, in which a query's scores of both kinds can be compared.
+
+    A new query meets old vectors in the old space and new vectors in its own, and the two cosines mean different
+    things: ranked together as they are, the kind with the larger cosines stands in front whatever it shows. Here each
+    kind's cosine is turned into the log-odds that two items are of one class,
+
+    .. math:: s_{old} = a_o \cos(p, f_o) + b_o, \qquad s_{new} = a_n \cos(f, f') + b_n
+
+    with :math:`p` what is compared with old vectors and :math:`f` what is compared with new ones. Both are one inner
+    product of the query's :math:`[p ; f ; 1 ; 0]` with a row of the gallery, and all rows are scaled and padded to
+    length 1: any index serves them, by inner product, cosine or Euclidean distance. Within a kind the ranking is that
+    of its cosine.
+
+    One embedding may serve both kinds (BCT, LCE, or a gallery that FCT transformed): then there is no second part.
+
+    Args:
+        old_features: width of the old vectors and of :math:`p`.
+        new_features: width of :math:`f`; None where :math:`p` is :math:`f`.
+        old_calibration: :math:`a_o` (above 0) and :math:`b_o`; from :meth:`fit`.
+        new_calibration: :math:`a_n` (above 0) and :math:`b_n`.
+    Attributes:
+        width: of the rows, ``old_features + new_features + 2``.
+    Raises:
+        ValueError: a width below 1, a slope that is not above 0.
+    Example:
+        >>> mixed = MixedGallery(2, None, (10.0, -5.0), (20.0, -15.0))
+        >>> query = mixed.query_rows(torch.tensor([[1.0, 0.0]]))
+        >>> stored = torch.tensor([[0.8, 0.6]])
+        >>> scores = query @ torch.cat([mixed.old_rows(stored), mixed.new_rows(stored)]).t()
+        >>> scores.argmax().item()  # of log-odds 3 and 1
+        0
+
+    Reference:
+        Ours. That mixed galleries rank worse than either end: Jaeckle et al., "FastFill: Efficient Compatible Model
+        Update", ICLR 2023. Log-odds from scores: Platt, "Probabilistic Outputs for Support Vector Machines", 1999.
+    """
+
+    def __init__(
+        self,
+        old_features: int,
+        new_features: int | None,
+        old_calibration: Sequence[float],
+        new_calibration: Sequence[float],
+    ) -> None:
+        self.old_features = check_integer(old_features, "old_features", minimum=1)
+        self.new_features = None if new_features is None else check_integer(new_features, "new_features", minimum=1)
+        self.old_calibration = _slope_and_offset(old_calibration, "old_calibration")
+        self.new_calibration = _slope_and_offset(new_calibration, "new_calibration")
+
+    @classmethod
+    def fit(
+        cls,
+        old_part: Any,
+        old_embeddings: Any,
+        labels: Any,
+        embeddings: Any = None,
+        *,
+        max_rows: int = 4096,
+        seed: int = 0,
+    ) -> MixedGallery:
+        """Fit both calibrations on labelled items that both models embedded.
+
+        Items that no model was trained on show what the scores mean later; training images make both kinds of vectors
+        look better than they are. A few hundred items of some tens of classes are enough, and their classes need not
+        be the gallery's. Two numbers a kind are fitted, by Newton's method on histograms of all pairs of different
+        items.
+
+        Args:
+            old_part: ``(N, D_old)``, of the new model, what is compared with old vectors.
+            old_embeddings: ``(N, D_old)``, what is stored of the same items; transformed, where the gallery is.
+            labels: ``(N,)``.
+            embeddings: ``(N, D_new)``, of the new model, what is compared with new vectors; None where that is
+                ``old_part``.
+            max_rows: of more items, that many are drawn at random; the pairs are their square.
+            seed: of that draw.
+        Raises:
+            ValueError: widths or lengths that differ, NaN or infinity; no two items of one class, or none of different
+                classes; scores that are not higher within a class than between classes.
+        """
+        part = check_embeddings(old_part, "old_part").detach()
+        old = check_embeddings(old_embeddings, "old_embeddings", part.shape[1]).detach()
+        new = part if embeddings is None else check_embeddings(embeddings).detach()
+        for rows, name in ((old, "old_embeddings"), (new, "embeddings")):
+            check_same_device(rows, name, part, "old_part")
+            if len(rows) != len(part):
+                raise ValueError(f"{name} must have the items of old_part: expected {len(part)} rows, got {len(rows)}")
+        labels = check_labels(labels, length=len(part)).to(part.device)
+        some = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
+        some = some[: check_integer(max_rows, "max_rows", minimum=2)].to(part.device)
+        part, old, new = (normalize(rows[some].float(), dim=1) for rows in (part, old, new))
+        old_calibration = _log_odds(_histograms(part, old, labels[some]), "old_part")
+        new_calibration = _log_odds(_histograms(new, new, labels[some]), "embeddings")
+        return cls(part.shape[1], None if embeddings is None else new.shape[1], old_calibration, new_calibration)
+
+    @property
+    def width(self) -> int:
+        """The width of the rows."""
+        return self.old_features + (self.new_features or 0) + 2
+
+    def query_rows(self, old_part: Any, embeddings: Any = None) -> torch.Tensor:
+        """Return unit rows ``(N, width)`` to search with.
+
+        Args:
+            old_part: ``(N, old_features)``, of the new model.
+            embeddings: ``(N, new_features)``, of the new model; None where there is no second part.
+        Raises:
+            ValueError: another width or number of rows, ``embeddings`` missing or not asked for.
+        """
+        parts = [check_matrix(old_part, "old_part", self.old_features)]
+        if (embeddings is None) != (self.new_features is None):
+            wanted = "None" if self.new_features is None else f"given, (N, {self.new_features})"
+            raise ValueError(f"embeddings must be {wanted}, got {'None' if embeddings is None else 'a matrix'}")
+        if embeddings is not None:
+            parts.append(check_matrix(embeddings, width=self.new_features))
+            if len(parts[1]) != len(parts[0]):
+                raise ValueError(f"embeddings must have the rows of old_part, {len(parts[0])}, got {len(parts[1])}")
+        parts = [normalize(part, dim=1) for part in parts]
+        return normalize(torch.cat([*parts, _columns(parts[0], 1.0, 0.0)], dim=1), dim=1)
+
+    def old_rows(self, old_embeddings: Any) -> torch.Tensor:
+        """Return unit rows ``(N, width)`` for the index, of stored old vectors ``(N, old_features)``."""
+        old = normalize(check_matrix(old_embeddings, "old_embeddings", self.old_features), dim=1)
+        slope, offset, rest = self._scaled()[0]
+        nothing = old.new_zeros(len(old), self.new_features or 0)
+        return torch.cat([slope * old, nothing, _columns(old, offset, rest)], dim=1)
+
+    def new_rows(self, embeddings: Any) -> torch.Tensor:
+        """Return unit rows ``(N, width)`` for the index, of the new model's ``(N, new_features)``.
+
+        Without a second part they are what would be the query's ``old_part``.
+        """
+        new = check_matrix(embeddings, width=self.new_features or self.old_features)
+        new = normalize(new, dim=1)
+        slope, offset, rest = self._scaled()[1]
+        nothing = new.new_zeros(len(new), 0 if self.new_features is None else self.old_features)
+        return torch.cat([nothing, slope * new, _columns(new, offset, rest)], dim=1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the widths and calibrations as JSON; the file appears whole or not at all."""
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps({"format": _FORMAT, **vars(self)}, indent=1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MixedGallery:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a truncated file, or one that holds something else.
+        """
+        with open(path) as file:
+            text = file.read()
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"path must be a whole JSON file, {os.fspath(path)!r} is not: {error}") from error
+        if not isinstance(found, dict) or found.pop("format", None) != _FORMAT:
+            raise ValueError(f"path must be a file written by MixedGallery.save, {os.fspath(path)!r} is not")
+        return cls(**found)
+
+    def _scaled(self) -> list[tuple[float, float, float]]:
+        """Return slope, offset and padding of old and new rows, divided by the length that all rows share.
+
+        Only the difference of the offsets matters: half of it on each side keeps the rows near their cosine.
+        """
+        (old_slope, old_offset), (new_slope, new_offset) = self.old_calibration, self.new_calibration
+        half = (old_offset - new_offset) / 2
+        longest = math.hypot(max(old_slope, new_slope), half)
+        return [
+            (slope / longest, offset / longest, math.sqrt(max(0.0, 1 - (slope**2 + half**2) / longest**2)))
+            for slope, offset in ((old_slope, half), (new_slope, -half))
+        ]
+
+
+def _columns(rows: torch.Tensor, *values: float) -> torch.Tensor:
+    return rows.new_tensor(values).expand(len(rows), -1)
+
+
+def _histograms(query: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Count the cosines of pairs of different items: ``(2, bins)``, between classes and within one."""
+    counts = torch.zeros(2 * _BINS, dtype=torch.int64, device=query.device)
+    for rows in _blocks(len(query)):
+        scores = query[rows] @ gallery.t()
+        bins = ((scores + 1) * (_BINS / 2)).long().clamp_(0, _BINS - 1)
+        bins += (labels[rows, None] == labels) * _BINS
+        own = torch.arange(len(query), device=query.device)[rows]
+        keep = torch.ones_like(bins, dtype=torch.bool)
+        keep[torch.arange(len(own), device=own.device), own] = False
+        counts += torch.bincount(bins[keep], minlength=2 * _BINS)
+    return counts.view(2, _BINS).double().cpu()
+
+
+def _blocks(length: int) -> Iterator[slice]:
+    return (slice(start, start + _BLOCK) for start in range(0, length, _BLOCK))
+
+
+def _log_odds(counts: torch.Tensor, name: str) -> tuple[float, float]:
+    """Fit slope and offset of the log-odds of the same class, given a cosine, to histograms of both kinds of pairs.
+
+    Platt's targets, a little inside 0 and 1, keep the slope finite where the scores separate the classes.
+    """
+    different, same = counts
+    total_different, total_same = float(different.sum()), float(same.sum())
+    if total_same == 0 or total_different == 0:
+        missing = "two items of one class" if total_same == 0 else "items of different classes"
+        raise ValueError(f"labels must have {missing}, got none")
+    target_same, target_different = (total_same + 1) / (total_same + 2), 1 / (total_different + 2)
+    centers = (torch.arange(_BINS, dtype=torch.float64) + 0.5) * (2 / _BINS) - 1
+    inputs = torch.stack([centers, torch.ones_like(centers)], dim=1)
+    wanted = same * target_same + different * target_different
+    both = same + different
+    weights = torch.tensor([0.0, float(torch.tensor(total_same / total_different).log())], dtype=torch.float64)
+    for _ in range(100):
+        odds = torch.sigmoid(inputs @ weights)
+        gradient = inputs.t() @ (wanted - both * odds)
+        curvature = (inputs * (both * odds * (1 - odds))[:, None]).t() @ inputs
+        step = torch.linalg.lstsq(curvature, gradient[:, None]).solution[:, 0]
+        step *= min(
+            1.0, 10 / float(step.abs().max().clamp_min(1e-300))
+        )  # far from the optimum Newton's step is too long
+        weights += step
+        if float(step.abs().max()) < 1e-9:
+            break
+    slope, offset = weights.tolist()
+    if not slope > 0:
+        raise ValueError(
+            f"{name} must score higher within a class than between classes, got a slope of {slope:.3g}; "
+            "are these models compatible, and the rows of the same items?"
+        )
+    return slope, offset
+
+
+def _slope_and_offset(value: Sequence[float], name: str) -> tuple[float, float]:
+    try:
+        slope, offset = (float(number) for number in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be two numbers, slope and offset, got {value!r}") from None
+    if not math.isfinite(offset):
+        raise ValueError(f"the offset of {name} must be finite, got {offset}")
+    return check_number(slope, f"the slope of {name}", minimum=0, exclusive=True), offset
