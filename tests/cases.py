@@ -10,12 +10,16 @@ from collections.abc import Callable
 import torch
 from pytorch_metric_learning import distances, losses
 
-from pml_compat.frozen import ClassCenters, FrozenClassifier
+from pml_compat.frozen import ClassCenters, FrozenClassifier, WithinClassWhitening
+from pml_compat.heads import BasisTransformation, CompatibleHead
 from pml_compat.losses import (
     AdvBCTLoss,
     BCTLoss,
+    BT2Loss,
+    CompatibleHeadLoss,
     CompatibleLoss,
     CrossModelLoss,
+    FastFillLoss,
     FCTLoss,
     FocalDistillationLoss,
     LCELoss,
@@ -48,6 +52,44 @@ def measured_centers(width: int = OLD_WIDTH) -> ClassCenters:
 def halfway(loss_func: AdvBCTLoss) -> AdvBCTLoss:
     loss_func.set_progress(0.5)
     return loss_func
+
+
+class FastFillOfRows(FastFillLoss):
+    """Called as PML calls a loss: the log variance is read off the embeddings."""
+
+    def forward(self, embeddings: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return super().forward(embeddings, *args, log_var=embeddings.mean(1), **kwargs)
+
+
+class CompatibleHeadOfRows(CompatibleHeadLoss):
+    """Called with old embeddings as wide as the new ones, of which the head's old part is as wide as the first."""
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor,
+        indices_tuple: object = None,
+        ref_emb: torch.Tensor | None = None,
+        ref_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        old = None if ref_emb is None else ref_emb[:, : self.head.old_features]
+        return super().forward(embeddings, labels, indices_tuple, old, ref_labels)
+
+
+def head(whitened: bool = True) -> CompatibleHead:
+    """The same for every seed: it is the model's, and in no loss's state."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        old = torch.randn(30, WIDTH - 3)
+        whitening = WithinClassWhitening.from_embeddings(old, torch.arange(30) % CLASSES) if whitened else None
+        return CompatibleHead(3, WIDTH - 3, whitening=whitening, hidden_features=4)
+
+
+def basis() -> BasisTransformation:
+    """The same for every seed: it is the model's, and in no loss's state."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return BasisTransformation(WIDTH - 2, WIDTH, extra_features=2)
 
 
 def classification() -> torch.nn.Module:
@@ -95,6 +137,8 @@ ALIGNED: dict[str, Callable[..., torch.nn.Module]] = {
     "fct": FCTLoss,
     "fct_unit": lambda **kwargs: FCTLoss(distance=distances.LpDistance(p=2, power=2), **kwargs),
     "fct_cosine": lambda **kwargs: FCTLoss(distance=distances.CosineSimilarity(), **kwargs),
+    "fastfill": FastFillOfRows,
+    "fastfill_unit": lambda **kwargs: FastFillOfRows(distance=distances.LpDistance(p=2, power=2), **kwargs),
     "lwf": lambda **kwargs: LwFLoss(FrozenClassifier(torch.randn(3, WIDTH), kind="cosine"), **kwargs),
     "lwf_linear": lambda **kwargs: LwFLoss(
         FrozenClassifier.from_layer(torch.nn.Linear(WIDTH, 3)), temperature=2.0, old_temperature=0.5, **kwargs
@@ -111,9 +155,19 @@ PAIRED: dict[str, Callable[..., torch.nn.Module]] = {
     "advbct_boundary": lambda **kwargs: AdvBCTLoss(
         torch.randn(CLASSES, WIDTH) / 8, torch.rand(CLASSES), adversarial_weight=0.0, **kwargs
     ),
+    "bt2": lambda **kwargs: BT2Loss(
+        losses.NormalizedSoftmaxLoss(CLASSES, WIDTH - 2), basis(), measured_centers(WIDTH), match_weight=0.0, **kwargs
+    ),
+    "head": lambda **kwargs: CompatibleHeadOfRows(losses.NormalizedSoftmaxLoss(CLASSES, 3), head(), **kwargs),
+    "head_points": lambda **kwargs: CompatibleHeadOfRows(
+        losses.ContrastiveLoss(), head(whitened=False), PointAlignmentLoss(), 0.5, **kwargs
+    ),
     "mixbct": lambda **kwargs: MixBCTLoss(classification(), **kwargs),
     "nccl": lambda **kwargs: nccl(classification(), logit_weight=0.5, **kwargs),
     "nccl_pairs": lambda **kwargs: nccl(losses.ContrastiveLoss(), logit_weight=0.0, temperature=0.1, **kwargs),
+    "fastfill_classifier": lambda **kwargs: FastFillOfRows(
+        FrozenClassifier(torch.randn(3, WIDTH), labels=[2, 0, 4]), 0.5, **kwargs
+    ),
     "focal_distillation": lambda **kwargs: FocalDistillationLoss(measured_centers(WIDTH), **kwargs),
     "focal_distillation_batch": FocalDistillationLoss,
     "focal_distillation_logits": lambda **kwargs: FocalDistillationLoss(

@@ -286,3 +286,66 @@ def credible_entropies(embeddings, labels):
         shares = [w / sum(weights) for w in weights]
         result.append(-sum(p * math.log(p) for p in shares if p > 0))
     return result
+
+
+def fastfill_losses(mapped, target, log_variances, kind):
+    """The negative log-likelihood of each target under a Gaussian, less its constant, divided by the width."""
+    losses = []
+    for h, f, s in zip(mapped, target, log_variances, strict=True):
+        if kind == "unit":
+            h, f = unit(h), unit(f)
+        variance, width = math.exp(s), len(h)
+        squared = sum((a - b) ** 2 for a, b in zip(f, h, strict=True))
+        losses.append((squared / (2 * variance) + width / 2 * math.log(variance)) / width)
+    return losses
+
+
+def basis_transformation(trunk, weight, bias, free_rotation, old_rotation, scale):
+    """Return (z, f, t) of each row of a trunk's output: the embedding, its free part and its old part, both unit."""
+    result = []
+    for u in trunk:
+        free = unit(u[: len(free_rotation)])
+        extra = unit(np.array([float(w @ np.maximum(u, 0)) + float(b) for w, b in zip(weight, bias, strict=True)]))
+        v = np.concatenate([extra, scale * (free @ free_rotation)])
+        old = v[: len(old_rotation)] @ old_rotation
+        result.append((np.concatenate([old, v[len(old_rotation) :]]), free, unit(old)))
+    return result
+
+
+def compatible_head(features, state, free, training, eps=1e-5):
+    """Return (p, f) of each row; ``state`` is of ``head.compatible``, ``free`` the weight and bias of g, or None."""
+    hidden = [state["0.weight"] @ u for u in features]
+    for j in range(len(hidden[0])):
+        mean, variance = state["1.running_mean"][j], state["1.running_var"][j]
+        if training and len(features) > 1:
+            mean = sum(h[j] for h in hidden) / len(hidden)
+            variance = sum((h[j] - mean) ** 2 for h in hidden) / len(hidden)
+        for h in hidden:
+            h[j] = max(0.0, (h[j] - mean) / math.sqrt(variance + eps) * state["1.weight"][j] + state["1.bias"][j])
+    part = [state["3.weight"] @ h + state["3.bias"] for h in hidden]
+    return part, [u if free is None else free[0] @ u + free[1] for u in features]
+
+
+def compatible_head_terms(part, targets, labels, temperature):
+    """Return the added terms before their weights, one number a row."""
+    points, contrasts = [], []
+    for p, t, y in zip(part, targets, labels, strict=True):
+        points.append(sum((a - b) ** 2 for a, b in zip(unit(p), t, strict=True)))
+        logits = [float(unit(p) @ other) / temperature for other in targets]
+        positives = [cross_entropy(logits, j) for j in range(len(targets)) if labels[j] == y]
+        contrasts.append(sum(positives) / len(positives))
+    return points, contrasts
+
+
+def within_class_whitening(embeddings, labels, shrinkage):
+    """Return the mean of the unit rows, and the inverse square root of their shrunk scatter within classes."""
+    rows = [unit(e) for e in embeddings]
+    width, scatter = len(rows[0]), np.zeros((len(rows[0]), len(rows[0])))
+    for label in set(labels):
+        own = [row for row, y in zip(rows, labels, strict=True) if y == label]
+        for row in own:
+            apart = row - sum(own) / len(own)
+            scatter += np.outer(apart, apart) / len(rows)
+    scatter += shrinkage * sum(scatter[j][j] for j in range(width)) / width * np.eye(width)
+    left, values, _ = np.linalg.svd(scatter)
+    return sum(rows) / len(rows), sum(np.outer(u, u) / math.sqrt(v) for u, v in zip(left.T, values, strict=True))

@@ -5,6 +5,10 @@ images of all classes; each query leaves its own image out. Embeddings are compa
 
     python examples/cifar100/compare.py --data DATA --out runs/cifar100                # every method, one seed
     python examples/cifar100/compare.py --data DATA --out runs/cifar100 --seeds 0 1 2 --methods bct lce fct
+    python examples/cifar100/compare.py --data DATA --out runs/open --protocol open --seeds 0 1 2
+
+In the open protocol the old model is trained on 40 classes, the new one on 80 with these among them, and queries and
+gallery are all images of the 20 others; the seed draws the classes, too.
 
 Every model is trained once, and its embeddings and measurements are kept in the folder: run it again, and it goes on
 where it stopped. ``DATA`` is where torchvision keeps, or shall put, CIFAR-100. Settings were chosen by ``search.py``.
@@ -16,35 +20,48 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from data import SPLITS, Images, load
+from data import SPLITS, Images, Upgrade, load, open_split, open_upgrade
 from measuring import measure, report
-from methods import CLASSES, MAPS, OldSystem, networks_of
-from networks import WIDTH
+from methods import MAPS, OldSystem, networks_of
+from networks import WIDTH, WithBranch
 from profiles import PROFILES, WEIGHTS, Profile
-from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from training import embed, task_loss, train, train_without_labels
 
 from pml_compat.frozen import ClassCenters
-from pml_compat.losses import AdvBCTLoss, FCTLoss, UniBCTLoss
-from pml_compat.transformations import FCTTransformation, LinearTransformation, fit_transformation
+from pml_compat.heads import BasisTransformation, CompatibleHead
+from pml_compat.losses import AdvBCTLoss, FastFillLoss, FCTLoss, UniBCTLoss
+from pml_compat.transformations import (
+    FastFillTransformation,
+    FCTTransformation,
+    LinearTransformation,
+    Transformation,
+    fit_transformation,
+)
 
 
 class Comparison:
     """One seed: models and embeddings, made where they are not there yet, in one folder."""
 
-    def __init__(self, folder: Path, seed: int, train_set: Images, test_set: Images, options: Any) -> None:
+    def __init__(self, folder: Path, seed: int, upgrade: Upgrade, profile: Profile, device: str) -> None:
         self.folder, self.seed = folder / f"seed_{seed}", seed
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.profile: Profile = options.settings
+        self.profile = profile
         self.weights = dict(WEIGHTS)
-        self.device = torch.device(options.device)
-        self.train_set, self.test_set = train_set.to(self.device), test_set.to(self.device)
-        self.old_classes = torch.tensor(SPLITS[options.split], device=self.device)
+        self.device = torch.device(device)
+        self.train_set = upgrade.train.to(self.device)
+        self.old_classes = upgrade.old_classes.to(self.device)
+        self.classes = int(upgrade.train.labels.max()) + 1
+        # What is embedded, by name; "calibration" is there only where a mixed gallery can be calibrated.
+        self.parts = {"train": self.train_set, "test": upgrade.test.to(self.device)}
+        if upgrade.calibration is not None:
+            self.parts["calibration"] = upgrade.calibration.to(self.device)
 
     def run(self, method: str, name: str | None = None) -> None:
         """Train, embed and measure one method, unless that was done before; it is kept under ``name``."""
@@ -59,7 +76,8 @@ class Comparison:
             self._train_new(method, name)
         else:
             self._stored("old", "test")
-        measured = measure(name, self._arrays, self.test_set.labels.cpu(), self.seed)
+        labels = {part: images.labels.cpu() for part, images in self.parts.items() if part != "train"}
+        measured = measure(name, self._arrays, labels, self.seed)
         measured |= {"seconds": time.perf_counter() - start, "seed": self.seed, "device": str(self.device)}
         measured |= {"profile": describe(self.profile), "torch": torch.__version__}
         write(out, lambda path: path.write_text(json.dumps(measured, indent=1)))
@@ -70,10 +88,11 @@ class Comparison:
             {"old": self._train_old, "side": self._train_side, "independent": self._train_independent}[name]()
         return torch.from_numpy(np.load(self._path(name, part)))
 
-    def _arrays(self, name: str) -> torch.Tensor | None:
-        """Return unit-length embeddings of the test images, or None where there are none of that name."""
-        path = self._path(name, "test")
-        return torch.nn.functional.normalize(torch.from_numpy(np.load(path))) if path.exists() else None
+    def _arrays(self, name: str, part: str = "test") -> torch.Tensor | None:
+        """Return stored embeddings, unit rows, or None where there are none of that name."""
+        path = self._path(name, part)
+        found = torch.from_numpy(np.load(path)) if path.exists() else None
+        return torch.nn.functional.normalize(found) if found is not None and found.ndim == 2 else found
 
     def _path(self, name: str, part: str) -> Path:
         return self.folder / f"{name}_{part}.npy"
@@ -81,13 +100,25 @@ class Comparison:
     def _keep(self, name: str, part: str, embeddings: torch.Tensor) -> None:
         write(self._path(name, part), lambda path: np.save(path, embeddings.numpy()))
 
+    def _keep_embedded(self, name: str, model: torch.nn.Module, parts: Iterable[str], head: Any = None) -> None:
+        """Keep what a model gives of every part, and apart from it what it searches old vectors with."""
+        for part in parts:
+            embeddings = embed(model, self.parts[part].images, self.profile)
+            if isinstance(head, CompatibleHead | BasisTransformation):
+                with torch.no_grad():
+                    head.cpu()
+                    self._keep(f"{name}_query", part, head.old_part(embeddings))
+                    embeddings = head.whole(embeddings) if isinstance(head, CompatibleHead) else embeddings
+                    head.to(self.device)
+            elif head is not None:  # a map into the old space
+                with torch.no_grad():
+                    unit = torch.nn.functional.normalize(embeddings)
+                    self._keep(f"{name}_query", part, head.cpu()(unit))
+            self._keep(name, part, embeddings)
+
     def _model(self) -> torch.nn.Module:
         torch.manual_seed(self.seed)
         return self.profile.network().to(self.device)
-
-    def _keep_both(self, name: str, model: torch.nn.Module) -> None:
-        self._keep(name, "train", embed(model, self.train_set.images, self.profile))
-        self._keep(name, "test", embed(model, self.test_set.images, self.profile))
 
     def _train_old(self) -> None:
         seen = self.train_set[torch.isin(self.train_set.labels, self.old_classes)]
@@ -95,14 +126,14 @@ class Comparison:
         model = self._model()
         loss = task_loss(len(self.old_classes), WIDTH, self.profile).to(self.device)
         train(model, loss, numbered, self.profile, f"seed {self.seed}: old")
-        self._keep_both("old", model)
+        self._keep_embedded("old", model, self.parts)
 
     def _train_side(self) -> None:
         """Side-information, made when the old model was: from its training images alone, without labels."""
         seen = self.train_set[torch.isin(self.train_set.labels, self.old_classes)]
         model = self._model()
         train_without_labels(model, seen, self.profile, f"seed {self.seed}: side-information")
-        self._keep_both("side", model)
+        self._keep_embedded("side", model, self.parts)
 
     def _train_independent(self) -> None:
         self._train_new("independent", "independent")
@@ -113,8 +144,10 @@ class Comparison:
 
     def _train_new(self, method: str, name: str) -> None:
         old, model = self._old_system(), self._model()
-        loss, reads_old = networks_of(self.profile, self.weights)[method](old)
+        loss, reads, head = networks_of(self.profile, self.weights, self.classes)[method](old)
         loss.to(self.device)
+        if head is not None:
+            model = torch.nn.Sequential(WithBranch(model), head).to(self.device)
 
         def after_epoch(epoch: int) -> None:
             share = epoch / self.profile.epochs
@@ -126,43 +159,42 @@ class Comparison:
                 if isinstance(old_loss, AdvBCTLoss):
                     old_loss.set_progress(share)
 
-        old_embeddings = old.embeddings if reads_old else None
-        train(model, loss, self.train_set, self.profile, f"seed {self.seed}: {name}", old_embeddings, after_epoch)
-        if method == "independent":
-            self._keep_both(name, model)
-        else:
-            self._keep(name, "test", embed(model, self.test_set.images, self.profile))
-        if method == "lce_backward":
-            with torch.no_grad():
-                query = loss.backward_transformation.cpu()(self._arrays(name))
-            self._keep(f"{name}_query", "test", query)
+        stored = {which: self._stored(which, "train").to(self.device) for which in reads}
+        train(model, loss, self.train_set, self.profile, f"seed {self.seed}: {name}", stored, after_epoch)
+        parts = [part for part in self.parts if part != "train" or method == "independent"]
+        self._keep_embedded(name, model, parts, head or getattr(loss, "backward_transformation", None))
 
     def _map_gallery(self, method: str, name: str) -> None:
         """Map the stored old embeddings, as they are, to the directions of the independent model's."""
-        source, stored = (self._stored("old", part) for part in ("train", "test"))
+        source = self._stored("old", "train")
         target = torch.nn.functional.normalize(self._stored("independent", "train"))
-        side_info = stored_side = None
+        side = method.endswith("_side")
         if method == "linear":
-            transformation = LinearTransformation(WIDTH, WIDTH).fit(source, target)
+            transformation: Transformation = LinearTransformation(WIDTH, WIDTH).fit(source, target)
         else:
-            if method == "fct_side":
-                side_info, stored_side = self._stored("side", "train"), self._stored("side", "test")
             torch.manual_seed(self.seed)
-            side_features = None if side_info is None else side_info.shape[1]
-            transformation = FCTTransformation(WIDTH, WIDTH, side_features, self.profile.fct_hidden).to(self.device)
+            fastfill = method.startswith("fastfill")
+            kind = FastFillTransformation if fastfill else FCTTransformation
+            transformation = kind(WIDTH, WIDTH, WIDTH if side else None, self.profile.fct_hidden).to(self.device)
+            squared = LpDistance(p=2, power=2)  # of unit rows
+            loss = FCTLoss() if self.profile.fct_squared else FCTLoss(distance=CosineSimilarity())
             fit_transformation(
                 transformation,
                 source,
                 target,
-                side_info,
-                loss=FCTLoss() if self.profile.fct_squared else FCTLoss(distance=CosineSimilarity()),
+                self._stored("side", "train") if side else None,
+                loss=FastFillLoss(distance=squared) if fastfill else loss,
                 epochs=self.profile.fct_epochs,
                 lr=self.profile.fct_lr,
                 seed=self.seed,
                 autocast=torch.bfloat16,
             )
-        mapped = transformation.apply_to(stored, stored_side, normalize=True, progress=False)
-        self._keep(f"{name}_gallery", "test", torch.from_numpy(mapped))
+        for part in self.parts.keys() - {"train"}:
+            stored = self._stored("old", part), self._stored("side", part) if side else None
+            mapped = transformation.apply_to(*stored, normalize=True, progress=False)
+            self._keep(f"{name}_gallery", part, torch.from_numpy(mapped))
+            if isinstance(transformation, FastFillTransformation):
+                self._keep(f"{name}_uncertainty", part, transformation.uncertainty(*stored, progress=False))
 
 
 def write(path: Path, save: Any) -> None:
@@ -186,24 +218,28 @@ def main() -> None:
     parser.add_argument("--profile", choices=list(PROFILES), default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=["all"])
-    parser.add_argument("--split", choices=list(SPLITS), default="lexicographic", help="which classes are old")
+    parser.add_argument("--protocol", choices=["closed", "open"], default="closed", help="test classes are trained on?")
+    parser.add_argument("--split", choices=list(SPLITS), default="lexicographic", help="which classes are old; closed")
     for name in ("epochs", "side_epochs", "fct_epochs"):
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=argparse.SUPPRESS, help="in place of the profile's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     given = {name: getattr(options, name) for name in ("epochs", "side_epochs", "fct_epochs") if name in options}
-    options.settings = dataclasses.replace(PROFILES[options.profile], **given)
-    known = ["old", *networks_of(options.settings, WEIGHTS), *MAPS]
+    profile = dataclasses.replace(PROFILES[options.profile], **given)
+    known = ["old", *networks_of(profile, WEIGHTS, 100), *MAPS]
     methods = known if options.methods == ["all"] else ["old", "independent", *options.methods]
     unknown = set(methods) - set(known)
     if unknown:
         parser.error(f"--methods must be all, or some of {' '.join(known)}, got {' '.join(sorted(unknown))}")
 
     train_set, test_set = load(options.data, "train"), load(options.data, "test")
-    assert len(test_set.labels.unique()) == CLASSES
     for seed in options.seeds:
-        comparison = Comparison(options.out, seed, train_set, test_set, options)
+        if options.protocol == "open":
+            upgrade = open_upgrade(train_set, test_set, open_split(train_set.labels, seed))
+        else:
+            upgrade = Upgrade(train_set, torch.tensor(SPLITS[options.split]), test_set)
+        comparison = Comparison(options.out, seed, upgrade, profile, options.device)
         for method in dict.fromkeys(methods):
             comparison.run(method)
         print(report(options.out), flush=True)

@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pml_compat.accuracy import UpgradeSplit, open_classes
+
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 # ImageFolder sorts folders named "0" to "99" as strings: the published "first 50 classes" are these fine labels.
 LEXICOGRAPHIC = [*range(6), *range(10, 54)]
 SPLITS = {"lexicographic": LEXICOGRAPHIC, "numeric": list(range(50))}
+# Classes that settings are chosen on: never among the open test classes, whatever the seed.
+SEARCH_CLASSES = [12, 19, 22, 35, 44, 47, 56, 58, 59, 63, 67, 68, 75, 85, 96, 97]
 
 
 @dataclass
@@ -51,6 +55,51 @@ def _read_strips(folder: Path) -> Images:
     return Images(torch.from_numpy(np.concatenate(strips)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels))
 
 
+@dataclass
+class Upgrade:
+    """What an upgrade is measured on.
+
+    Args:
+        train: the new model's images; labels count its classes from 0.
+        old_classes: sorted labels of ``train`` that the old model is trained on.
+        test: queries and gallery.
+        calibration: images of the training classes that no model is trained on, for mixed galleries; None where there
+            are none.
+    """
+
+    train: Images
+    old_classes: torch.Tensor
+    test: Images
+    calibration: Images | None = None
+
+
+def open_upgrade(train: Images, test: Images, split: UpgradeSplit) -> Upgrade:
+    """Return the upgrade of a split of classes: what is tested are all images of classes that no model learns."""
+
+    def learned(part: Images) -> Images:
+        rows = torch.isin(part.labels, split.new_classes)
+        return Images(part.images[rows], torch.searchsorted(split.new_classes, part.labels[rows]))
+
+    unseen = [part[torch.isin(part.labels, split.test_classes)] for part in (train, test)]
+    found = Images(torch.cat([part.images for part in unseen]), torch.cat([part.labels for part in unseen]))
+    return Upgrade(learned(train), torch.searchsorted(split.new_classes, split.old_classes), found, learned(test))
+
+
+def open_split(labels: torch.Tensor, seed: int) -> UpgradeSplit:
+    """Draw 20 test classes that no model learns, and of the 80 that the new one learns 40 for the old one."""
+    others = torch.tensor([label for label in range(100) if label not in SEARCH_CLASSES])
+    drawn = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))]
+    test, rest = drawn[:20].tolist(), sorted([*drawn[20:].tolist(), *SEARCH_CLASSES])
+    return open_classes(labels, old_classes=40, new_classes=rest, test_classes=test, seed=seed)
+
+
+def search_split(labels: torch.Tensor) -> UpgradeSplit:
+    """Return the split that open-set settings are chosen on."""
+    others = [label for label in range(100) if label not in SEARCH_CLASSES]
+    drawn = torch.tensor(others)[torch.randperm(len(others), generator=torch.Generator().manual_seed(0))][:64].tolist()
+    return open_classes(labels, old_classes=32, new_classes=sorted(drawn), test_classes=SEARCH_CLASSES, seed=0)
+
+
 def hold_out(part: Images, per_class: int, seed: int) -> tuple[Images, Images]:
     """Split off ``per_class`` images of every class, to choose settings on: never on the test images."""
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
@@ -59,13 +108,14 @@ def hold_out(part: Images, per_class: int, seed: int) -> tuple[Images, Images]:
     return part[order[place >= per_class]], part[order[place < per_class]]
 
 
-def augment(images: torch.Tensor) -> torch.Tensor:
-    """Shift each image by up to 4 pixels and flip half of them."""
+def augment(images: torch.Tensor, flip: bool = True) -> torch.Tensor:
+    """Shift each image by up to 4 pixels and flip half of them, or none."""
     n, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4), mode="constant", value=120)
     rows = torch.randint(9, (n, 1), device=images.device) + torch.arange(height, device=images.device)
     columns = torch.randint(9, (n, 1), device=images.device) + torch.arange(width, device=images.device)
-    columns = torch.where(torch.rand(n, 1, device=images.device) < 0.5, columns, columns.flip(1))
+    if flip:
+        columns = torch.where(torch.rand(n, 1, device=images.device) < 0.5, columns, columns.flip(1))
     batch = torch.arange(n, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 

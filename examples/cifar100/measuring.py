@@ -14,48 +14,90 @@ from plots import plot_backfill, plot_trade_off
 
 from pml_compat.accuracy import CrossModelAccuracyCalculator, backfill_curve, is_compatible, negative_flip_rate
 from pml_compat.accuracy import update_gain as gain_of
+from pml_compat.gallery import MixedGallery
 
+AREAS = {
+    "backfill": "area",
+    "backfill_worst_first": "area, worst first",
+    "mixed": "calibrated area",
+    "mixed_worst_first": "calibrated area, worst first",
+}
+TENTHS = tuple(step / 10 for step in range(11))
 METRICS = {"precision_at_1": "top-1", "cmc_top_5": "top-5", "mean_average_precision": "mAP"}
 
 
 def measure(
-    method: str, embeddings: Callable[[str], torch.Tensor | None], labels: torch.Tensor, seed: int
+    method: str, embeddings: Callable[[str, str], torch.Tensor | None], labels: dict[str, torch.Tensor], seed: int
 ) -> dict[str, Any]:
-    """Return the accuracies of a method's pairs, the flips of the first place, and the backfill curve."""
+    """Return the accuracies of a method's pairs, the flips of the first place, and the backfill curves.
+
+    Args:
+        method: its name.
+        embeddings: what gives the stored embeddings of a name and a part, None where there are none.
+        labels: of the parts ``"test"`` and, where a mixed gallery can be calibrated, ``"calibration"``.
+        seed: of a random backfill.
+    """
     calculator = CrossModelAccuracyCalculator(include=tuple(METRICS))
 
     def per_query(query: torch.Tensor, gallery: torch.Tensor) -> dict[str, torch.Tensor]:
         # Queries and gallery are the same images: each is left out of its own ranking.
-        return calculator.get_per_query_accuracy(query, labels, gallery, labels, ref_includes_query=True)
+        return calculator.get_per_query_accuracy(
+            query, labels["test"], gallery, labels["test"], ref_includes_query=True
+        )
 
-    def means(found: dict[str, torch.Tensor]) -> dict[str, float]:
-        return {metric: float(values.mean()) for metric, values in found.items()}
+    def rows(part: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the gallery's old vectors, new ones, and what searches the old ones if that is not these."""
+        old, mapped = embeddings("old", part), embeddings(f"{method}_gallery", part)
+        new = embeddings("independent" if mapped is not None else method, part)
+        assert old is not None and new is not None
+        return old if mapped is None else mapped, new, embeddings(f"{method}_query", part)
 
-    old = embeddings("old")
+    old = embeddings("old", "test")
     assert old is not None
     old_to_old = per_query(old, old)
     if method == "old":
-        return {"method": method, "old_to_old": means(old_to_old)}
-    mapped = embeddings(f"{method}_gallery")
-    new = embeddings("independent" if mapped is not None else method)
-    assert new is not None
-    gallery = old if mapped is None else mapped
-    query = embeddings(f"{method}_query") if mapped is None else None
+        return {"method": method, "old_to_old": _means(old_to_old)}
+    gallery, new, query = rows("test")
     cross = per_query(new if query is None else query, gallery)
-    found: dict[str, Any] = {"method": method, "gallery": "old" if mapped is None else "transformed old"}
-    found |= {"new_to_old": means(cross), "new_to_new": means(per_query(new, new))}
+    found: dict[str, Any] = {"method": method, "gallery": "transformed old"}
+    if embeddings(f"{method}_gallery", "test") is None:
+        found["gallery"] = "old"
+    found |= {"new_to_old": _means(cross), "new_to_new": _means(per_query(new, new))}
     found["negative_flips"] = negative_flip_rate(old_to_old["precision_at_1"], cross["precision_at_1"])
-    if query is None and method != "independent":
-        ids = torch.arange(len(labels))
-        curve = backfill_curve(
-            new, labels, gallery, new, labels, seed=seed, calculator=calculator, query_ids=ids, reference_ids=ids
+    if method == "independent":
+        return found
+
+    ids = torch.arange(len(new))
+    uncertainty = embeddings(f"{method}_uncertainty", "test")
+
+    def curve(name: str, query: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Measure a backfill in random order and, where errors were predicted, the worst first."""
+        for suffix, order in (("", "random"), ("_worst_first", uncertainty)):
+            if order is not None:
+                given = {"order": order, "seed": seed, "calculator": calculator, "query_ids": ids, "reference_ids": ids}
+                fractions = TENTHS if len(ids) <= 10_000 else TENTHS[::2]
+                measured = backfill_curve(query, labels["test"], old, new, labels["test"], fractions=fractions, **given)
+                found[name + suffix] = {
+                    "fractions": list(measured.fractions),
+                    "values": {metric: list(values) for metric, values in measured.values.items()},
+                    "area": {metric: measured.area(metric) for metric in METRICS},
+                }
+
+    if query is None:
+        curve("backfill", new, gallery, new)
+    if "calibration" in labels:
+        old_rows, new_rows, searching = rows("calibration")
+        one_space = searching is None
+        mixed = MixedGallery.fit(
+            new_rows if one_space else searching, old_rows, labels["calibration"], None if one_space else new_rows
         )
-        found["backfill"] = {
-            "fractions": list(curve.fractions),
-            "values": {metric: list(values) for metric, values in curve.values.items()},
-            "area": {metric: curve.area(metric) for metric in METRICS},
-        }
+        queries = mixed.query_rows(new) if query is None else mixed.query_rows(query, new)
+        curve("mixed", queries, mixed.old_rows(gallery), mixed.new_rows(new))
     return found
+
+
+def _means(found: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {metric: float(values.mean()) for metric, values in found.items()}
 
 
 def report(folder: Path) -> str:
@@ -78,9 +120,11 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     old = {one["seed"]: one["old_to_old"] for one in found.get("old", [])}
     best = {one["seed"]: one["new_to_new"] for one in found.get("independent", [])}
     lines = [
-        "| method | seeds | new/old | new/new | gain | criterion | negative flips | backfill area |",
-        "|---|---:|---:|---:|---:|---|---:|---:|",
-        f"| old (old/old) | {len(old)} | {_numbers(list(old.values()))} | | | | | |",
+        "| method | seeds | new/old | new/new | gain | criterion | negative flips | "
+        + " | ".join(AREAS.values())
+        + " |",
+        "|---|---:|---:|---:|---:|---|---:|" + "---:|" * len(AREAS),
+        f"| old (old/old) | {len(old)} | {_numbers(list(old.values()))} | | | | |" + " |" * len(AREAS),
     ]
     for method, seeds in found.items():
         if method == "old":
@@ -95,12 +139,14 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
                     pair = before[metric], after[metric]
                     values.append(gain_of(old_to_old=pair[0], new_to_old=pair[1], independent=independent[metric]))
         mapped = " T" if seeds[0]["gallery"] != "old" else ""
-        area = [one["backfill"]["area"] for one in seeds if "backfill" in one]
+        areas = [[one[name]["area"] for one in seeds if name in one] for name in AREAS]
         lines.append(
             f"| {method} | {len(seeds)} | {_numbers([one['new_to_old'] for one in seeds])}{mapped} "
             f"| {_numbers([one['new_to_new'] for one in seeds])} "
             f"| {' / '.join(_spread(values, 1, 2) for values in gains.values())} | {sum(holds)} of {len(holds)} "
-            f"| {_spread([one['negative_flips'] for one in seeds], 100, 1)} | {_numbers(area) if area else ''} |"
+            f"| {_spread([one['negative_flips'] for one in seeds], 100, 1)} "
+            + "".join(f"| {_numbers(area) if area else ''} " for area in areas)
+            + "|"
         )
     return lines
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from networks import WIDTH
+from networks import WIDTH, SecondHalf
 from profiles import Profile
 from pytorch_metric_learning.losses import SupConLoss
 from training import task_loss
 
-from pml_compat.frozen import ClassCenters, FrozenClassifier
+from pml_compat.frozen import ClassCenters, FrozenClassifier, WithinClassWhitening
+from pml_compat.heads import BasisTransformation, CompatibleHead
 from pml_compat.losses import (
     AdvBCTLoss,
     BCTLoss,
+    BT2Loss,
+    CompatibleHeadLoss,
     CompatibleLoss,
     CrossModelLoss,
     FocalDistillationLoss,
@@ -28,8 +31,6 @@ from pml_compat.losses import (
     UniBCTLoss,
 )
 from pml_compat.transformations import OrthogonalTransformation
-
-CLASSES = 100
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,39 @@ class OldSystem:
     centers: ClassCenters
 
 
+class ClassTerm(torch.nn.Module):
+    """The cross-entropy over old class centres, as a loss that is called like those that read old embeddings."""
+
+    def __init__(self, centers: ClassCenters, scale: float) -> None:
+        super().__init__()
+        self.classifier = FrozenClassifier.from_centers(centers, scale=scale)
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Return its mean over the batch."""
+        return self.classifier.losses(embeddings, labels)[0].mean()
+
+
 class Training(NamedTuple):
-    """A loss, and whether it is given the old embeddings of the batch."""
+    """A loss, the stored embeddings it is given of each batch, and the head that the network gets for it."""
 
     loss: torch.nn.Module
-    reads_old: bool = False
+    reads: tuple[str, ...] = ()
+    head: torch.nn.Module | None = None
 
 
-def networks_of(profile: Profile, weights: dict[str, float]) -> dict[str, Callable[[OldSystem], Training]]:
+def networks_of(
+    profile: Profile, weights: dict[str, float], classes: int
+) -> dict[str, Callable[[OldSystem], Training]]:
     """Return what builds the loss of each method that trains a new model.
 
-    ``weights`` are the multipliers chosen on held-out training images; ``*_paper`` have those of the papers.
+    ``weights`` are the multipliers chosen on images that are not tested; ``*_paper`` have those of the papers.
     """
 
     def task() -> torch.nn.Module:
-        return task_loss(CLASSES, WIDTH, profile)
+        return task_loss(classes, WIDTH, profile)
 
     def added(old_loss: torch.nn.Module, name: str, task_and_more: torch.nn.Module | None = None) -> Training:
-        return Training(CompatibleLoss(task_and_more or task(), old_loss, weights[name]), True)
+        return Training(CompatibleLoss(task_and_more or task(), old_loss, weights[name]), ("old",))
 
     def pseudo(old: OldSystem) -> FrozenClassifier:
         return FrozenClassifier.from_centers(old.centers, scale=weights["pseudo_scale"])
@@ -78,11 +94,32 @@ def networks_of(profile: Profile, weights: dict[str, float]) -> dict[str, Callab
         )
         some = torch.randperm(len(old.labels))[:8192]
         loss.fill(old.embeddings.cpu()[some], old.labels.cpu()[some])
-        return Training(loss, True)
+        return Training(loss, ("old",))
 
     def lce_backward(old: OldSystem) -> Training:
         to_old = OrthogonalTransformation(WIDTH, WIDTH)
         return Training(LCELoss(task(), old.centers, weights["lce_backward"], backward_transformation=to_old))
+
+    def bt2(old: OldSystem) -> Training:
+        basis = BasisTransformation(WIDTH, WIDTH)
+        return Training(BT2Loss(task(), basis, old.centers), ("old", "independent"), basis)
+
+    def head(old: OldSystem, whitened: bool = True, terms: dict[str, float] | None = None, **options: Any) -> Training:
+        terms = terms or {"point": weights["head_point"], "contrast": weights["head_contrast"]}
+        whitening = WithinClassWhitening.from_embeddings(
+            old.embeddings, old.labels, shrinkage=weights["head_shrinkage"]
+        )
+        last = CompatibleHead(
+            2 * WIDTH, WIDTH, SecondHalf(), WIDTH, whitening=whitening if whitened else None, **options
+        ).to(old.embeddings.device)
+        targets = last.target(old.embeddings).cpu()
+        old_losses = {
+            "point": PointAlignmentLoss(),
+            "contrast": cross_model(),
+            "class": ClassTerm(ClassCenters.from_embeddings(targets, old.labels.cpu()), weights["pseudo_scale"]),
+        }
+        chosen = {name: old_losses[name] for name in terms}
+        return Training(CompatibleHeadLoss(task(), last, chosen, terms), ("old",), last)
 
     return {
         "independent": lambda old: Training(task()),
@@ -101,14 +138,22 @@ def networks_of(profile: Profile, weights: dict[str, float]) -> dict[str, Callab
         "focal_distillation": lambda old: added(FocalDistillationLoss(old.centers), "focal_distillation"),
         "nccl": nccl,
         "advbct": lambda old: added(AdvBCTLoss.from_embeddings(old.embeddings.cpu(), old.labels.cpu()), "advbct"),
-        "mixbct": lambda old: Training(MixBCTLoss(task()), True),
+        "mixbct": lambda old: Training(MixBCTLoss(task()), ("old",)),
         "bct_cross_model": lambda old: added(
             cross_model(), "cross_model", BCTLoss(task(), pseudo(old), weights["bct_beside_cross_model"])
         ),
+        "bt2": bt2,
+        "head": head,
+        "head_detached": lambda old: head(old, trunk_gradient=0.0),
+        "head_not_whitened": lambda old: head(old, whitened=False),
+        "head_points": lambda old: head(old, terms={"point": weights["head_point"]}),
+        "head_contrast": lambda old: head(old, terms={"contrast": weights["head_contrast"]}),
+        "head_classes": lambda old: head(old, terms={"class": 1.0}),
+        "head_points_classes": lambda old: head(old, terms={"point": weights["head_point"], "class": 1.0}),
         "lce_cross_model": lambda old: added(
             cross_model(), "cross_model", LCELoss(task(), old.centers, weights["lce"])
         ),
     }
 
 
-MAPS = ("linear", "fct", "fct_side")  # of the old gallery, for the independent model
+MAPS = ("linear", "fct", "fct_side", "fastfill", "fastfill_side")  # of the old gallery, for the independent model

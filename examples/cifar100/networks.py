@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 WIDTH = 128
@@ -19,6 +21,7 @@ class Block(torch.nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.first, self.second = conv(inputs, outputs, stride), conv(outputs, outputs, 1)
+        self.halves = stride > 1
         same = stride == 1 and inputs == outputs
         self.skip = torch.nn.Identity() if same else conv(inputs, outputs, stride, 1)
 
@@ -40,6 +43,33 @@ def residual(width: int, blocks: tuple[int, ...], stride: int = 1) -> torch.nn.M
     if channels != WIDTH:
         layers.append(torch.nn.Linear(channels, WIDTH))
     return torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+class WithBranch(torch.nn.Module):
+    """A network with its last stage there twice over what comes before: ``[second copy ; network]``, each ``WIDTH``.
+
+    A compatible part that is made of both reads more than what the free part keeps, and takes less from it.
+    """
+
+    def __init__(self, network: torch.nn.Sequential) -> None:
+        super().__init__()
+        blocks = [number for number, layer in enumerate(network) if isinstance(layer, Block) and layer.halves]
+        start = blocks[-1] if blocks else len(network) - 1
+        self.shared, self.last = network[:start], network[start:]
+        self.branch = copy.deepcopy(self.last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``(N, 2 WIDTH)``."""
+        shared = self.shared(x)
+        return torch.cat([self.branch(shared), self.last(shared)], dim=1)
+
+
+class SecondHalf(torch.nn.Module):
+    """The network's own embedding, of what :class:`WithBranch` gives."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the last ``WIDTH`` columns."""
+        return features[:, WIDTH:]
 
 
 def resnet8() -> torch.nn.Module:

@@ -21,6 +21,7 @@ class Profile:
         batch_size: images a step.
         lr: of SGD with momentum 0.9 and Nesterov's step.
         weight_decay: of every parameter.
+        flip: whether half of the training images are mirrored.
         temperature: of the task loss, a softmax over cosines.
         fct_epochs: of FCT's transformation.
         fct_hidden: its hidden features.
@@ -35,6 +36,7 @@ class Profile:
     batch_size: int
     lr: float
     weight_decay: float
+    flip: bool = True
     temperature: float = 1 / 16
     fct_epochs: int = 80
     fct_hidden: int = 2048
@@ -69,4 +71,7 @@ WEIGHTS = {
     "nccl": 3.0,
     "nccl_temperature": 0.1,
     "advbct": 1.0,
+    "head_point": 10.0,
+    "head_contrast": 5.0,
+    "head_shrinkage": 0.1,
 }

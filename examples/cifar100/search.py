@@ -1,7 +1,8 @@
 """Settings of the methods, chosen on training images that no model sees: the test images are not looked at.
 
-50 training images of each class are left out of all training, and are query and gallery. One seed and fewer epochs than
-the comparison's; the first setting of a method is its paper's or the library's default.
+50 training images of each class are left out of all training, and are query and gallery. In the open protocol query and
+gallery are the images of classes that the comparison never tests. One seed and fewer epochs than the comparison's; the
+first setting of a method is its paper's or the library's default.
 
     python examples/cifar100/search.py --data DATA --out runs/settings --epochs 5
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from compare import Comparison
-from data import hold_out, load
+from data import SPLITS, Upgrade, hold_out, load, open_upgrade, search_split
 from measuring import report
 from profiles import PROFILES, WEIGHTS
 
@@ -33,6 +34,13 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
     "nccl": [{"nccl": 3, "nccl_temperature": 0.05}, {"nccl": 3, "nccl_temperature": 0.1}],
     "point_alignment": [{"point_alignment": 3}, {"point_alignment": 10}],
     "ract": [{"ract": 1}, {"ract": 3}],
+    "head": [
+        {"head_point": 10, "head_contrast": 1},
+        {"head_point": 10, "head_contrast": 5},
+        {"head_point": 10, "head_contrast": 10},
+        {"head_point": 3, "head_contrast": 5},
+        {"head_point": 10, "head_contrast": 5, "head_shrinkage": 1},
+    ],
 }
 FCT_SETTINGS = [{"fct_squared": True, "fct_lr": 5e-4}, {"fct_lr": 5e-4}, {"fct_lr": 2e-3}]
 
@@ -43,21 +51,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for models, embeddings, results")
     parser.add_argument("--profile", choices=list(PROFILES), default="cpu")
     parser.add_argument("--methods", nargs="+", choices=[*SETTINGS, "fct"], default=[*SETTINGS, "fct"])
+    parser.add_argument("--protocol", choices=["closed", "open"], default="closed")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--per-class", type=int, default=50, help="training images a class that are left out")
     parser.add_argument("--seed", type=int, default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    options.settings = dataclasses.replace(PROFILES[options.profile], epochs=options.epochs)
-    options.split = "lexicographic"
+    profile = dataclasses.replace(PROFILES[options.profile], epochs=options.epochs)
     train_set, held_out = hold_out(load(options.data, "train"), options.per_class, seed=0)
-    comparison = Comparison(options.out, options.seed, train_set, held_out, options)
+    upgrade = Upgrade(train_set, torch.tensor(SPLITS["lexicographic"]), held_out)
+    if options.protocol == "open":
+        upgrade = open_upgrade(train_set, held_out, search_split(train_set.labels))
+    comparison = Comparison(options.out, options.seed, upgrade, profile, options.device)
     comparison.run("old")
     comparison.run("independent")
     for method in options.methods:
         for setting in FCT_SETTINGS if method == "fct" else SETTINGS[method]:
             if method == "fct":
-                comparison.profile = dataclasses.replace(options.settings, **setting)
+                comparison.profile = dataclasses.replace(profile, **setting)
             else:
                 comparison.weights = WEIGHTS | setting
             values = ", ".join(f"{name} {value:g}" for name, value in setting.items())

@@ -25,14 +25,17 @@ def train(
     data: Images,
     profile: Profile,
     name: str,
-    old_embeddings: torch.Tensor | None = None,
+    stored: dict[str, torch.Tensor] | None = None,
     after_epoch: Callable[[int], Any] = lambda epoch: None,
 ) -> None:
-    """Train a model and its loss; ``old_embeddings`` of the same images go to a loss that reads them."""
+    """Train a model and its loss; stored embeddings of the same images, by model, go to a loss that reads them."""
 
     def loss_of(index: torch.Tensor) -> torch.Tensor:
-        old = {} if old_embeddings is None else {"ref_emb": old_embeddings[index]}
-        return loss_func(embed_batch(model, augment(data.images[index]), profile), data.labels[index], **old)
+        rows = {name: embeddings[index] for name, embeddings in (stored or {}).items()}
+        references = {"ref_emb": rows if len(rows) > 1 else next(iter(rows.values()))} if rows else {}
+        return loss_func(
+            embed_batch(model, augment(data.images[index], profile.flip), profile), data.labels[index], **references
+        )
 
     _run(model, loss_func, loss_of, len(data), profile, profile.epochs, name, after_epoch)
 
@@ -45,7 +48,7 @@ def train_without_labels(model: torch.nn.Module, data: Images, profile: Profile,
     both = torch.nn.Sequential(model, head.to(data.images.device))
 
     def loss_of(index: torch.Tensor) -> torch.Tensor:
-        views = [recolor(augment(data.images[index])) for _ in range(2)]
+        views = [recolor(augment(data.images[index], profile.flip)) for _ in range(2)]
         return info_nce(embed_batch(both, torch.cat(views), profile))
 
     _run(both, torch.nn.Module(), loss_of, len(data), profile, profile.side_epochs, name)

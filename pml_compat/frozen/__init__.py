@@ -9,6 +9,7 @@ from .fingerprint import model_fingerprint
 from .model import FrozenModel
 from .old_embedding_dataset import OldEmbeddingDataset, data_and_label
 from .prototypes import refine_prototypes
+from .within_class_whitening import WithinClassWhitening
 
 __all__ = [
     "ClassCenters",
@@ -16,6 +17,7 @@ __all__ = [
     "FrozenEmbeddings",
     "FrozenModel",
     "OldEmbeddingDataset",
+    "WithinClassWhitening",
     "class_weights",
     "credible_mask",
     "data_and_label",

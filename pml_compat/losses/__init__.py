@@ -2,8 +2,11 @@
 
 from .advbct_loss import AdvBCTLoss
 from .bct_loss import BCTLoss
+from .bt2_loss import BT2Loss
+from .compatible_head_loss import CompatibleHeadLoss
 from .compatible_loss import CompatibleLoss
 from .cross_model_loss import CrossModelLoss
+from .fastfill_loss import FastFillLoss
 from .fct_loss import FCTLoss
 from .focal_distillation_loss import FocalDistillationLoss
 from .gathered_loss import GatheredLoss
@@ -19,9 +22,12 @@ from .unibct_loss import UniBCTLoss
 __all__ = [
     "AdvBCTLoss",
     "BCTLoss",
+    "BT2Loss",
+    "CompatibleHeadLoss",
     "CompatibleLoss",
     "CrossModelLoss",
     "FCTLoss",
+    "FastFillLoss",
     "FocalDistillationLoss",
     "GatheredLoss",
     "LCELoss",

@@ -88,15 +88,24 @@ class CompatibleLoss(TaskAndTermsLoss):
     ) -> dict[str, Any]:
         """Return the task loss and every old loss; each has reduced itself."""
         indices_tuple, references, ref_labels = indices_tuple
-        found = super().compute_loss(embeddings, labels, indices_tuple, embeddings, labels)
         precise = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        own, compared = self.parts(precise)
+        found = super().compute_loss(own, labels, indices_tuple, own, labels)
         for name, old_loss in self.old_losses.items():
             if self.weights[name] == 0:
                 found[name] = self.zero_loss()
                 continue
-            value = old_loss(precise, labels, ref_emb=references[name], ref_labels=ref_labels)
+            value = old_loss(compared, labels, ref_emb=self.target(references[name]), ref_labels=ref_labels)
             found[name] = reduced(value * self.weights[name])
         return found
+
+    def parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the task loss sees, and what the old losses see: both all of it."""
+        return embeddings, embeddings
+
+    def target(self, old_embeddings: torch.Tensor) -> torch.Tensor:
+        """Return what an old loss compares with: the old embeddings."""
+        return old_embeddings
 
     def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         """Return nothing more: the old losses are no terms of the embeddings and labels alone."""

@@ -74,6 +74,25 @@ def per_sample(losses: torch.Tensor, index: torch.Tensor) -> dict[str, Any]:
     return {"losses": losses, "indices": index, "reduction_type": "element", "divisor": len(index)}
 
 
+def check_task_width(loss: torch.nn.Module, width: int, name: str) -> None:
+    """Raise a ValueError where a classification loss is made for another width than that of a part of the embedding.
+
+    Args:
+        loss: the task loss; pair and triplet losses take any width.
+        width: of the part that it sees.
+        name: what that width is called, for the error.
+    """
+    try:
+        found = class_weights(loss).shape[1]
+    except ValueError:
+        return
+    if found != width:
+        raise ValueError(
+            f"loss must be made for the free part of the embedding, {width} wide, got one for width {found}; "
+            f"make it with embedding_size={name}"
+        )
+
+
 def _at_least_float32(embeddings: torch.Tensor) -> torch.Tensor:
     return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 

@@ -2,6 +2,7 @@
 
 from .base import Transformation, load_transformation
 from .chain import TransformationChain
+from .fastfill import FastFillTransformation
 from .fct import FCTTransformation
 from .fit import fit_transformation
 from .linear import LinearTransformation
@@ -12,6 +13,7 @@ from .serving import export_transformation, save_numpy
 
 __all__ = [
     "FCTTransformation",
+    "FastFillTransformation",
     "LinearTransformation",
     "NumpyTransformation",
     "OrthogonalTransformation",

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..checks import as_tensor, check_integer, check_labels, check_number
 from ..files import load_tensors, save_tensors
 from .base import Transformation, describe
+from .fastfill import gaussian_losses
 
 _FORMAT = "pml_compat.fit_transformation/1"
 History = dict[str, Any]
@@ -56,8 +57,9 @@ def fit_transformation(
             for all of them. None where ``loss`` needs none.
         side_info: ``(N, side_features)``, stored with ``source``; as ``target``. None where there is none.
         labels: ``(N,)``, for a ``loss`` that uses them.
-        loss: a PML loss, called as ``loss(mapped, labels, ref_emb=target)`` with what is there; its parameters are
-            trained too. None: the mean squared error over all entries, as :class:`pml_compat.losses.FCTLoss`.
+        loss: a PML loss, called as ``loss(mapped, labels, ref_emb=target)`` with what is there, and with ``log_var``
+            where the transformation has ``with_log_variance``; its parameters are trained too. None: the mean squared
+            error over all entries, as :class:`pml_compat.losses.FCTLoss`, or :class:`pml_compat.losses.FastFillLoss`.
         epochs: passes over the data, 1 or more.
         batch_size: rows a step, at most: an epoch is split into steps of equal size.
         lr: the highest learning rate.
@@ -245,11 +247,13 @@ class _Run:
             view = torch.randint(rows.views, (len(index),), generator=self.generator)
         source, target, side_info = (rows.read(name, index, view) for name in ("source", "target", "side_info"))
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            mapped = self.transformation(source, side_info)
-            if self.loss is None and target is not None:
-                return torch.nn.functional.mse_loss(mapped, target)
+            predict = getattr(self.transformation, "with_log_variance", None)
+            mapped, log_var = predict(source, side_info) if predict else (self.transformation(source, side_info), None)
+            given = {name: value for name, value in (("ref_emb", target), ("log_var", log_var)) if value is not None}
+            if self.loss is None:
+                return _default_loss(mapped, **given)
             labels = None if rows.labels is None else rows.labels[index].to(self.device)
-            return self.loss(mapped, labels) if target is None else self.loss(mapped, labels, ref_emb=target)
+            return self.loss(mapped, labels, **given)
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -311,6 +315,12 @@ class _Run:
         self.generator.set_state(tensors["generator"])
         self.best = {key: tensor.to(self.device) for key, tensor in _with_prefix(tensors, "best").items()}
         self.history = json.loads(metadata["history"])
+
+
+def _default_loss(mapped: torch.Tensor, ref_emb: torch.Tensor, log_var: torch.Tensor | None = None) -> torch.Tensor:
+    if log_var is None:
+        return torch.nn.functional.mse_loss(mapped, ref_emb)
+    return gaussian_losses(mapped, ref_emb, log_var).mean()
 
 
 def _with_prefix(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,12 +39,14 @@ def test_every_method_goes_through_and_nothing_is_done_twice(data, tmp_path):
     found = json.loads((tmp_path / "results.json").read_text())
     rows = [line.split("|")[1].strip() for line in printed.splitlines()[2:]]
     assert sorted(rows) == sorted({*found, "old (old/old)"} - {"old"})
-    assert {"old", "independent", "bct", "lce_backward", "cross_model", "mixbct", "linear", "fct", "fct_side"} <= set(
+    assert {"independent", "bct", "lce_backward", "mixbct", "bt2", "head", "linear", "fct_side", "fastfill"} <= set(
         found
     )
+    (fastfill,) = found["fastfill"]
+    assert fastfill["backfill_worst_first"]["values"] != fastfill["backfill"]["values"]
     for method, (one,) in found.items():
         assert one["seed"] == 0
-        if method not in ("old", "independent", "lce_backward"):
+        if method not in ("old", "independent", "lce_backward", "bt2") and not method.startswith("head"):
             assert one["backfill"]["values"]["precision_at_1"][0] == one["new_to_old"]["precision_at_1"]
             assert one["backfill"]["values"]["precision_at_1"][-1] == one["new_to_new"]["precision_at_1"]
     assert (tmp_path / "trade_off.png").stat().st_size > 10_000 < (tmp_path / "backfill.png").stat().st_size
@@ -54,6 +57,36 @@ def test_every_method_goes_through_and_nothing_is_done_twice(data, tmp_path):
     changed = {path.name for path in after if after[path] != times[path]}
     assert changed == {"bct.json", "bct_test.npy"}
     assert json.loads((tmp_path / "results.json").read_text())["bct"][0]["new_to_old"] == found["bct"][0]["new_to_old"]
+
+
+@pytest.mark.slow
+def test_open_protocol_calibrates_mixed_galleries(data, tmp_path):
+    methods = ["bct", "head", "bt2", "fct", "lce_backward"]
+    arguments = ["--protocol", "open", "--epochs", 2, "--fct-epochs", 2, "--methods", *methods]
+    run("compare.py", "--data", data, "--out", tmp_path, *arguments)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert len(np.load(tmp_path / "seed_0" / "head_test.npy")) == 20 * 11  # all images of the unseen classes
+    assert len(np.load(tmp_path / "seed_0" / "old_train.npy")) == 80 * 8
+    for method in methods:
+        ((one,), first, last) = found[method], 0, -1
+        for point, pair in ((first, "new_to_old"), (last, "new_to_new")):
+            mixed = one["mixed"]["values"]["mean_average_precision"][point]
+            assert mixed == pytest.approx(one[pair]["mean_average_precision"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_open_search_is_on_classes_that_are_never_tested(data, tmp_path):
+    arguments = ["--protocol", "open", "--epochs", 2, "--methods", "head", "--per-class", 2]
+    run("search.py", "--data", data, "--out", tmp_path, *arguments)
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 7
+    splits = "(open_split(torch.arange(200) % 100, seed) for seed in range(5))"
+    code = f"from data import *; print(*(split.test_classes.tolist() for split in {splits}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    code = "from data import SEARCH_CLASSES; print(*SEARCH_CLASSES)"
+    kept = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE, capture_output=True, text=True, env=ENVIRONMENT)
+    tested = {int(number) for number in re.findall(r"\d+", done.stdout)}
+    assert len(tested) > 50 and not tested & {int(number) for number in kept.stdout.split()}
 
 
 @pytest.mark.slow

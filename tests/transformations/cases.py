@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from pml_compat.transformations import (
+    FastFillTransformation,
     FCTTransformation,
     LinearTransformation,
     OrthogonalTransformation,
@@ -23,6 +24,8 @@ TRANSFORMATIONS: dict[str, Callable[[], Transformation]] = {
     "residual_bottleneck_wider": lambda: ResidualBottleneckTransformation(4, 7, hidden_features=3, paths=2, blocks=3),
     "fct": lambda: FCTTransformation(4, 3, hidden_features=6),
     "fct_side": lambda: FCTTransformation(4, 3, side_features=5, hidden_features=6),
+    "fastfill": lambda: FastFillTransformation(4, 3, hidden_features=6),
+    "fastfill_side": lambda: FastFillTransformation(4, 3, side_features=5, hidden_features=6),
     "chain_with_side": lambda: TransformationChain(
         FCTTransformation(4, 3, 2, hidden_features=5), LinearTransformation(3, 3), FCTTransformation(3, 5, 1, 4)
     ),

@@ -1,0 +1,153 @@
+"""The head of BT²: an embedding whose first coordinates match the old model, and that loses nothing for it."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear, relu
+
+from ..checks import check_integer, check_matrix, check_number, check_same_device
+from ..transformations import OrthogonalTransformation
+
+
+class BasisTransformation(torch.nn.Module):
+    r"""Put a few dimensions more into an embedding, and turn its basis so that its first part fits the old model.
+
+    .. math:: f = n(u_{1..d_n}), \quad e = n(W \operatorname{ReLU}(u) + b), \quad
+        v = [e ; s f P], \quad z = [v_{1..d_o} Q ; v_{d_o + 1..}]
+
+    :math:`u` is the trunk's output and :math:`n(x) = x / \lVert x \rVert`. :math:`f` is the embedding of a free model,
+    which no old one holds back; the :math:`k` dimensions of :math:`e` are what the old model knew besides. :math:`P`
+    and :math:`Q` are orthogonal, so that whatever they learn, they move no two items apart or together:
+
+    .. math:: \langle z, z' \rangle = \langle e, e' \rangle + s^2 \langle f, f' \rangle, \qquad
+        \lVert z \rVert^2 = 1 + s^2
+
+    New vectors are compared with each other by all of :math:`z`; dot product, cosine and Euclidean distance rank
+    alike. With old vectors they are compared by :meth:`old_part`, which is what
+    ``pml_compat.width.fit_width(z, old_features)`` gives, at length 1. Train it with
+    :class:`~pml_compat.losses.BT2Loss`, as the last layer of the model or as the ``embedder`` of a PML trainer.
+
+    Args:
+        new_features: :math:`d_n`, the width of the free part.
+        old_features: :math:`d_o`, the width of the old model's embeddings.
+        extra_features: :math:`k`, the dimensions added; at most ``old_features``.
+        scale: :math:`s`, how much longer the free part is than the added one; above 0.
+
+    Attributes:
+        in_features: what the trunk must give, ``new_features + old_features``.
+        out_features: the width of ``z``, ``extra_features + new_features``.
+
+    Shape:
+        - embeddings, which the trunk gives: ``(N, new_features + old_features)``
+        - output: ``(N, extra_features + new_features)`` in the dtype of ``embeddings``, computed in float32 or better,
+          with or without autocast; a row of which ``u`` is 0 where :math:`f` is read has a free part of 0
+    Raises:
+        ValueError: a width below 1; ``extra_features`` above ``old_features``; ``old_features`` above
+            ``extra_features + new_features``; ``scale`` not above 0; in a call: another width or device.
+    Example:
+        >>> basis = BasisTransformation(new_features=16, old_features=8, extra_features=4)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(10, basis.in_features), basis)
+        >>> z = model(torch.randn(3, 10))
+        >>> z.shape, basis.old_part(z).shape, basis.free_part(z).shape
+        (torch.Size([3, 20]), torch.Size([3, 8]), torch.Size([3, 16]))
+        >>> torch.allclose(z.norm(dim=1), torch.tensor(5.0).sqrt())
+        True
+
+    Reference:
+        Zhou et al., "BT²: Backward-compatible Training with Basis Transformation", ICCV 2023. Differs from the public
+        code in: its linear layer has ``old_features`` outputs, of which it reads the first ``extra_features``, here
+        there are no others; ``scale`` is 2 by default, which its experiments use, not 3; the free part is read back
+        off ``z`` (:meth:`free_part`), where the code returns a tuple that no PML loop can carry.
+    """
+
+    def __init__(self, new_features: int, old_features: int, extra_features: int = 32, scale: float = 2.0) -> None:
+        super().__init__()
+        self.new_features = check_integer(new_features, "new_features", minimum=1)
+        self.old_features = check_integer(old_features, "old_features", minimum=1)
+        self.extra_features = check_integer(extra_features, "extra_features", minimum=1)
+        self.scale = check_number(scale, "scale", minimum=0, exclusive=True)
+        if extra_features > old_features:
+            raise ValueError(
+                f"extra_features must be at most old_features, {old_features}, got {extra_features}; "
+                "more would not reach the part that old vectors are compared with"
+            )
+        self.in_features = self.new_features + self.old_features
+        self.out_features = self.extra_features + self.new_features
+        if old_features > self.out_features:
+            raise ValueError(
+                f"old_features must be at most extra_features + new_features, {self.out_features}, got {old_features}; "
+                f"set extra_features to {old_features - new_features} or more"
+            )
+        self.extra = torch.nn.Linear(self.in_features, self.extra_features)
+        # Not torch's orthogonal parametrization, which is the same map: a module that has one cannot be pickled.
+        self.free_rotation = _any_rotation(self.new_features)
+        self.old_rotation = _any_rotation(self.old_features)
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return ``z`` of what the trunk gives."""
+        u = self._check(embeddings, self.in_features)
+        with torch.autocast(u.device.type, enabled=False):
+            extra = linear(relu(u), self.extra.weight.to(u.dtype), self.extra.bias.to(u.dtype))
+            free = _unit(u[:, : self.new_features], embeddings.dtype) @ self.free_rotation.matrix().to(u.dtype)
+            v = torch.cat([_unit(extra, embeddings.dtype), self.scale * free], 1)
+            old, rest = v.tensor_split([self.old_features], 1)
+            return torch.cat([old @ self.old_rotation.matrix().to(u.dtype), rest], 1).to(embeddings.dtype)
+
+    def old_part(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return what is compared with old vectors: the first coordinates of ``z``, at length 1.
+
+        Args:
+            embeddings: ``(N, out_features)``, what this module returned, at any length.
+        Shape:
+            - output: ``(N, old_features)`` unit rows
+        Raises:
+            ValueError: another width or device.
+        """
+        z = self._check(embeddings, self.out_features)
+        return _unit(z[:, : self.old_features], embeddings.dtype).to(embeddings.dtype)
+
+    def free_part(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return ``f``, read back off ``z`` by turning it the other way.
+
+        P and Q have their gradient here too. It is the opposite of the one that they receive through ``z``: what is
+        asked of ``f`` alone does not turn the basis.
+
+        Args:
+            embeddings: ``(N, out_features)``, what this module returned, at any length.
+        Shape:
+            - output: ``(N, new_features)`` unit rows
+        Raises:
+            ValueError: another width or device.
+        """
+        z = self._check(embeddings, self.out_features)
+        with torch.autocast(z.device.type, enabled=False):
+            old, rest = z.tensor_split([self.old_features], 1)
+            v = torch.cat([old @ self.old_rotation.matrix().to(z.dtype).t(), rest], 1)
+            free = v[:, self.extra_features :] @ self.free_rotation.matrix().to(z.dtype).t()
+            return _unit(free, embeddings.dtype).to(embeddings.dtype)
+
+    def _check(self, embeddings: torch.Tensor, width: int) -> torch.Tensor:
+        rows = check_matrix(embeddings, "embeddings", width)
+        check_same_device(rows, "embeddings", self.extra.weight, "the BasisTransformation")
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+    def extra_repr(self) -> str:
+        """Show the sizes, as torch's own modules do."""
+        return (
+            f"new_features={self.new_features}, old_features={self.old_features}, "
+            f"extra_features={self.extra_features}, scale={self.scale:g}"
+        )
+
+
+def _any_rotation(features: int) -> OrthogonalTransformation:
+    """Return an orthogonal map that starts anywhere, as torch's parametrization does."""
+    rotation = OrthogonalTransformation(features, features)
+    torch.nn.init.orthogonal_(rotation.base)
+    return rotation
+
+
+def _unit(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows of length 1; too short a row for a slope of ``dtype`` becomes 0, with a gradient of 0."""
+    shortest = max(1e-12, torch.finfo(dtype).tiny)
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows * torch.where(length >= shortest, 1 / length.clamp_min(shortest), 0.0)

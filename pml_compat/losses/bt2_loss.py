@@ -1,0 +1,206 @@
+"""BT²: train a model free of the old one, and turn the basis of its embedding until a part of it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pytorch_metric_learning.utils import common_functions as c_f
+
+from ..checks import check_embeddings, check_labels, check_matrix, check_number, check_same_device
+from ..frozen import ClassCenters, FrozenClassifier
+from ..frozen.class_centers import check_centers
+from ..heads import BasisTransformation
+from .old_rows import check_row_labels, unit_rows
+from .task_and_terms import TaskAndTermsLoss, check_task_width, per_sample
+
+_NAMES = ("old", "independent")
+
+
+class BT2Loss(TaskAndTermsLoss):
+    r"""Train the embedding of a :class:`~pml_compat.heads.BasisTransformation`, each part for what it is for.
+
+    .. math:: L = L_{task}(f, y) + \lambda_1 \operatorname{mean}_i \big(1 - \langle f_i, f^*_i \rangle\big)
+        + \lambda_2 \operatorname{mean}_{i: y_i \text{ known}} \ell_{CE}(s \, t_i A_o^\top, y_i)
+        + \lambda_3 \operatorname{mean}_i \big(1 - \langle t_i, f_{o,i} \rangle\big)
+
+    :math:`f` and :math:`t` are the free and the old part of the embedding ``z`` (``basis.free_part``,
+    ``basis.old_part``), :math:`f^*` is what a model trained with no thought of the old one gives, :math:`f_o` the old
+    model's embedding and :math:`A_o` the centres of its classes; all of them have length 1. The basis is orthogonal:
+    the task and the first term alone say how the new model ranks, up to its added dimensions, the two others find
+    the old space inside it. Samples whose label the centres do not know take no part in the third term.
+
+    The basis belongs to the model. The loss refers to it and does not own it: ``loss.basis`` is in neither
+    ``parameters()`` nor ``state_dict()``, one optimizer has it once, and ``model.to()`` moves it for both. Copy or
+    pickle the two in one go, ``copy.deepcopy((model, loss))``, and the copies belong together; a loss that is copied
+    alone gets a basis of its own.
+
+    In several processes wrap it in :class:`GatheredLoss`, not in PML's ``DistributedLossWrapper``: that one trains
+    what is in the loss on every rank's rows but the model on its own rows, and the task would turn the basis.
+
+    Args:
+        loss: the task loss, any PML loss, for embeddings ``basis.new_features`` wide; it keeps its own reducer, and
+            its parameters are in ``parameters()`` of this loss.
+        basis: the model's.
+        centers: of the old embeddings of the new training set; copied, as buffers.
+        match_weight: the multiplier :math:`\lambda_1`; 0 or more. At 0 no independent embeddings are needed.
+        class_weight: the multiplier :math:`\lambda_2`; 0 or more.
+        point_weight: the multiplier :math:`\lambda_3`; 0 or more. At 0 no old embeddings are needed.
+        scale: :math:`s` of the class logits, above 0. At 1, the public code's, the softmax is nearly flat, and with
+            it the gradient small, which the weight of 10 makes up for: a larger ``scale`` wants a smaller weight.
+        **kwargs: ``reducer`` (for the three added terms, one loss a row; default ``MeanReducer``),
+            ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats`` every term
+            is recorded under its name, and the share of the batch that the centres know as ``known_fraction``.
+    Shape:
+        - embeddings ``(N, basis.out_features)``, ``z`` as the basis gives it, carries the gradient; labels ``(N,)``
+          of the new training set; indices_tuple: for the task loss
+        - ref_emb ``(N, basis.old_features)``: the old model's embeddings of the same rows
+        - target_emb ``(N, basis.new_features)``: the independent model's. Where only ``ref_emb`` can be passed, as by
+          trainers, it is a mapping of both: ``{"old": ..., "independent": ...}``. Neither receives a gradient
+        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]``, ``terms["match_loss"]``,
+          ``terms["class_loss"]`` and ``terms["point_loss"]`` after the call
+    Raises:
+        ValueError: ``basis`` no BasisTransformation; a task loss or centres of another width than its parts; a weight
+            < 0 or ``scale`` not above 0; in a call: old or independent embeddings missing or given twice, or of
+            another shape or device; embeddings empty, NaN, infinite or of another width; labels missing, negative or
+            past the task loss's classes; ``ref_labels`` of other rows.
+    Example:
+        >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
+        >>> old, independent, labels = torch.randn(40, 8), torch.randn(40, 16), torch.arange(40) % 10
+        >>> basis = BasisTransformation(new_features=16, old_features=8, extra_features=4)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(12, basis.in_features), basis)
+        >>> task_loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=16)
+        >>> loss_func = BT2Loss(task_loss, basis, ClassCenters.from_embeddings(old, labels))
+        >>> optimizer = torch.optim.Adam([*model.parameters(), *loss_func.parameters()])
+        >>> z, rows = model(torch.randn(4, 12)), torch.arange(4)  # of a batch
+        >>> loss = loss_func(z, labels[rows], ref_emb=old[rows], target_emb=independent[rows])
+        >>> sorted(loss_func.terms)
+        ['class_loss', 'match_loss', 'point_loss', 'task_loss']
+
+    Reference:
+        Zhou et al., "BT²: Backward-compatible Training with Basis Transformation", ICCV 2023. Differs from the public
+        code in: old and independent embeddings come with the call, of whichever view the caller means, where the code
+        keeps those of one randomly flipped view for all others; labels without a centre are left out; the task loss
+        is any PML loss, where the code has a softmax over plain logits.
+    """
+
+    basis: BasisTransformation
+
+    def __init__(
+        self,
+        loss: torch.nn.Module,
+        basis: BasisTransformation,
+        centers: ClassCenters,
+        match_weight: float = 1.0,
+        class_weight: float = 10.0,
+        point_weight: float = 5.0,
+        scale: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(loss, **kwargs)
+        if not isinstance(basis, BasisTransformation):
+            raise ValueError(
+                f"basis must be the model's BasisTransformation, got {type(basis).__name__}; make one with "
+                "pml_compat.heads.BasisTransformation(new_features, old_features) and end the model with it"
+            )
+        check_task_width(loss, basis.new_features, "basis.new_features")
+        check_centers(centers, width=basis.old_features)
+        # Past nn.Module's registration: it is the model's, and would be optimised and saved twice.
+        self.__dict__["basis"] = basis
+        self.old_classifier = FrozenClassifier.from_centers(centers, scale)
+        self.match_weight = check_number(match_weight, "match_weight", minimum=0)
+        self.class_weight = check_number(class_weight, "class_weight", minimum=0)
+        self.point_weight = check_number(point_weight, "point_weight", minimum=0)
+        self.add_to_recordable_attributes(list_of_names=["match_weight", "class_weight", "point_weight"], is_stat=False)
+        self.add_to_recordable_attributes(name="known_fraction", is_stat=True)
+
+    def _sub_loss_names(self) -> list[str]:
+        return ["task_loss", "match_loss", "class_loss", "point_loss"]
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor,
+        indices_tuple: Any = None,
+        ref_emb: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        ref_labels: torch.Tensor | None = None,
+        *,
+        target_emb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss; ``indices_tuple`` goes to the task loss."""
+        check_matrix(embeddings, "embeddings", self.basis.out_features)
+        references = _by_name(ref_emb, target_emb)
+        # PML's forward knows one ref_emb: both travel past it in the place of the tuple.
+        return super().forward(embeddings, labels, (indices_tuple, references, ref_labels))
+
+    def compute_loss(
+        self, embeddings: torch.Tensor, labels: torch.Tensor, indices_tuple: Any, ref_emb: Any, ref_labels: Any
+    ) -> dict[str, Any]:
+        """Return the task loss, which has reduced itself, and the added terms."""
+        indices_tuple, references, ref_labels = indices_tuple
+        if ref_labels is not None:
+            check_row_labels(labels, check_labels(ref_labels, "ref_labels"))
+        z = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        free, old_part = self.basis.free_part(z), self.basis.old_part(z)
+        found = super().compute_loss(free, labels, indices_tuple, free, labels)
+        found["match_loss"] = self._apart(free, references, "independent", self.match_weight, "match_weight")
+        found["class_loss"] = self._misclassified(old_part, labels)
+        found["point_loss"] = self._apart(old_part, references, "old", self.point_weight, "point_weight")
+        return found
+
+    def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        """Return nothing: the added terms are of the parts of ``z``, which the task loss does not see."""
+        return {}
+
+    def _apart(
+        self, part: torch.Tensor, references: Mapping[str, tuple[str, Any]], name: str, weight: float, argument: str
+    ) -> dict[str, Any]:
+        """How far a part of ``z`` is from another model's embeddings, ``1 - cosine``, one loss a row."""
+        if weight == 0:
+            return self.zero_loss()
+        rows = _check_rows(part, *references[name], name, argument)
+        losses = weight * (1 - (part * rows).sum(1))
+        return per_sample(losses, c_f.torch_arange_from_size(part))
+
+    def _misclassified(self, old_part: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        """The cross-entropy over the old centres, one loss a known sample."""
+        if self.class_weight == 0:
+            return self.zero_loss()
+        check_same_device(old_part, "embeddings", self.old_classifier.rows, "the loss")
+        losses, known = self.old_classifier.losses(old_part, labels)
+        if self.collect_stats:
+            self.known_fraction = known.float().mean().item()
+        index = known.nonzero()[:, 0]
+        if len(index) == 0:
+            return self.zero_loss()
+        return per_sample(self.class_weight * losses[index], c_f.to_device(index, old_part))
+
+
+def _by_name(ref_emb: Any, target_emb: Any) -> dict[str, tuple[str, Any]]:
+    """Return, of the old and the independent embeddings, what to call them in errors and the rows or None."""
+    if not isinstance(ref_emb, Mapping):
+        return {"old": ("ref_emb", ref_emb), "independent": ("target_emb", target_emb)}
+    if not set(ref_emb) <= set(_NAMES):
+        raise ValueError(f"ref_emb must have no other names than {list(_NAMES)}, got {list(ref_emb)}")
+    if target_emb is not None and "independent" in ref_emb:
+        raise ValueError("target_emb must be None where ref_emb has 'independent', got both")
+    named = {name: (f"ref_emb[{name!r}]", ref_emb.get(name)) for name in _NAMES}
+    return named if target_emb is None else named | {"independent": ("target_emb", target_emb)}
+
+
+def _check_rows(part: torch.Tensor, called: str, rows: Any, name: str, weight: str) -> torch.Tensor:
+    """Return the other model's embeddings at length 1, detached, in the dtype of ``part``."""
+    if rows is None:
+        raise ValueError(
+            f"{called} must be given: the {name} model's embeddings of the same items, row by row; got None; "
+            f"none are needed with {weight}=0"
+        )
+    if isinstance(rows, torch.Tensor):
+        check_same_device(part, "embeddings", rows, called)
+    rows = check_embeddings(rows, called, width=part.shape[1])
+    if len(rows) != len(part):
+        raise ValueError(
+            f"{called} must have one row an embedding, of the same item: expected {len(part)} rows, got {len(rows)}"
+        )
+    return unit_rows(rows.detach().to(part), part.dtype)

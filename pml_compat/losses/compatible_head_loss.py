@@ -1,0 +1,100 @@
+"""The loss of an embedding with a compatible and a free part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses import SupConLoss
+
+from ..checks import check_embeddings, check_same_device
+from ..heads import CompatibleHead
+from .compatible_loss import CompatibleLoss
+from .cross_model_loss import CrossModelLoss
+from .point_alignment_loss import PointAlignmentLoss
+from .task_and_terms import check_task_width
+
+
+class CompatibleHeadLoss(CompatibleLoss):
+    r"""Train a :class:`~pml_compat.heads.CompatibleHead`: its free part by your own loss, the other part to fit.
+
+    .. math:: L = L_{task}(f, y) + \lambda_p \operatorname{mean}_i \lVert n(p_i) - t_i \rVert^2
+        - \lambda_c \operatorname{mean}_i \operatorname{mean}_{j: y_j = y_i}
+        \log \operatorname{softmax}_j \langle n(p_i), t_j \rangle / \tau
+
+    :math:`t = ` ``head.target(old_embeddings)`` is what the old model says of the items of the batch. The first added
+    term (:class:`PointAlignmentLoss`, weight 10) teaches the head the old space itself, also where no training class
+    lies; the second (:class:`CrossModelLoss` of PML's ``SupConLoss``, weight 5, :math:`\tau = 0.1`) what of it tells
+    the classes of the batch apart (PML gives 0 for a batch of one class). Give ``old_losses`` for other terms.
+
+    The head belongs to the model. The loss refers to it and does not own it: ``loss.head`` is in neither
+    ``parameters()`` nor ``state_dict()``. Copy or pickle the two in one go, ``copy.deepcopy((model, loss))``.
+
+    Args:
+        loss: the task loss, any PML loss, for embeddings ``head.free_features`` wide; it keeps its own reducer, and its
+            parameters are in ``parameters()`` of this loss.
+        head: the model's.
+        old_losses: as in :class:`CompatibleLoss`: called with the compatible part, and with the targets as ``ref_emb``.
+            None for the two above, ``"point_loss"`` and ``"contrast_loss"``.
+        weights: their multipliers; None for 10 and 5, or with ``old_losses`` for 1.
+        **kwargs: ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``; each loss reduces by its own
+            reducer.
+    Shape:
+        - embeddings ``(N, head.out_features)``, as the head gives them, carries the gradient; labels ``(N,)`` of the
+          new training set; indices_tuple: for the task loss
+        - ref_emb ``(N, head.old_features)``: the old model's embeddings of the same rows; receives no gradient
+        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]`` and a term for each old loss after the call
+    Raises:
+        ValueError: ``head`` no CompatibleHead; a task loss of another width than its free part; what
+            :class:`CompatibleLoss` refuses; in a call: ``ref_emb`` missing, NaN or of another shape or device;
+            embeddings empty, NaN, infinite or of another width; labels missing, negative or past the task loss's
+            classes.
+    Example:
+        >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
+        >>> from pml_compat.frozen import WithinClassWhitening
+        >>> old, labels = torch.randn(40, 8), torch.arange(40) % 10
+        >>> head = CompatibleHead(12, 8, whitening=WithinClassWhitening.from_embeddings(old, labels))
+        >>> loss_func = CompatibleHeadLoss(NormalizedSoftmaxLoss(num_classes=10, embedding_size=12), head)
+        >>> loss = loss_func(head(torch.randn(4, 12)), labels[:4], ref_emb=old[:4])
+        >>> sorted(loss_func.terms)
+        ['contrast_loss', 'point_loss', 'task_loss']
+
+    Reference:
+        Ours. The first term is the L2 baseline of Shen et al., "Towards Backward-Compatible Representation Learning",
+        CVPR 2020, on a part of the embedding that has no other task; the second is the loss of Khosla et al.,
+        "Supervised Contrastive Learning", NeurIPS 2020, with old references.
+    """
+
+    head: CompatibleHead
+
+    def __init__(
+        self,
+        loss: torch.nn.Module,
+        head: CompatibleHead,
+        old_losses: torch.nn.Module | Mapping[str, torch.nn.Module] | None = None,
+        weights: float | Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(head, CompatibleHead):
+            raise ValueError(f"head must be the model's CompatibleHead, got {type(head).__name__}")
+        check_task_width(loss, head.free_features, "head.free_features")
+        if old_losses is None:
+            old_losses = {
+                "point_loss": PointAlignmentLoss(),
+                "contrast_loss": CrossModelLoss(SupConLoss(temperature=0.1)),
+            }
+            weights = {"point_loss": 10.0, "contrast_loss": 5.0} if weights is None else weights
+        super().__init__(loss, old_losses, 1.0 if weights is None else weights, **kwargs)
+        # Past nn.Module's registration: it is the model's, and would be optimised and saved twice.
+        self.__dict__["head"] = head
+
+    def parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the free part, which the task loss sees, and the compatible one."""
+        return self.head.free_part(embeddings), embeddings[:, : self.head.old_features]
+
+    def target(self, old_embeddings: torch.Tensor) -> torch.Tensor:
+        """Return where the compatible part should lie."""
+        old = check_embeddings(old_embeddings, "ref_emb", self.head.old_features).detach()
+        check_same_device(old, "ref_emb", next(self.head.compatible.parameters()), "the head")
+        return self.head.target(old.to(torch.promote_types(old.dtype, torch.float32)))

@@ -1,0 +1,153 @@
+"""FastFill: a transformation trained with a predicted error, and by what the new classifier makes of its output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import BaseDistance, LpDistance
+from pytorch_metric_learning.utils import common_functions as c_f
+
+from ..checks import check_finite, check_labels, check_number, check_same_device
+from ..frozen import FrozenClassifier
+from ..transformations.fastfill import gaussian_losses
+from .named_terms import NamedTermsLoss
+from .old_rows import check_old_rows, check_row_labels, unit_rows
+from .task_and_terms import per_sample
+
+
+class FastFillLoss(NamedTermsLoss):
+    r"""Bring transformed old embeddings onto new ones, and learn how far from them each one stays.
+
+    .. math:: L = \operatorname{mean}_i \frac{1}{d} \Bigl( \frac{1}{2} e^{-s_i} \lVert f_{n,i} - h_i \rVert^2
+        + \frac{d}{2} s_i \Bigr) + w \operatorname{mean}_{i: y_i \text{ known}} \ell_{new}(h_i, y_i)
+
+    The first term takes the error :math:`f_n - h` for Gaussian, with the variance :math:`e^s` in every coordinate,
+    and is its negative log-likelihood without the constant; it may be below 0. It is divided by the width ``d``, so
+    that its size against the second term does not grow with it: at :math:`s = 0` it is half of :class:`FCTLoss`.
+    :math:`\ell_{new}` is the new model's own classification loss with its weights frozen.
+
+    Args:
+        new_classifier: the new model's, frozen: ``FrozenClassifier.from_loss(new_task_loss)``; None: no second term.
+        classifier_weight: the multiplier ``w``; 0 or more, no unit.
+        **kwargs: ``distance``: ``LpDistance(normalize_embeddings=False, p=2, power=2)`` by default, errors as they are;
+            with ``normalize_embeddings=True`` those of unit rows, for galleries that are searched by cosine.
+            ``reducer`` (one loss a row, default ``MeanReducer``), ``embedding_regularizer``, ``embedding_reg_weight``,
+            ``collect_stats``.
+    Shape:
+        - embeddings ``(N, D_new)`` and log_var ``(N,)``: what ``FastFillTransformation.with_log_variance`` gives,
+          both carry the gradient; labels ``(N,)``, needed with ``new_classifier`` alone
+        - ref_emb ``(N, D_new)``: the new model's embeddings, row i of the same item; receives no gradient
+        - output: scalar of ``embeddings.dtype``; ``terms["likelihood_loss"]`` and, with ``new_classifier``,
+          ``terms["classification_loss"]`` after the call
+    Raises:
+        ValueError: ``new_classifier`` no FrozenClassifier, or of another width; ``classifier_weight`` < 0; another
+            distance; ``ref_emb`` or ``log_var`` missing, or not one row (one entry) an embedding; empty, NaN or
+            infinite; another device; ``labels`` missing where they are needed; an ``indices_tuple``.
+    Example:
+        >>> mapped, new_emb = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+        >>> FastFillLoss()(mapped, ref_emb=new_emb, log_var=torch.zeros(1))
+        tensor(6.2500)
+        >>> classifier = FrozenClassifier(torch.eye(2))
+        >>> loss_func = FastFillLoss(classifier, classifier_weight=0.5)
+        >>> loss = loss_func(mapped, torch.tensor([1]), ref_emb=new_emb, log_var=torch.zeros(1))
+        >>> loss_func.terms
+        {'likelihood_loss': tensor(6.2500), 'classification_loss': tensor(1.5243)}
+
+    Reference:
+        Jaeckle et al., "FastFill: Efficient Compatible Model Update", ICLR 2023. Ours are: the division by the
+        width, the weight 1, unit rows, and that labels which the classifier does not know are left out.
+    """
+
+    def __init__(
+        self, new_classifier: FrozenClassifier | None = None, classifier_weight: float = 1.0, **kwargs: Any
+    ) -> None:
+        if not isinstance(new_classifier, FrozenClassifier | None):
+            raise ValueError(
+                f"new_classifier must be a FrozenClassifier or None, got {type(new_classifier).__name__}; make one "
+                "with FrozenClassifier.from_loss(new_task_loss) or .from_layer(new_linear)"
+            )
+        self._classifies = new_classifier is not None  # before PML's __init__, which asks for the names of the terms
+        super().__init__(**kwargs)
+        distance: BaseDistance = self.distance
+        if not isinstance(distance, LpDistance) or (distance.p, distance.power) != (2, 2):
+            raise ValueError(
+                "distance must be LpDistance(p=2, power=2), with normalize_embeddings=True for cosines, got "
+                f"{type(distance).__name__}(p={distance.p}, power={distance.power})"
+            )
+        self.new_classifier: FrozenClassifier | None = new_classifier
+        self.classifier_weight = check_number(classifier_weight, "classifier_weight", minimum=0)
+        self.add_to_recordable_attributes(list_of_names=["classifier_weight"], is_stat=False)
+
+    def _sub_loss_names(self) -> list[str]:
+        return ["likelihood_loss", "classification_loss"] if self._classifies else ["likelihood_loss"]
+
+    def get_default_distance(self) -> BaseDistance:
+        """Squared error on embeddings as they are."""
+        return LpDistance(normalize_embeddings=False, p=2, power=2)
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        indices_tuple: Any = None,
+        ref_emb: torch.Tensor | None = None,
+        ref_labels: torch.Tensor | None = None,
+        *,
+        log_var: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss; ``log_var`` is the predicted log variance of each row.
+
+        PML's wrappers and :class:`CompatibleLoss` do not pass ``log_var`` on.
+        """
+        c_f.indices_tuple_not_supported(indices_tuple)
+        # PML's forward knows no such argument: it travels past it in the place of the tuple.
+        return super().forward(embeddings, labels, log_var, ref_emb, ref_labels)
+
+    def compute_loss(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor | None,
+        indices_tuple: Any,
+        ref_emb: torch.Tensor,
+        ref_labels: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """Return both terms; ``log_var`` comes in the place of the tuple."""
+        mapped, target = check_old_rows(embeddings, ref_emb, whose="the new model's embeddings")
+        log_var = _check_log_var(indices_tuple, embeddings).to(mapped.dtype)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            one, other = mapped, target
+            if self.distance.normalize_embeddings:
+                one, other = (unit_rows(rows, embeddings.dtype) for rows in (mapped, target))
+            likelihood = gaussian_losses(one, other, log_var)
+        terms = {"likelihood_loss": per_sample(likelihood, c_f.torch_arange_from_size(embeddings))}
+        if self.new_classifier is not None:
+            labels = check_labels(labels, length=len(embeddings))
+            check_row_labels(labels, None if ref_labels is None else check_labels(ref_labels, "ref_labels"))
+            terms["classification_loss"] = self._classification(self.new_classifier, mapped, labels)
+        return terms
+
+    def _classification(
+        self, classifier: FrozenClassifier, mapped: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, Any]:
+        if self.classifier_weight == 0:
+            return self.zero_loss()
+        check_same_device(mapped, "embeddings", classifier.rows, "the loss")
+        losses, known = classifier.losses(mapped, labels)
+        index = known.nonzero()[:, 0]
+        return per_sample(losses[index] * self.classifier_weight, index) if len(index) else self.zero_loss()
+
+
+def _check_log_var(value: Any, embeddings: torch.Tensor) -> torch.Tensor:
+    if value is None:
+        raise ValueError(
+            "log_var must be given: the predicted log variance of each row, as "
+            "FastFillTransformation.with_log_variance gives it; got None"
+        )
+    length = len(embeddings)
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.shape != (length,):
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"log_var must be a floating point tensor with one entry a row, ({length},), got {got}")
+    check_same_device(embeddings, "embeddings", value, "log_var")
+    check_finite(value, "log_var")
+    return value
