@@ -20,7 +20,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -173,17 +173,20 @@ class Comparison:
             transformation: Transformation = LinearTransformation(WIDTH, WIDTH).fit(source, target)
         else:
             torch.manual_seed(self.seed)
-            fastfill = method.startswith("fastfill")
-            kind = FastFillTransformation if fastfill else FCTTransformation
-            transformation = kind(WIDTH, WIDTH, WIDTH if side else None, self.profile.fct_hidden).to(self.device)
-            squared = LpDistance(p=2, power=2)  # of unit rows
-            loss = FCTLoss() if self.profile.fct_squared else FCTLoss(distance=CosineSimilarity())
+            widths = WIDTH, WIDTH, WIDTH if side else None, self.profile.fct_hidden
+            if method.startswith("fastfill"):
+                shared = method == "fastfill_likelihood"
+                transformation = FastFillTransformation(*widths, variance_gradient=shared)
+            else:
+                transformation = FCTTransformation(*widths)
+            transformation.to(self.device)
             fit_transformation(
                 transformation,
                 source,
                 target,
                 self._stored("side", "train") if side else None,
-                loss=FastFillLoss(distance=squared) if fastfill else loss,
+                labels=self.train_set.labels.cpu(),
+                loss=self._map_loss(method.removesuffix("_side")),
                 epochs=self.profile.fct_epochs,
                 lr=self.profile.fct_lr,
                 seed=self.seed,
@@ -195,6 +198,21 @@ class Comparison:
             self._keep(f"{name}_gallery", part, torch.from_numpy(mapped))
             if isinstance(transformation, FastFillTransformation):
                 self._keep(f"{name}_uncertainty", part, transformation.uncertainty(*stored, progress=False))
+
+    def _map_loss(self, method: str) -> Callable[..., torch.Tensor]:
+        likelihood = FastFillLoss(distance=LpDistance(p=2, power=2))  # of unit rows
+        if method == "fastfill_likelihood":
+            return likelihood
+        alignment = FCTLoss() if self.profile.fct_squared else FCTLoss(distance=CosineSimilarity())
+        if method == "fct":
+            return alignment
+
+        def both(
+            mapped: torch.Tensor, labels: torch.Tensor, *, ref_emb: torch.Tensor, log_var: torch.Tensor
+        ) -> torch.Tensor:
+            return alignment(mapped, ref_emb=ref_emb) + likelihood(mapped.detach(), ref_emb=ref_emb, log_var=log_var)
+
+        return both
 
 
 def write(path: Path, save: Any) -> None:

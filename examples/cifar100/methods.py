@@ -156,4 +156,12 @@ def networks_of(
     }
 
 
-MAPS = ("linear", "fct", "fct_side", "fastfill", "fastfill_side")  # of the old gallery, for the independent model
+MAPS = (
+    "linear",
+    "fct",
+    "fct_side",
+    "fct_contrast",
+    "fct_contrast_side",
+    "fastfill",
+    "fastfill_side",
+)  # of the old gallery, for the independent model

@@ -27,6 +27,13 @@ class FastFillLoss(NamedTermsLoss):
     that its size against the second term does not grow with it: at :math:`s = 0` it is half of :class:`FCTLoss`.
     :math:`\ell_{new}` is the new model's own classification loss with its weights frozen.
 
+    The likelihood weighs items by what it predicts of them, and gives up those that are hard to map. Where that costs
+    accuracy, train ``h`` by :class:`FCTLoss` and only the variance by this loss, with
+    ``FastFillTransformation(..., variance_gradient=False)`` and one function for ``fit_transformation(loss=...)``::
+
+        def loss(mapped, labels=None, *, ref_emb, log_var):
+            return fct(mapped, ref_emb=ref_emb) + fastfill(mapped.detach(), ref_emb=ref_emb, log_var=log_var)
+
     Args:
         new_classifier: the new model's, frozen: ``FrozenClassifier.from_loss(new_task_loss)``; None: no second term.
         classifier_weight: the multiplier ``w``; 0 or more, no unit.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,6 +29,8 @@ class FastFillTransformation(Transformation):
         new_features: width of the new embeddings.
         side_features: width of the side-information; None without.
         hidden_features: width of the two inner layers of ``mix``.
+        variance_gradient: whether the variance trains the layers that it shares with ``h``. Without it the prediction
+            reads what ``h`` has learned, and does not spoil it; a little less precise where there is much to learn.
     Shape:
         - embeddings ``(N, old_features)``; side_info ``(N, side_features)``, where there is any
         - output: ``(N, new_features)``; in training a batch of one row gets the running statistics
@@ -55,9 +57,15 @@ class FastFillTransformation(Transformation):
     """
 
     def __init__(
-        self, old_features: int, new_features: int, side_features: int | None = None, hidden_features: int = 2048
+        self,
+        old_features: int,
+        new_features: int,
+        side_features: int | None = None,
+        hidden_features: int = 2048,
+        variance_gradient: bool = True,
     ) -> None:
         super().__init__(old_features, new_features, side_features)
+        self.variance_gradient = bool(variance_gradient)
         self.layers = FCTTransformation(old_features, new_features, side_features, hidden_features)
         self.hidden_features = self.layers.hidden_features
         self.layers.mix[-1] = torch.nn.Linear(self.hidden_features, self.out_features + 1)
@@ -69,8 +77,15 @@ class FastFillTransformation(Transformation):
 
     def with_log_variance(self, embeddings: torch.Tensor, side_info: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``h`` and the predicted log variance, ``(N, new_features)`` and ``(N,)``, from one pass."""
-        both = self.layers(embeddings, side_info)
-        return both[:, : self.out_features], both[:, -1].clamp(LOWEST, HIGHEST)
+        if self.variance_gradient:
+            both = self.layers(embeddings, side_info)
+            return both[:, : self.out_features], both[:, -1].clamp(LOWEST, HIGHEST)
+        hidden: list[torch.Tensor] = []
+        last = cast(torch.nn.Linear, self.layers.mix[-1])
+        with last.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0])):
+            mapped = self(embeddings, side_info)
+        log_variance = torch.nn.functional.linear(hidden[0].detach(), last.weight[-1:], last.bias[-1:])[:, 0]
+        return mapped, log_variance.to(mapped.dtype).clamp(LOWEST, HIGHEST)
 
     def uncertainty(
         self, source: Any, side_info: Any = None, batch_size: int = 8192, *, progress: bool = True
@@ -89,7 +104,7 @@ class FastFillTransformation(Transformation):
         """
         # The same layers with the last output alone: a gallery of its mapped rows need not fit into memory.
         layers = copy.deepcopy(self.layers)
-        last = layers.mix[-1]
+        last = cast(torch.nn.Linear, layers.mix[-1])
         for name, parameter in list(last.named_parameters()):
             setattr(last, name, torch.nn.Parameter(parameter[-1:]))
         layers.out_features = 1
@@ -98,7 +113,8 @@ class FastFillTransformation(Transformation):
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        return self.layers.config() | {"new_features": self.out_features}
+        own = {"new_features": self.out_features, "variance_gradient": self.variance_gradient}
+        return self.layers.config() | own
 
 
 def gaussian_losses(mapped: torch.Tensor, target: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:

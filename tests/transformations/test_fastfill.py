@@ -55,7 +55,7 @@ def test_the_layers_are_those_of_fct_but_for_one_output(name):
         "mix.6.weight": (4, 6),
         "mix.6.bias": (4,),
     }
-    assert transformation.config() == fct.config()
+    assert transformation.config() == fct.config() | {"variance_gradient": True}
 
 
 @every_fastfill
@@ -83,6 +83,23 @@ def test_gradcheck_of_both_outputs(name, training):
     transformation = build(name).double().train(training)
     inputs = [rows.double().requires_grad_() for rows in batch(transformation) if rows is not None]
     assert torch.autograd.gradcheck(transformation.with_log_variance, inputs, eps=1e-7, atol=1e-4)
+
+
+def test_without_its_gradient_the_variance_is_the_same_and_leaves_the_map_alone():
+    torch.manual_seed(0)
+    shared, apart = FastFillTransformation(4, 3, 2, 6), FastFillTransformation(4, 3, 2, 6, variance_gradient=False)
+    apart.load_state_dict(shared.state_dict())
+    inputs = torch.randn(5, 4), torch.randn(5, 2)
+    outputs = [transformation.with_log_variance(*inputs) for transformation in (shared, apart)]
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other)
+    for (mapped, log_variance), leaves in zip(outputs, (False, True), strict=True):
+        transformation = apart if leaves else shared
+        first = transformation.layers.old_branch[0].weight
+        (gradient,) = torch.autograd.grad(log_variance.sum(), first, retain_graph=True, allow_unused=True)
+        assert (gradient is None) == leaves
+        assert torch.autograd.grad(mapped.sum(), first)[0].abs().sum() > 0
+    assert apart.config()["variance_gradient"] is False
 
 
 @every_fastfill
