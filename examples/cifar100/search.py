@@ -20,7 +20,14 @@ from measuring import report
 from profiles import PROFILES, WEIGHTS
 
 SETTINGS: dict[str, list[dict[str, float]]] = {
-    "bct": [{"bct": 1}, {"bct": 3}, {"bct": 3, "pseudo_scale": 8}, {"bct": 10}],
+    "bct": [
+        {"bct": 1},
+        {"bct": 3},
+        {"bct": 3, "pseudo_scale": 8},
+        {"bct": 10},
+        {"bct": 10, "pseudo_scale": 32},
+        {"bct": 30},
+    ],
     "lce": [{"lce": 100}, {"lce": 1000}, {"lce": 10000}],
     "cross_model": [
         {"cross_model": 1},
