@@ -156,12 +156,4 @@ def networks_of(
     }
 
 
-MAPS = (
-    "linear",
-    "fct",
-    "fct_side",
-    "fct_contrast",
-    "fct_contrast_side",
-    "fastfill",
-    "fastfill_side",
-)  # of the old gallery, for the independent model
+MAPS = ("linear", "fct", "fct_side", "fastfill", "fastfill_side", "fastfill_likelihood")  # of the old gallery

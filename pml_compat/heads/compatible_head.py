@@ -22,8 +22,8 @@ class CompatibleHead(torch.nn.Module):
     :class:`pml_compat.gallery.MixedGallery`.
 
     With ``whitening`` :math:`p` lives in the old space whitened by its scatter within classes, and :meth:`old_part`
-    leads back. It makes the head aim at what tells classes apart: in the open-set measurements of ``docs/open_set.md``
-    it decides whether new queries find more in the old gallery than the old ones did.
+    leads back: the head aims at what tells classes apart. Beside a contrast with old embeddings, which does so too, it
+    made no difference in the measurements of ``docs/open_set.md``.
 
     For a model that is finished: hold its trunk in a :class:`~pml_compat.frozen.FrozenModel`, give its last layer as
     ``free=FrozenModel(layer, save=True)``, or None where its embeddings are the features themselves, and train the head
