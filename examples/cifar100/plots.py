@@ -19,7 +19,7 @@ def plot_trade_off(found: Found, path: Path, metric: str = "mean_average_precisi
     def mean(method: str, pair: str) -> float:
         return 100 * statistics.fmean(one[pair][metric] for one in found[method])
 
-    methods = [method for method in found if method not in ("old", "independent")]
+    methods = [method for method in found if method not in ("old", "independent") and _is_drawn(method)]
     for method in methods:
         mapped = found[method][0]["gallery"] != "old"
         x, y = mean(method, "new_to_old"), mean(method, "new_to_new")
@@ -44,11 +44,12 @@ def plot_backfill(found: Found, path: Path, metric: str = "precision_at_1", name
     lines = []
     for method, seeds in found.items():
         curves = [one["backfill"] for one in seeds if "backfill" in one]
-        if not curves:
+        if not curves or not _is_drawn(method):
             continue
         shares = [100 * share for share in curves[0]["fractions"]]
         values = [100 * statistics.fmean(point) for point in zip(*(c["values"][metric] for c in curves), strict=True)]
-        (line,) = axes.plot(shares, values, marker="o", markersize=3, label=method)
+        style = ("-", "--", ":")[len(lines) // 10 % 3]  # after ten lines the colours come again
+        (line,) = axes.plot(shares, values, style, marker="o", markersize=3, label=method)
         lines.append((values[0], line))
     old = 100 * statistics.fmean(one["old_to_old"][metric] for one in found["old"])
     axes.axhline(old, color="#555", linestyle="--", linewidth=1)
@@ -58,3 +59,8 @@ def plot_backfill(found: Found, path: Path, metric: str = "precision_at_1", name
     axes.legend(handles=[line for _, line in lines], frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
+
+
+def _is_drawn(method: str) -> bool:
+    """FastFill's map is FCT's: its points would hide each other's names."""
+    return not method.startswith("fastfill")
