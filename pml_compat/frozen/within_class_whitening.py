@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -77,9 +76,9 @@ class WithinClassWhitening(torch.nn.Module):
             code = torch.unique(check_labels(labels, length=n).to(embeddings.device), return_inverse=True)[1]
         sums = torch.zeros(int(code.max()) + 1, width, dtype=torch.float64, device=embeddings.device)
         scatter = torch.zeros(width, width, dtype=torch.float64, device=embeddings.device)
-        for rows in _blocks(n):
-            unit = normalize(embeddings[rows].double(), dim=1)
-            sums.index_add_(0, code[rows], unit)
+        for rows, codes in zip(embeddings.split(_BLOCK), code.split(_BLOCK), strict=True):
+            unit = normalize(rows.double(), dim=1)
+            sums.index_add_(0, codes, unit)
             scatter.addmm_(unit.t(), unit)
         within = (scatter - (sums / torch.bincount(code)[:, None]).t() @ sums) / n
         variance = float(within.trace()) / width
@@ -116,7 +115,3 @@ class WithinClassWhitening(torch.nn.Module):
     def extra_repr(self) -> str:
         """Show the width."""
         return f"features={self.features}"
-
-
-def _blocks(length: int) -> Iterator[slice]:
-    return (slice(start, start + _BLOCK) for start in range(0, length, _BLOCK))

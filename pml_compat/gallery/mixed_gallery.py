@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..checks import (
     check_same_device,
 )
 from ..files import whole_file
+from ..unit_rows import unit_rows
 
 _FORMAT = "pml_compat.MixedGallery/1"
 _BINS = 4096  # of the cosines, from -1 to 1
@@ -143,12 +144,12 @@ class MixedGallery:
             parts.append(check_matrix(embeddings, width=self.new_features))
             if len(parts[1]) != len(parts[0]):
                 raise ValueError(f"embeddings must have the rows of old_part, {len(parts[0])}, got {len(parts[1])}")
-        parts = [normalize(part, dim=1) for part in parts]
+        parts = [_unit(part) for part in parts]
         return normalize(torch.cat([*parts, _columns(parts[0], 1.0, 0.0)], dim=1), dim=1)
 
     def old_rows(self, old_embeddings: Any) -> torch.Tensor:
         """Return unit rows ``(N, width)`` for the index, of stored old vectors ``(N, old_features)``."""
-        old = normalize(check_matrix(old_embeddings, "old_embeddings", self.old_features), dim=1)
+        old = _unit(check_matrix(old_embeddings, "old_embeddings", self.old_features))
         slope, offset, rest = self._scaled()[0]
         nothing = old.new_zeros(len(old), self.new_features or 0)
         return torch.cat([slope * old, nothing, _columns(old, offset, rest)], dim=1)
@@ -158,8 +159,7 @@ class MixedGallery:
 
         Without a second part they are what would be the query's ``old_part``.
         """
-        new = check_matrix(embeddings, width=self.new_features or self.old_features)
-        new = normalize(new, dim=1)
+        new = _unit(check_matrix(embeddings, width=self.new_features or self.old_features))
         slope, offset, rest = self._scaled()[1]
         nothing = new.new_zeros(len(new), 0 if self.new_features is None else self.old_features)
         return torch.cat([nothing, slope * new, _columns(new, offset, rest)], dim=1)
@@ -201,6 +201,10 @@ class MixedGallery:
         ]
 
 
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    return unit_rows(rows.to(torch.promote_types(rows.dtype, torch.float32)), rows.dtype).to(rows.dtype)
+
+
 def _columns(rows: torch.Tensor, *values: float) -> torch.Tensor:
     return rows.new_tensor(values).expand(len(rows), -1)
 
@@ -208,19 +212,13 @@ def _columns(rows: torch.Tensor, *values: float) -> torch.Tensor:
 def _histograms(query: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Count the cosines of pairs of different items: ``(2, bins)``, between classes and within one."""
     counts = torch.zeros(2 * _BINS, dtype=torch.int64, device=query.device)
-    for rows in _blocks(len(query)):
-        scores = query[rows] @ gallery.t()
-        bins = ((scores + 1) * (_BINS / 2)).long().clamp_(0, _BINS - 1)
+    for start in range(0, len(query), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        bins = ((query[rows] @ gallery.t() + 1) * (_BINS / 2)).long().clamp_(0, _BINS - 1)
         bins += (labels[rows, None] == labels) * _BINS
-        own = torch.arange(len(query), device=query.device)[rows]
-        keep = torch.ones_like(bins, dtype=torch.bool)
-        keep[torch.arange(len(own), device=own.device), own] = False
-        counts += torch.bincount(bins[keep], minlength=2 * _BINS)
+        counts += torch.bincount(bins.view(-1), minlength=2 * _BINS)
+        counts -= torch.bincount(bins.diagonal(start), minlength=2 * _BINS)  # an item and itself
     return counts.view(2, _BINS).double().cpu()
-
-
-def _blocks(length: int) -> Iterator[slice]:
-    return (slice(start, start + _BLOCK) for start in range(0, length, _BLOCK))
 
 
 def _log_odds(counts: torch.Tensor, name: str) -> tuple[float, float]:
@@ -244,11 +242,10 @@ def _log_odds(counts: torch.Tensor, name: str) -> tuple[float, float]:
         gradient = inputs.t() @ (wanted - both * odds)
         curvature = (inputs * (both * odds * (1 - odds))[:, None]).t() @ inputs
         step = torch.linalg.lstsq(curvature, gradient[:, None]).solution[:, 0]
-        step *= min(
-            1.0, 10 / float(step.abs().max().clamp_min(1e-300))
-        )  # far from the optimum Newton's step is too long
+        longest = float(step.abs().max())
+        step *= min(1.0, 10 / max(longest, 1e-300))  # far from the optimum Newton's step is too long
         weights += step
-        if float(step.abs().max()) < 1e-9:
+        if longest < 1e-9:
             break
     slope, offset = weights.tolist()
     if not slope > 0:

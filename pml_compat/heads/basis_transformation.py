@@ -7,6 +7,7 @@ from torch.nn.functional import linear, relu
 
 from ..checks import check_integer, check_matrix, check_number, check_same_device
 from ..transformations import OrthogonalTransformation
+from ..unit_rows import unit_rows
 
 
 class BasisTransformation(torch.nn.Module):
@@ -88,8 +89,8 @@ class BasisTransformation(torch.nn.Module):
         u = self._check(embeddings, self.in_features)
         with torch.autocast(u.device.type, enabled=False):
             extra = linear(relu(u), self.extra.weight.to(u.dtype), self.extra.bias.to(u.dtype))
-            free = _unit(u[:, : self.new_features], embeddings.dtype) @ self.free_rotation.matrix().to(u.dtype)
-            v = torch.cat([_unit(extra, embeddings.dtype), self.scale * free], 1)
+            free = unit_rows(u[:, : self.new_features], embeddings.dtype) @ self.free_rotation.matrix().to(u.dtype)
+            v = torch.cat([unit_rows(extra, embeddings.dtype), self.scale * free], 1)
             old, rest = v.tensor_split([self.old_features], 1)
             return torch.cat([old @ self.old_rotation.matrix().to(u.dtype), rest], 1).to(embeddings.dtype)
 
@@ -104,7 +105,7 @@ class BasisTransformation(torch.nn.Module):
             ValueError: another width or device.
         """
         z = self._check(embeddings, self.out_features)
-        return _unit(z[:, : self.old_features], embeddings.dtype).to(embeddings.dtype)
+        return unit_rows(z[:, : self.old_features], embeddings.dtype).to(embeddings.dtype)
 
     def free_part(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return ``f``, read back off ``z`` by turning it the other way.
@@ -124,7 +125,7 @@ class BasisTransformation(torch.nn.Module):
             old, rest = z.tensor_split([self.old_features], 1)
             v = torch.cat([old @ self.old_rotation.matrix().to(z.dtype).t(), rest], 1)
             free = v[:, self.extra_features :] @ self.free_rotation.matrix().to(z.dtype).t()
-            return _unit(free, embeddings.dtype).to(embeddings.dtype)
+            return unit_rows(free, embeddings.dtype).to(embeddings.dtype)
 
     def _check(self, embeddings: torch.Tensor, width: int) -> torch.Tensor:
         rows = check_matrix(embeddings, "embeddings", width)
@@ -144,10 +145,3 @@ def _any_rotation(features: int) -> OrthogonalTransformation:
     rotation = OrthogonalTransformation(features, features)
     torch.nn.init.orthogonal_(rotation.base)
     return rotation
-
-
-def _unit(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return rows of length 1; too short a row for a slope of ``dtype`` becomes 0, with a gradient of 0."""
-    shortest = max(1e-12, torch.finfo(dtype).tiny)
-    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows * torch.where(length >= shortest, 1 / length.clamp_min(shortest), 0.0)

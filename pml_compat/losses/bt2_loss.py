@@ -12,7 +12,8 @@ from ..checks import check_embeddings, check_labels, check_matrix, check_number,
 from ..frozen import ClassCenters, FrozenClassifier
 from ..frozen.class_centers import check_centers
 from ..heads import BasisTransformation
-from .old_rows import check_row_labels, unit_rows
+from ..unit_rows import unit_rows
+from .old_rows import check_row_labels
 from .task_and_terms import TaskAndTermsLoss, check_task_width, per_sample
 
 _NAMES = ("old", "independent")

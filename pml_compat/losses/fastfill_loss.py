@@ -11,8 +11,9 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from ..checks import check_finite, check_labels, check_number, check_same_device
 from ..frozen import FrozenClassifier
 from ..transformations.fastfill import gaussian_losses
+from ..unit_rows import unit_rows
 from .named_terms import NamedTermsLoss
-from .old_rows import check_old_rows, check_row_labels, unit_rows
+from .old_rows import check_old_rows, check_row_labels
 from .task_and_terms import per_sample
 
 

@@ -10,7 +10,8 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_number
-from .old_rows import check_old_rows, unit_rows
+from ..unit_rows import unit_rows
+from .old_rows import check_old_rows
 from .task_and_terms import per_sample
 
 

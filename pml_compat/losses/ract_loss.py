@@ -9,7 +9,8 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_integer, check_labels, check_number
-from .old_rows import check_old_rows, check_row_labels, unit_rows
+from ..unit_rows import unit_rows
+from .old_rows import check_old_rows, check_row_labels
 from .task_and_terms import per_sample
 
 

@@ -133,6 +133,13 @@ def test_dtypes(dtype):
     assert mixed.query_rows(part, new).dtype == mixed.old_rows(old).dtype == mixed.new_rows(new).dtype == dtype
 
 
+def test_half_precision_rows_of_zero_stay_finite():
+    mixed, nothing = MixedGallery(6, 9, *CALIBRATIONS), torch.zeros(2, 15, dtype=torch.float16)
+    part, new = nothing[:, :6], nothing[:, 6:]
+    for rows in (mixed.query_rows(part, new), mixed.old_rows(part), mixed.new_rows(new)):
+        assert torch.isfinite(rows).all()
+
+
 def test_numpy_rows():
     labels, part, old, new = (rows.numpy() for rows in embeddings(100))
     mixed = MixedGallery.fit(part, old, labels, new)
