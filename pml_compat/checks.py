@@ -50,8 +50,10 @@ def check_matrix(value: Any, name: str = "embeddings", width: int | None = None)
     return matrix
 
 
-def check_finite(values: torch.Tensor, name: str) -> None:
+def check_finite(values: torch.Tensor, name: str, first_row: int = 0) -> None:
     """Raise a ValueError that names the first row of ``values`` with a NaN or an infinity.
+
+    ``first_row`` is the place of ``values[0]`` in what they are a part of.
 
     Not inside ``torch.compile``: to read a value there would cut the graph in two.
     """
@@ -61,7 +63,7 @@ def check_finite(values: torch.Tensor, name: str) -> None:
         return
     finite = torch.isfinite(values)
     if not bool(finite.all()):
-        row = int((~finite).reshape(len(values), -1).any(1).nonzero()[0])
+        row = first_row + int((~finite).reshape(len(values), -1).any(1).nonzero()[0])
         raise ValueError(
             f"{name} must be finite, row {row} has a NaN or an infinity; "
             "look for a diverged training, a division by zero or a broken file"

@@ -76,13 +76,15 @@ class CompatibleHeadOfRows(CompatibleHeadLoss):
         return super().forward(embeddings, labels, indices_tuple, old, ref_labels)
 
 
-def head(whitened: bool = True) -> CompatibleHead:
+def head(old_features: int, parts: int, whitened: bool = True) -> CompatibleHead:
     """The same for every seed: it is the model's, and in no loss's state."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        old = torch.randn(30, WIDTH - 3)
+        old = torch.randn(30, old_features)
         whitening = WithinClassWhitening.from_embeddings(old, torch.arange(30) % CLASSES) if whitened else None
-        return CompatibleHead(3, WIDTH - 3, whitening=whitening, hidden_features=4)
+        return CompatibleHead(
+            WIDTH - parts * old_features, old_features, whitening=whitening, hidden_features=4, parts=parts
+        )
 
 
 def basis() -> BasisTransformation:
@@ -158,9 +160,11 @@ PAIRED: dict[str, Callable[..., torch.nn.Module]] = {
     "bt2": lambda **kwargs: BT2Loss(
         losses.NormalizedSoftmaxLoss(CLASSES, WIDTH - 2), basis(), measured_centers(WIDTH), match_weight=0.0, **kwargs
     ),
-    "head": lambda **kwargs: CompatibleHeadOfRows(losses.NormalizedSoftmaxLoss(CLASSES, 3), head(), **kwargs),
+    "head": lambda **kwargs: CompatibleHeadOfRows(
+        losses.NormalizedSoftmaxLoss(CLASSES, WIDTH - 4), head(2, 2), **kwargs
+    ),
     "head_points": lambda **kwargs: CompatibleHeadOfRows(
-        losses.ContrastiveLoss(), head(whitened=False), PointAlignmentLoss(), 0.5, **kwargs
+        losses.ContrastiveLoss(), head(WIDTH - 3, 1, whitened=False), PointAlignmentLoss(), 0.5, **kwargs
     ),
     "mixbct": lambda **kwargs: MixBCTLoss(classification(), **kwargs),
     "nccl": lambda **kwargs: nccl(classification(), logit_weight=0.5, **kwargs),

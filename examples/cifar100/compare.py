@@ -70,17 +70,21 @@ class Comparison:
         if out.exists():
             return
         start = time.perf_counter()
-        if method in MAPS:
-            self._map_gallery(method, name)
-        elif method != "old":
-            self._train_new(method, name)
-        else:
-            self._stored("old", "test")
+        if not self._is_embedded(name):
+            self._embed(method, name)
         labels = {part: images.labels.cpu() for part, images in self.parts.items() if part != "train"}
         measured = measure(name, self._arrays, labels, self.seed)
         measured |= {"seconds": time.perf_counter() - start, "seed": self.seed, "device": str(self.device)}
         measured |= {"profile": describe(self.profile), "torch": torch.__version__}
         write(out, lambda path: path.write_text(json.dumps(measured, indent=1)))
+
+    def _embed(self, method: str, name: str) -> None:
+        if method in MAPS:
+            self._map_gallery(method, name)
+        elif method == "old":
+            self._train_old()
+        else:
+            self._train_new(method, name)
 
     def _stored(self, name: str, part: str) -> torch.Tensor:
         """Return what a model of ours embeds, trained first where it is not there."""
@@ -93,6 +97,11 @@ class Comparison:
         path = self._path(name, part)
         found = torch.from_numpy(np.load(path)) if path.exists() else None
         return torch.nn.functional.normalize(found) if found is not None and found.ndim == 2 else found
+
+    def _is_embedded(self, name: str) -> bool:
+        """Whether all that a method is measured on was kept; its last file of a part is named here."""
+        kinds = name, f"{name}_gallery"
+        return all(any(self._path(kind, part).exists() for kind in kinds) for part in self.parts if part != "train")
 
     def _path(self, name: str, part: str) -> Path:
         return self.folder / f"{name}_{part}.npy"
@@ -194,10 +203,10 @@ class Comparison:
             )
         for part in self.parts.keys() - {"train"}:
             stored = self._stored("old", part), self._stored("side", part) if side else None
-            mapped = transformation.apply_to(*stored, normalize=True, progress=False)
-            self._keep(f"{name}_gallery", part, torch.from_numpy(mapped))
             if isinstance(transformation, FastFillTransformation):
                 self._keep(f"{name}_uncertainty", part, transformation.uncertainty(*stored, progress=False))
+            mapped = transformation.apply_to(*stored, normalize=True, progress=False)
+            self._keep(f"{name}_gallery", part, torch.from_numpy(mapped))
 
     def _map_loss(self, method: str) -> Callable[..., torch.Tensor]:
         likelihood = FastFillLoss(distance=LpDistance(p=2, power=2))  # of unit rows

@@ -14,13 +14,15 @@ from plots import plot_backfill, plot_trade_off
 
 from pml_compat.accuracy import CrossModelAccuracyCalculator, backfill_curve, is_compatible, negative_flip_rate
 from pml_compat.accuracy import update_gain as gain_of
-from pml_compat.gallery import MixedGallery
+from pml_compat.gallery import MixedGallery, backfill_scores
 
 AREAS = {
     "backfill": "area",
     "backfill_worst_first": "area, worst first",
+    "backfill_by_margin": "area, by margin",
     "mixed": "calibrated area",
     "mixed_worst_first": "calibrated area, worst first",
+    "mixed_by_margin": "calibrated area, by margin",
 }
 TENTHS = tuple(step / 10 for step in range(11))
 METRICS = {"precision_at_1": "top-1", "cmc_top_5": "top-5", "mean_average_precision": "mAP"}
@@ -68,11 +70,15 @@ def measure(
         return found
 
     ids = torch.arange(len(new))
-    uncertainty = embeddings(f"{method}_uncertainty", "test")
+    orders = {
+        "": "random",
+        "_worst_first": embeddings(f"{method}_uncertainty", "test"),
+        "_by_margin": backfill_scores(gallery, labels["test"]),
+    }
 
     def curve(name: str, query: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> None:
-        """Measure a backfill in random order and, where errors were predicted, the worst first."""
-        for suffix, order in (("", "random"), ("_worst_first", uncertainty)):
+        """Measure a backfill in random order, by predicted errors where there are any, and by class margins."""
+        for suffix, order in orders.items():
             if order is not None:
                 given = {"order": order, "seed": seed, "calculator": calculator, "query_ids": ids, "reference_ids": ids}
                 fractions = TENTHS if len(ids) <= 10_000 else TENTHS[::2]

@@ -13,11 +13,17 @@ from ..transformations.batch_norm import BatchNorm
 class CompatibleHead(torch.nn.Module):
     r"""Embed a trunk's features as a part in the old model's space beside a part that is free.
 
-    .. math:: z = [\, p \,;\, f \,], \quad p = W_2 \operatorname{ReLU}(\operatorname{BN}(W_1 u)) + b, \quad f = g(u)
+    .. math:: z = [\, p^1 ; \dots ; p^k ; f \,], \quad
+        [\, p^1 ; \dots ; p^k \,] = W_2 \operatorname{ReLU}(\operatorname{BN}(W_1 u)) + b, \quad f = g(u), \quad
+        p = \textstyle\sum_m p^m / \lVert p^m \rVert
 
     New queries find old vectors by :math:`p` (:meth:`old_part`), and new vectors by :meth:`whole`: by :math:`f` alone,
     or with an ``old_share`` :math:`\rho` by both, :math:`\rho \cos(p, p') + (1 - \rho) \cos(f, f')`. Nothing of the old
-    model holds :math:`f` back. Train the head with :class:`~pml_compat.losses.CompatibleHeadLoss`, as the last layer of
+    model holds :math:`f` back.
+
+    Every term that trains the compatible part has an own :math:`p^m`. One that repeats the old embedding and one that
+    tells the classes of the training set apart spoil each other in one vector; their mean ranks better than either
+    (``docs/open_set.md``). Train the head with :class:`~pml_compat.losses.CompatibleHeadLoss`, as the last layer of
     the model or as the ``embedder`` of a PML trainer. Old and new vectors side by side in one index:
     :class:`pml_compat.gallery.MixedGallery`.
 
@@ -31,30 +37,30 @@ class CompatibleHead(torch.nn.Module):
 
     Args:
         in_features: width of the trunk's features :math:`u`.
-        old_features: width of the old model's embeddings, and of :math:`p`.
+        old_features: width of the old model's embeddings, and of each :math:`p^m`.
         free: the module :math:`g` that makes the free part of the features; None for the features as they are.
         free_features: width of what ``free`` gives; None where ``free`` is None or has ``out_features``.
         whitening: of the old model's embeddings of the new training set; None for the old space as it is.
-        hidden_features: width of the hidden layer of :math:`p`.
+        hidden_features: width of the hidden layer of the compatible parts.
         old_share: :math:`\rho`, the weight of the compatible part between new vectors, in [0, 1).
         trunk_gradient: how much of the gradient of :math:`p` reaches the features :math:`u`, in [0, 1]. Less of it
             leaves more of the trunk to the free part; at 0 the trunk is trained as without the head.
+        parts: :math:`k`, one for each term of the loss, two by default; 1 for one vector that serves all terms.
     Attributes:
-        out_features: width of ``z``, ``old_features + free_features``.
+        out_features: width of ``z``, ``parts * old_features + free_features``.
     Shape:
         - features ``(N, in_features)``
-        - output: ``(N, old_features + free_features)``, both parts as they come: a task loss sees the free part as
-          without the head
+        - output: ``(N, out_features)``, all parts as they come: a task loss sees the free part as without the head
     Raises:
-        ValueError: a width below 1, a share outside [0, 1), ``trunk_gradient`` outside [0, 1]; ``free_features``
-            missing or, without ``free``, not ``in_features``; a whitening of another width; in a call: another width or
-            device, a ``free`` that gives another width.
+        ValueError: a width or ``parts`` below 1, a share outside [0, 1), ``trunk_gradient`` outside [0, 1];
+            ``free_features`` missing or, without ``free``, not ``in_features``; a whitening of another width; in a
+            call: another width or device, a ``free`` that gives another width.
     Example:
         >>> head = CompatibleHead(in_features=32, old_features=8, free=torch.nn.Linear(32, 16))
         >>> model = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.ReLU(), head)
         >>> embeddings = model(torch.randn(4, 10))
         >>> embeddings.shape, head.old_part(embeddings).shape, head.whole(embeddings).shape
-        (torch.Size([4, 24]), torch.Size([4, 8]), torch.Size([4, 16]))
+        (torch.Size([4, 32]), torch.Size([4, 8]), torch.Size([4, 16]))
 
     Reference:
         Ours. Extra dimensions for compatibility are those of Zhou et al., "BT²: Backward-compatible Training with Basis
@@ -73,6 +79,7 @@ class CompatibleHead(torch.nn.Module):
         hidden_features: int = 512,
         old_share: float = 0.0,
         trunk_gradient: float = 0.3,
+        parts: int = 2,
     ) -> None:
         super().__init__()
         self.in_features = check_integer(in_features, "in_features", minimum=1)
@@ -80,7 +87,8 @@ class CompatibleHead(torch.nn.Module):
         if whitening is not None and whitening.features != self.old_features:
             raise ValueError(f"whitening must be of old_features, {self.old_features}, got {whitening.features}")
         self.free_features = _free_features(free, free_features, self.in_features)
-        self.out_features = self.old_features + self.free_features
+        self.parts = check_integer(parts, "parts", minimum=1)
+        self.out_features = self.parts * self.old_features + self.free_features
         hidden = check_integer(hidden_features, "hidden_features", minimum=1)
         self.old_share = check_number(old_share, "old_share", minimum=0)
         if self.old_share >= 1:
@@ -94,11 +102,11 @@ class CompatibleHead(torch.nn.Module):
             torch.nn.Linear(self.in_features, hidden, bias=False),
             BatchNorm(hidden),
             torch.nn.ReLU(inplace=True),
-            torch.nn.Linear(hidden, self.old_features),
+            torch.nn.Linear(hidden, self.parts * self.old_features),
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return ``[p ; f]``."""
+        """Return ``[p^1 ; ... ; p^k ; f]``."""
         check_matrix(features, "features", self.in_features)
         check_same_device(features, "features", next(self.compatible.parameters()), "the CompatibleHead")
         free = self.free(features)
@@ -106,17 +114,22 @@ class CompatibleHead(torch.nn.Module):
         kept = features.detach()
         if self.trunk_gradient > 0:
             kept = kept + self.trunk_gradient * (features - kept)
-        part = self.compatible(kept)
-        return torch.cat([part.to(free.dtype), free], dim=1)
+        parts = self.compatible(kept)
+        return torch.cat([parts.to(free.dtype), free], dim=1)
 
     def old_part(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the unit rows ``(N, old_features)`` that are compared with old embeddings, by cosine."""
-        part = check_matrix(embeddings, width=self.out_features)[:, : self.old_features]
-        return _unit(part) if self.whitening is None else self.whitening.query(part)
+        part = self._mean_part(embeddings)
+        return part if self.whitening is None else self.whitening.query(part)
+
+    def compatible_parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the ``parts``, each ``(N, old_features)``, as they are."""
+        embeddings = check_matrix(embeddings, width=self.out_features)
+        return embeddings[:, : self.parts * self.old_features].split(self.old_features, dim=1)
 
     def free_part(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return ``(N, free_features)``, as they are."""
-        return check_matrix(embeddings, width=self.out_features)[:, self.old_features :]
+        return check_matrix(embeddings, width=self.out_features)[:, self.parts * self.old_features :]
 
     def whole(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the unit rows by whose cosine new vectors are compared.
@@ -126,7 +139,7 @@ class CompatibleHead(torch.nn.Module):
         free = _unit(self.free_part(embeddings))
         if self.old_share == 0:
             return free
-        part = _unit(embeddings[:, : self.old_features])
+        part = self._mean_part(embeddings)
         return torch.cat([self.old_share**0.5 * part, (1 - self.old_share) ** 0.5 * free], dim=1)
 
     def target(self, old_embeddings: torch.Tensor) -> torch.Tensor:
@@ -134,11 +147,16 @@ class CompatibleHead(torch.nn.Module):
         old = check_matrix(old_embeddings, "old_embeddings", self.old_features)
         return _unit(old if self.whitening is None else self.whitening(old))
 
+    def _mean_part(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the mean direction of the parts, unit rows."""
+        parts = self.compatible_parts(embeddings)
+        return _unit(parts[0] if len(parts) == 1 else torch.stack([_unit(part) for part in parts]).sum(0))
+
     def extra_repr(self) -> str:
         """Show the widths, as torch's own modules do."""
         return (
             f"in_features={self.in_features}, old_features={self.old_features}, free_features={self.free_features}, "
-            f"old_share={self.old_share:g}, trunk_gradient={self.trunk_gradient:g}"
+            f"parts={self.parts}, old_share={self.old_share:g}, trunk_gradient={self.trunk_gradient:g}"
         )
 
 

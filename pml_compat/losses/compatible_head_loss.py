@@ -19,14 +19,16 @@ from .task_and_terms import check_task_width
 class CompatibleHeadLoss(CompatibleLoss):
     r"""Train a :class:`~pml_compat.heads.CompatibleHead`: its free part by your own loss, the other part to fit.
 
-    .. math:: L = L_{task}(f, y) + \lambda_p \operatorname{mean}_i \lVert n(p_i) - t_i \rVert^2
+    .. math:: L = L_{task}(f, y) + \lambda_p \operatorname{mean}_i \lVert n(p^1_i) - t_i \rVert^2
         - \lambda_c \operatorname{mean}_i \operatorname{mean}_{j: y_j = y_i}
-        \log \operatorname{softmax}_j \langle n(p_i), t_j \rangle / \tau
+        \log \operatorname{softmax}_j \langle n(p^2_i), t_j \rangle / \tau
 
     :math:`t = ` ``head.target(old_embeddings)`` is what the old model says of the items of the batch. The first added
     term (:class:`PointAlignmentLoss`, weight 10) teaches the head the old space itself, also where no training class
     lies; the second (:class:`CrossModelLoss` of PML's ``SupConLoss``, weight 5, :math:`\tau = 0.1`) what of it tells
-    the classes of the batch apart (PML gives 0 for a batch of one class). Give ``old_losses`` for other terms.
+    the classes of the batch apart (PML gives 0 for a batch of one class). Each trains a part of its own,
+    :math:`p^1` and :math:`p^2`, whose mean is the query; a head of one part serves both. Give ``old_losses`` for other
+    terms.
 
     The head belongs to the model. The loss refers to it and does not own it: ``loss.head`` is in neither
     ``parameters()`` nor ``state_dict()``. Copy or pickle the two in one go, ``copy.deepcopy((model, loss))``.
@@ -35,8 +37,9 @@ class CompatibleHeadLoss(CompatibleLoss):
         loss: the task loss, any PML loss, for embeddings ``head.free_features`` wide; it keeps its own reducer, and its
             parameters are in ``parameters()`` of this loss.
         head: the model's.
-        old_losses: as in :class:`CompatibleLoss`: called with the compatible part, and with the targets as ``ref_emb``.
-            None for the two above, ``"point_loss"`` and ``"contrast_loss"``.
+        old_losses: as in :class:`CompatibleLoss`: each called with its compatible part, in the order of the mapping, or
+            all with the one of a head of one part; and with the targets as ``ref_emb``. None for the two above,
+            ``"point_loss"`` and ``"contrast_loss"``.
         weights: their multipliers; None for 10 and 5, or with ``old_losses`` for 1.
         **kwargs: ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``; each loss reduces by its own
             reducer.
@@ -46,7 +49,8 @@ class CompatibleHeadLoss(CompatibleLoss):
         - ref_emb ``(N, head.old_features)``: the old model's embeddings of the same rows; receives no gradient
         - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]`` and a term for each old loss after the call
     Raises:
-        ValueError: ``head`` no CompatibleHead; a task loss of another width than its free part; what
+        ValueError: ``head`` no CompatibleHead, or one with several parts and another number of old losses; a task loss
+            of another width than its free part; what
             :class:`CompatibleLoss` refuses; in a call: ``ref_emb`` missing, NaN or of another shape or device;
             embeddings empty, NaN, infinite or of another width; labels missing, negative or past the task loss's
             classes.
@@ -86,12 +90,20 @@ class CompatibleHeadLoss(CompatibleLoss):
             }
             weights = {"point_loss": 10.0, "contrast_loss": 5.0} if weights is None else weights
         super().__init__(loss, old_losses, 1.0 if weights is None else weights, **kwargs)
+        if head.parts not in (1, len(self._names)):
+            raise ValueError(
+                f"head must have a part for each of the {len(self._names)} old losses, or one for all, got "
+                f"{head.parts}; make it with parts={len(self._names)}"
+            )
         # Past nn.Module's registration: it is the model's, and would be optimised and saved twice.
         self.__dict__["head"] = head
 
-    def parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the free part, which the task loss sees, and the compatible one."""
-        return self.head.free_part(embeddings), embeddings[:, : self.head.old_features]
+    def parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the free part, which the task loss sees, and by name what each old loss sees."""
+        compatible = self.head.compatible_parts(embeddings)
+        if self.head.parts == 1:
+            compatible *= len(self._names)
+        return self.head.free_part(embeddings), dict(zip(self._names, compatible, strict=True))
 
     def target(self, old_embeddings: torch.Tensor) -> torch.Tensor:
         """Return where the compatible part should lie."""

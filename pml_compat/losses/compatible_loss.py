@@ -95,13 +95,13 @@ class CompatibleLoss(TaskAndTermsLoss):
             if self.weights[name] == 0:
                 found[name] = self.zero_loss()
                 continue
-            value = old_loss(compared, labels, ref_emb=self.target(references[name]), ref_labels=ref_labels)
+            value = old_loss(compared[name], labels, ref_emb=self.target(references[name]), ref_labels=ref_labels)
             found[name] = reduced(value * self.weights[name])
         return found
 
-    def parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the task loss sees, and what the old losses see: both all of it."""
-        return embeddings, embeddings
+    def parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return what the task loss sees, and by name what each old loss sees: all of it."""
+        return embeddings, dict.fromkeys(self._names, embeddings)
 
     def target(self, old_embeddings: torch.Tensor) -> torch.Tensor:
         """Return what an old loss compares with: the old embeddings."""

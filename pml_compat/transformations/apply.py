@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..checks import check_integer, check_matrix
+from ..checks import check_finite, check_integer, check_matrix
 from ..files import whole_file
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class _Batches:
                 mapped = self.transformation(source[part], None if side_info is None else side_info[part])
                 if self.normalize:
                     mapped = torch.nn.functional.normalize(mapped, dim=1)
-                _check_finite(mapped, "source, mapped,", start + first)
+                check_finite(mapped, "source, mapped,", start + first)
                 target[start + first : start + first + len(mapped)] = mapped
 
     def _read(self, array: Any, name: str, rows: slice, width: int | None) -> torch.Tensor:
@@ -114,16 +114,5 @@ class _Batches:
                 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
                 block = torch.from_numpy(block)
         block = check_matrix(block, name, width).to(self.weight.device, self.weight.dtype)
-        _check_finite(block, name, rows.start)  # not of the result alone: a ReLU turns minus infinity into 0
+        check_finite(block, name, rows.start)  # not of the result alone: a ReLU turns minus infinity into 0
         return block
-
-
-def _check_finite(values: torch.Tensor, name: str, start: int) -> None:
-    if bool(torch.isfinite(values.sum())):  # one number a batch; which row it is, only when asked
-        return
-    bad = (~torch.isfinite(values)).any(1).nonzero()
-    if len(bad):
-        raise ValueError(
-            f"{name} must be finite, row {start + int(bad[0])} has a NaN or an infinity; "
-            "look for a diverged training, a division by zero or a broken file"
-        )

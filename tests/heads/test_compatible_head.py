@@ -14,12 +14,22 @@ from tests import reference
 IN, OLD, FREE, HIDDEN = 6, 5, 4, 7
 HALF = [torch.float16, torch.bfloat16]
 every_free = pytest.mark.parametrize("free", [True, False])  # a layer of its own, or the features as they are
+every_number = pytest.mark.parametrize("parts", [1, 2, 3])
 every_space = pytest.mark.parametrize("whitened", [True, False])
 
 
 def old_embeddings(seed=0, n=40):
     generator = torch.Generator().manual_seed(100 + seed)
     return torch.randn(n, OLD, generator=generator, dtype=torch.float64) * torch.linspace(0.3, 1.5, OLD)
+
+
+def mean_part(z, parts=2):
+    """Return the mean direction of the compatible parts, written from the formula."""
+    found = []
+    for row in z.detach().double().numpy():
+        directions = [reference.unit(row[OLD * m : OLD * (m + 1)]) for m in range(parts)]
+        found.append(reference.unit(sum(directions)))
+    return torch.tensor(np.array(found))
 
 
 def build(seed=0, free=True, whitened=True, dtype=torch.float64, **kwargs):
@@ -58,15 +68,18 @@ def whitened_rows(head, rows):
 
 @every_free
 @every_space
+@every_number
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("training", [True, False])
-def test_matches_naive_loop(free, whitened, seed, training):
-    head, u, old = build(seed, free, whitened).train(training), trunk(seed), old_embeddings(seed)
-    part, rest = naive(head, u)
+def test_matches_naive_loop(free, whitened, parts, seed, training):
+    head, u, old = build(seed, free, whitened, parts=parts).train(training), trunk(seed), old_embeddings(seed)
+    compatible, rest = naive(head, u)
     z = head(u)
-    assert z.shape == (9, head.out_features) and head.out_features == OLD + (FREE if free else IN)
-    torch.testing.assert_close(z, torch.cat([part, rest], 1))
+    assert z.shape == (9, head.out_features) and head.out_features == parts * OLD + (FREE if free else IN)
+    torch.testing.assert_close(z, torch.cat([compatible, rest], 1))
     torch.testing.assert_close(head.free_part(z), rest)
+    torch.testing.assert_close(torch.cat(head.compatible_parts(z), 1), compatible)
+    part = mean_part(z, parts)
     found = head.old_part(z).detach()
     asked = part @ head.whitening.matrix if whitened else part
     torch.testing.assert_close(found, torch.stack([torch.from_numpy(reference.unit(row)) for row in asked.numpy()]))
@@ -76,7 +89,7 @@ def test_matches_naive_loop(free, whitened, seed, training):
 
 
 def test_by_hand():
-    head = CompatibleHead(2, 2, hidden_features=2, old_share=0.36).eval()
+    head = CompatibleHead(2, 2, hidden_features=2, old_share=0.36, parts=1).eval()
     first, norm, _, last = head.compatible
     norm.eps = 0.0  # the running statistics of a fresh one are 0 and 1
     with torch.no_grad():
@@ -90,14 +103,23 @@ def test_by_hand():
     torch.testing.assert_close(head.target(torch.tensor([[0.0, -7.0]])), torch.tensor([[0.0, -1.0]]))
 
 
+def test_two_parts_by_hand():
+    head = CompatibleHead(2, 2, old_share=0.36)  # parts (0, 2) and (5, 0): their directions' mean is diagonal
+    z = torch.tensor([[0.0, 2.0, 5.0, 0.0, 3.0, -4.0]])
+    torch.testing.assert_close(head.old_part(z), torch.tensor([[0.5**0.5, 0.5**0.5]]))
+    torch.testing.assert_close(head.whole(z), torch.tensor([[0.6 * 0.5**0.5, 0.6 * 0.5**0.5, 0.48, -0.64]]))
+    torch.testing.assert_close(head.compatible_parts(z), (z[:, :2], z[:, 2:4]))
+
+
 @every_space
+@every_number
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_whole_vectors_compare_by_both_parts(whitened, share):
-    head = build(whitened=whitened, old_share=share)
+def test_whole_vectors_compare_by_both_parts(whitened, parts, share):
+    head = build(whitened=whitened, old_share=share, parts=parts)
     z = head(trunk(n=20))
-    part, free = normalize(z[:, :OLD], dim=1), normalize(z[:, OLD:], dim=1)
+    part, free = mean_part(z, parts), normalize(z[:, parts * OLD :], dim=1)
     whole = head.whole(z)
-    assert whole.shape == (20, FREE if share == 0 else head.out_features)
+    assert whole.shape == (20, FREE if share == 0 else OLD + FREE)
     torch.testing.assert_close(whole @ whole.t(), share * part @ part.t() + (1 - share) * free @ free.t())
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(20).double())
     torch.testing.assert_close(head.whole(0.01 * z), whole)
@@ -108,14 +130,14 @@ def test_stored_rows_rank_as_in_the_whitened_space(seed):
     head, old = build(seed), old_embeddings(seed)
     z = head(trunk(seed)).detach()
     found = head.old_part(z) @ normalize(old, dim=1).t()
-    expected = z[:, :OLD] @ head.whitening(old).t()
+    expected = mean_part(z) @ head.whitening(old).t()
     assert found.argsort(1).equal(expected.argsort(1))
-    assert not found.argsort(1).equal((z[:, :OLD] @ normalize(old, dim=1).t()).argsort(1))
+    assert not found.argsort(1).equal((mean_part(z) @ normalize(old, dim=1).t()).argsort(1))
 
 
 def test_a_head_on_its_target_asks_what_whitened_old_embeddings_ask():
     head, old = build(), old_embeddings()
-    z = torch.cat([head.target(old), torch.zeros(40, FREE)], 1)
+    z = torch.cat([head.target(old), 3 * head.target(old), torch.zeros(40, FREE)], 1)
     torch.testing.assert_close(head.old_part(z), head.whitening.query(head.whitening(old)))
 
 
@@ -179,7 +201,7 @@ def test_gradcheck(free, whitened, training):
     head, u = build(free=free, whitened=whitened, old_share=0.3, trunk_gradient=1.0).train(training), trunk(n=3)
     z = head(u).detach().requires_grad_()
     assert torch.autograd.gradcheck(head, (u,))
-    for part in (head.old_part, head.free_part, head.whole):
+    for part in (head.old_part, head.free_part, head.whole, head.compatible_parts):
         assert torch.autograd.gradcheck(part, (z,))
     assert torch.autograd.gradcheck(head.target, (old_embeddings(n=3).requires_grad_(),))
 
@@ -188,7 +210,9 @@ def gradients(part, training, **kwargs):
     """Return the gradient of p alone, f alone or both at the features and at the compatible part, and the value."""
     head, u = build(**kwargs).train(training), trunk()
     z = head(u)
-    asked = {"p": z[:, :OLD], "f": z[:, OLD:], "both": z}[part]
+    asked = {"p": z[:, :-FREE], "f": z[:, -FREE:], "both": z}[part]
+    if not kwargs.get("free", True):
+        asked = {"p": z[:, :-IN], "f": z[:, -IN:], "both": z}[part]
     asked.exp().sum().backward()
     return u.grad, [parameter.grad for parameter in head.compatible.parameters()], z
 
@@ -233,7 +257,7 @@ def test_everything_but_the_whitening_learns():
 def test_rows_of_zero(dtype, whitened):
     head = build(whitened=whitened, old_share=0.3, dtype=torch.float32)
     z = head(trunk(dtype=torch.float32)).detach().to(dtype)
-    for columns in (slice(None), slice(OLD), slice(OLD, None)):
+    for columns in (slice(None), slice(OLD), slice(2 * OLD), slice(2 * OLD, None)):
         given = z.clone()
         given[2, columns] = 0
         for found in (head.old_part(given), head.whole(given)):
@@ -355,7 +379,7 @@ def test_compiles_in_one_graph(whitened):
 
 def test_shows_its_sizes():
     shown = repr(build(old_share=0.25, trunk_gradient=0.5))
-    assert "in_features=6, old_features=5, free_features=4, old_share=0.25, trunk_gradient=0.5" in shown
+    assert "in_features=6, old_features=5, free_features=4, parts=2, old_share=0.25, trunk_gradient=0.5" in shown
     assert "WithinClassWhitening(features=5)" in shown
 
 
@@ -367,6 +391,7 @@ def test_shows_its_sizes():
     [
         ((0, 4), {}, r"in_features must be an integer of at least 1, got 0"),
         ((4, 2.0), {}, r"old_features must be an integer of at least 1, got 2.0"),
+        ((4, 4), {"parts": 0}, r"parts must be an integer of at least 1, got 0"),
         ((4, 4), {"hidden_features": 0}, r"hidden_features must be an integer of at least 1, got 0"),
         ((4, 4, torch.nn.ReLU(), 0), {}, r"free_features must be an integer of at least 1, got 0"),
         ((4, 4, torch.nn.ReLU(), "4"), {}, r"free_features must be an integer of at least 1, got '4'"),
@@ -397,16 +422,17 @@ def test_bad_options(arguments, options, message):
     ("part", "name", "width"),
     [
         ("forward", "features", IN),
-        ("old_part", "embeddings", OLD + FREE),
-        ("free_part", "embeddings", OLD + FREE),
-        ("whole", "embeddings", OLD + FREE),
+        ("old_part", "embeddings", 2 * OLD + FREE),
+        ("compatible_parts", "embeddings", 2 * OLD + FREE),
+        ("free_part", "embeddings", 2 * OLD + FREE),
+        ("whole", "embeddings", 2 * OLD + FREE),
         ("target", "old_embeddings", OLD),
     ],
 )
 def test_bad_calls(part, name, width):
     call = getattr(build(), part)
     for rows, message in [
-        (torch.zeros(2, 12), rf"{name} must be {width} wide, got width 12"),
+        (torch.zeros(2, 13), rf"{name} must be {width} wide, got width 13"),
         (torch.zeros(0, width), rf"{name} must not be empty"),
         (torch.zeros(width), rf"{name} must be 2-dimensional"),
         (torch.zeros(2, width).long(), rf"{name} must be floating point, got torch.int64"),
@@ -419,7 +445,7 @@ def test_wrong_device():
     head = build()
     with pytest.raises(ValueError, match=r"features must be on the device of the CompatibleHead: got meta and cpu"):
         head(torch.zeros(2, IN, device="meta"))
-    for part, width in (("old_part", OLD + FREE), ("target", OLD)):
+    for part, width in (("old_part", 2 * OLD + FREE), ("target", OLD)):
         with pytest.raises(ValueError, match=r"on the device of the WithinClassWhitening: got meta and cpu"):
             getattr(head, part)(torch.zeros(2, width, device="meta"))
 

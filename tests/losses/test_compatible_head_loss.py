@@ -24,6 +24,7 @@ from tests import reference
 IN, OLD, FREE, CLASSES = 6, 5, 4, 6
 TERMS = ["task_loss", "point_loss", "contrast_loss"]
 WEIGHTS = (10.0, 5.0)  # by default
+PARTS = slice(OLD), slice(OLD, 2 * OLD)  # of the two terms, in a head that has a part for each
 every_space = pytest.mark.parametrize("whitened", [True, False])
 
 
@@ -41,16 +42,18 @@ def task(dtype=torch.float64):
     return losses.NormalizedSoftmaxLoss(CLASSES, FREE, temperature=0.5).to(dtype)
 
 
-def build(weights=None, dtype=torch.float64, whitened=True, task_loss=None, **kwargs):
+def build(weights=None, dtype=torch.float64, whitened=True, task_loss=None, parts=2, **kwargs):
     """Return the loss with the terms that it has by itself; ``weights`` in their order."""
     given = weights and dict(zip(TERMS[1:], weights, strict=True))
-    return CompatibleHeadLoss(task_loss or task(dtype), build_head(dtype, whitened), weights=given, **kwargs)
+    head = build_head(dtype, whitened, parts=parts)
+    return CompatibleHeadLoss(task_loss or task(dtype), head, weights=given, **kwargs)
 
 
-def batch(seed=0, n=10, dtype=torch.float64):
+def batch(seed=0, n=10, dtype=torch.float64, parts=2):
     """Return what the head gives, at any length, labels, and the old embeddings."""
     generator = torch.Generator().manual_seed(seed)
-    z, old = (torch.randn(n, width, generator=generator, dtype=torch.float64).to(dtype) for width in (OLD + FREE, OLD))
+    widths = parts * OLD + FREE, OLD
+    z, old = (torch.randn(n, width, generator=generator, dtype=torch.float64).to(dtype) for width in widths)
     return z.requires_grad_(), torch.arange(n) % CLASSES, old
 
 
@@ -73,15 +76,18 @@ def mean(values):
 @every_space
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("weights", [None, (0.5, 0.0), (0.0, 3.0), (2.0, 0.7)])
-@pytest.mark.parametrize("n", [10, 16])
-def test_matches_naive_loop(whitened, seed, weights, n):
-    z, labels, old = batch(seed, n)
-    loss_func = build(weights, whitened=whitened)
+@pytest.mark.parametrize(("n", "parts"), [(10, 2), (16, 2), (10, 1)])
+def test_matches_naive_loop(whitened, seed, weights, n, parts):
+    z, labels, old = batch(seed, n, parts=parts)
+    loss_func = build(weights, whitened=whitened, parts=parts)
     loss = loss_func(z, labels, ref_emb=old)
-    expected = loss_func.loss(z[:, OLD:], labels).item()
+    expected = loss_func.loss(z[:, parts * OLD :], labels).item()
     assert loss_func.terms["task_loss"].item() == pytest.approx(expected, rel=1e-9)
-    part, targets = z.detach().numpy()[:, :OLD], naive_targets(loss_func.head, old)
-    added = reference.compatible_head_terms(part, targets, labels.tolist(), temperature=0.1)
+    rows, targets = z.detach().numpy(), naive_targets(loss_func.head, old)
+    added = [
+        reference.compatible_head_terms(rows[:, PARTS[m if parts == 2 else 0]], targets, labels.tolist(), 0.1)[m]
+        for m in range(2)
+    ]
     for name, weight, values in zip(TERMS[1:], weights or WEIGHTS, added, strict=True):
         assert loss_func.terms[name].item() == pytest.approx(weight * mean(values), rel=1e-6)
         expected += weight * mean(values)
@@ -98,11 +104,11 @@ def test_pair_losses_of_either_distance_direction_as_task(distance):
     task_loss = losses.ContrastiveLoss(positive, negative, distance=distance)
     loss_func = build(task_loss=task_loss)
     loss_func(z, labels, ref_emb=old)
-    torch.testing.assert_close(loss_func.terms["task_loss"], task_loss(z[:, OLD:], labels).detach())
+    torch.testing.assert_close(loss_func.terms["task_loss"], task_loss(z[:, 2 * OLD :], labels).detach())
 
 
 def test_by_hand():
-    head = CompatibleHead(2, 2)
+    head = CompatibleHead(2, 2, parts=1)
     task_loss = losses.NormalizedSoftmaxLoss(2, 2, temperature=1.0)
     torch.nn.init.eye_(task_loss.W)
     loss_func = CompatibleHeadLoss(task_loss, head, weights={"point_loss": 3.0, "contrast_loss": 2.0})
@@ -131,7 +137,7 @@ def test_lengths_of_old_embeddings_and_of_the_part_do_not_matter(whitened):
     z, labels, old = batch()
     loss_func = build(whitened=whitened)
     expected = loss_func(z, labels, ref_emb=old)
-    longer = torch.cat([30 * z[:, :OLD], z[:, OLD:]], 1)
+    longer = torch.cat([30 * z[:, :OLD], 7 * z[:, PARTS[1]], z[:, 2 * OLD :]], 1)
     torch.testing.assert_close(loss_func(longer, labels, ref_emb=0.01 * old), expected)
 
 
@@ -139,7 +145,7 @@ def test_lengths_of_old_embeddings_and_of_the_part_do_not_matter(whitened):
 def test_a_head_on_its_target_has_no_point_loss(whitened):
     z, labels, old = batch()
     loss_func = build(whitened=whitened)
-    reached = torch.cat([loss_func.head.target(old), z[:, OLD:]], 1)
+    reached = torch.cat([loss_func.head.target(old), z[:, OLD:]], 1)  # its first part
     loss_func(reached, labels, ref_emb=old)
     assert loss_func.terms["point_loss"] < 1e-12
 
@@ -155,8 +161,8 @@ def test_a_head_on_its_target_has_no_point_loss(whitened):
 )
 @every_space
 def test_other_old_losses_see_the_part_and_the_targets(old_loss, whitened):
-    z, labels, old = batch()
-    head = build_head(whitened=whitened)
+    z, labels, old = batch(parts=1)
+    head = build_head(whitened=whitened, parts=1)
     expected = old_loss(z[:, :OLD], labels, ref_emb=head.target(old))
     loss_func = CompatibleHeadLoss(task(), head, old_loss, 0.5)
     loss = loss_func(z, labels, ref_emb=old)
@@ -165,6 +171,18 @@ def test_other_old_losses_see_the_part_and_the_targets(old_loss, whitened):
     once = CompatibleHeadLoss(task(), head, {"a": old_loss})
     once(z, labels, ref_emb={"a": old})
     torch.testing.assert_close(once.terms["a"], expected.detach())
+
+
+@every_space
+def test_each_old_loss_has_a_part_of_its_own_in_their_order(whitened):
+    z, labels, old = batch(parts=3)
+    head = build_head(whitened=whitened, parts=3)
+    old_losses = {"b": PointAlignmentLoss(2.0), "a": PointAlignmentLoss(3.0, 0.1), "c": FocalDistillationLoss()}
+    loss_func = CompatibleHeadLoss(task(), head, old_losses)
+    loss_func(z, labels, ref_emb=old)
+    for (name, old_loss), start in zip(old_losses.items(), (0, OLD, 2 * OLD), strict=True):
+        expected = old_loss(z[:, start : start + OLD], labels, ref_emb=head.target(old))
+        torch.testing.assert_close(loss_func.terms[name], expected.detach())
 
 
 def test_one_weight_for_both_terms():
@@ -201,7 +219,9 @@ def test_who_learns_and_who_does_not():
 @pytest.mark.parametrize("old_losses", [None, losses.ContrastiveLoss(), CrossModelLoss(losses.SupConLoss())])
 def test_old_embeddings_receive_nothing_whatever_the_old_loss(old_losses):
     z, labels, old = batch()
-    CompatibleHeadLoss(task(), build_head(), old_losses)(z, labels, ref_emb=old.requires_grad_()).backward()
+    head = build_head(parts=2 if old_losses is None else 1)
+    z = torch.randn(len(z), head.out_features, dtype=torch.float64, requires_grad=True)
+    CompatibleHeadLoss(task(), head, old_losses)(z, labels, ref_emb=old.requires_grad_()).backward()
     assert old.grad is None and z.grad.abs().sum() > 0
 
 
@@ -221,8 +241,9 @@ def test_each_term_reaches_its_part_alone(name):
     z, labels, old = batch()
     found = build(reducer=reducers.DoNothingReducer())(z, labels, ref_emb=old)
     (grad,) = torch.autograd.grad(found[name]["losses"], z)
-    assert grad[:, :OLD].abs().max() == 0 if name == "task_loss" else grad[:, OLD:].abs().max() == 0
-    assert grad.abs().max() > 0
+    reached = grad.abs().sum(0) > 0
+    columns = {"task_loss": slice(2 * OLD, None), "point_loss": PARTS[0], "contrast_loss": PARTS[1]}[name]
+    assert reached[columns].all() and reached.sum() == reached[columns].sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -235,17 +256,17 @@ def test_finite_gradient_at_zero_and_at_equal_rows(dtype, case, whitened):
     loss_func = build(weights, dtype=torch.float32, whitened=whitened)
     z = z.detach().to(dtype)
     if case == "zero part":
-        z[2, :OLD] = 0
+        z[2, : 2 * OLD] = 0
     elif case == "zero old":
         old[2] = 0
     else:
-        z[:, :OLD] = loss_func.head.target(old).to(dtype)
+        z[:, PARTS[0]] = z[:, PARTS[1]] = loss_func.head.target(old).to(dtype)
     z.requires_grad_()
     loss = loss_func(z, labels, ref_emb=old.to(dtype))
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(z.grad).all()
     if weights is not None:
-        assert z.grad[2, :OLD].abs().max() == 0
+        assert z.grad[2, : 2 * OLD].abs().max() == 0
     if case == "equal":
         assert loss_func.terms["point_loss"] < 1e-2
 
@@ -338,13 +359,13 @@ def test_miner_tuples_reach_the_task_loss_alone():
     z, labels, old = batch(n=16)
     task_loss = losses.TripletMarginLoss()
     loss_func = build(task_loss=task_loss)
-    tuples = miners.BatchHardMiner()(z[:, OLD:], labels)
+    tuples = miners.BatchHardMiner()(z[:, 2 * OLD :], labels)
     found = [
-        loss_func(z, labels, indices, ref_emb=old) - task_loss(z[:, OLD:], labels, indices)
+        loss_func(z, labels, indices, ref_emb=old) - task_loss(z[:, 2 * OLD :], labels, indices)
         for indices in (None, tuples)
     ]
     torch.testing.assert_close(*found)
-    assert task_loss(z[:, OLD:], labels, tuples) != task_loss(z[:, OLD:], labels)
+    assert task_loss(z[:, 2 * OLD :], labels, tuples) != task_loss(z[:, 2 * OLD :], labels)
 
 
 def test_other_labels_of_the_old_rows_reach_the_contrast_alone():
@@ -428,19 +449,21 @@ def test_training_finds_the_old_space_beside_a_finished_model(whitened):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
     def found():
-        """Return how many new queries find their own item first among the old rows."""
+        """Return how many new queries find their own item first by the first part, and their class by the mean."""
         with torch.no_grad():
-            scores = head.old_part(model.eval()(inputs)) @ normalize(old, dim=1).t()
-        if whitened:  # ranked in the whitened space, where a stored row may be further out than the own one
-            scores = normalize(model(inputs)[:, :OLD], dim=1) @ head.target(old).t()
-        return (scores.argmax(1) == torch.arange(60)).float().mean()
+            z = model.eval()(inputs)
+            own = normalize(head.compatible_parts(z)[0], dim=1) @ head.target(old).t()
+            scores = head.old_part(z) @ normalize(old, dim=1).t()
+        right = own.argmax(1) == torch.arange(60), labels[scores.argmax(1)] == labels
+        return torch.stack(right).float().mean(1)
 
     before = found()
     for _ in range(100):
         optimizer.zero_grad()
         loss_func(model.train()(inputs), labels, ref_emb=old).backward()
         optimizer.step()
-    assert before < 0.2 and found() > 0.8 and head.whole(model(inputs)).equal(normalize(finished(inputs), dim=1))
+    assert (before < 0.25).all() and found()[0] > 0.95 and found()[1] > 0.5
+    assert head.whole(model(inputs)).equal(normalize(finished(inputs), dim=1))
 
 
 # Errors.
@@ -459,6 +482,10 @@ def test_training_finds_the_old_space_beside_a_finished_model(whitened):
             r"weights must have the names of old_losses, \['contrast_loss', 'point_loss'\]",
         ),
         ({"weights": {"point_loss": 1.0, "contrast_loss": math.nan}}, r"weights\['contrast_loss'\] must be .* got nan"),
+        (
+            {"old_losses": PointAlignmentLoss()},
+            r"head must have a part for each of the 1 old losses, or one for all, got 2; make it with parts=1",
+        ),
         ({"old_losses": {}}, r"old_losses must have one loss or more, none of them named task_loss, got \[\]"),
         ({"old_losses": {"task_loss": PointAlignmentLoss()}}, r"none of them named task_loss, got \['task_loss'\]"),
         ({"old_losses": "point"}, r"old_losses must be PML loss objects, got 'point'"),
@@ -476,7 +503,7 @@ Z, LABELS, ROWS = batch()
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"embeddings": Z[:, :FREE]}, r"embeddings must be 9 wide, got width 4"),
+        ({"embeddings": Z[:, :FREE]}, r"embeddings must be 14 wide, got width 4"),
         ({"embeddings": Z * torch.nan}, r"embeddings must be finite, row 0"),
         ({"embeddings": Z / 0}, r"embeddings must be finite, row 0"),
         ({"embeddings": Z[:0]}, r"embeddings must not be empty"),
