@@ -34,7 +34,7 @@ from profiles import PROFILES, WEIGHTS, Profile
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from training import embed, task_loss, train, train_without_labels
 
-from pml_compat.frozen import ClassCenters
+from pml_compat.frozen import ClassCenters, FrozenModel
 from pml_compat.heads import BasisTransformation, CompatibleHead
 from pml_compat.losses import AdvBCTLoss, FastFillLoss, FCTLoss, UniBCTLoss
 from pml_compat.transformations import (
@@ -135,7 +135,16 @@ class Comparison:
         model = self._model()
         loss = task_loss(len(self.old_classes), WIDTH, self.profile).to(self.device)
         train(model, loss, numbered, self.profile, f"seed {self.seed}: old")
+        write(self.folder / "old.pt", lambda path: torch.save(model.state_dict(), path))
         self._keep_embedded("old", model, self.parts)
+
+    def _old_model(self) -> FrozenModel:
+        path = self.folder / "old.pt"
+        if not path.exists():
+            self._train_old()
+        model = self.profile.network()
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return FrozenModel(model.to(self.device))
 
     def _train_side(self) -> None:
         """Side-information, made when the old model was: from its training images alone, without labels."""
@@ -153,7 +162,7 @@ class Comparison:
 
     def _train_new(self, method: str, name: str) -> None:
         old, model = self._old_system(), self._model()
-        loss, reads, head = networks_of(self.profile, self.weights, self.classes)[method](old)
+        loss, reads, head, asks = networks_of(self.profile, self.weights, self.classes)[method](old)
         loss.to(self.device)
         if head is not None:
             model = torch.nn.Sequential(WithBranch(model), head).to(self.device)
@@ -169,7 +178,8 @@ class Comparison:
                     old_loss.set_progress(share)
 
         stored = {which: self._stored(which, "train").to(self.device) for which in reads}
-        train(model, loss, self.train_set, self.profile, f"seed {self.seed}: {name}", stored, after_epoch)
+        old_model = self._old_model() if asks else None
+        train(model, loss, self.train_set, self.profile, f"seed {self.seed}: {name}", stored, after_epoch, old_model)
         parts = [part for part in self.parts if part != "train" or method == "independent"]
         self._keep_embedded(name, model, parts, head or getattr(loss, "backward_transformation", None))
 

@@ -120,6 +120,13 @@ def augment(images: torch.Tensor, flip: bool = True) -> torch.Tensor:
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def mix(images: torch.Tensor, count: int) -> torch.Tensor:
+    """Return ``count`` mixtures of two images each: of no class, but a model can be asked about them all the same."""
+    others = torch.randperm(len(images), device=images.device)[:count]
+    share = 0.5 + 0.5 * torch.rand(count, 1, 1, 1, device=images.device)
+    return share * images[:count] + (1 - share) * images[others]
+
+
 def scaled(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
     """Return what a network takes: channels of zero mean and unit deviation, enlarged to ``size`` if that is given."""
     mean, std = (torch.tensor(values, device=images.device)[:, None, None] * 255 for values in (MEAN, STD))

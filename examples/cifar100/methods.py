@@ -61,11 +61,19 @@ class ClassTerm(torch.nn.Module):
 
 
 class Training(NamedTuple):
-    """A loss, the stored embeddings it is given of each batch, and the head that the network gets for it."""
+    """How a new model is trained.
+
+    Args:
+        loss: called with embeddings and labels, and with what it reads.
+        reads: the stored embeddings that it is given of each batch.
+        head: what the network gets for it.
+        asks: whether the old network is asked about each view, in place of stored embeddings.
+    """
 
     loss: torch.nn.Module
     reads: tuple[str, ...] = ()
     head: torch.nn.Module | None = None
+    asks: bool = False
 
 
 def networks_of(
@@ -104,8 +112,15 @@ def networks_of(
         basis = BasisTransformation(WIDTH, WIDTH)
         return Training(BT2Loss(task(), basis, old.centers), ("old", "independent"), basis)
 
-    def head(old: OldSystem, whitened: bool = True, terms: dict[str, float] | None = None, **options: Any) -> Training:
+    def head(
+        old: OldSystem,
+        whitened: bool = True,
+        terms: dict[str, float] | None = None,
+        asks: bool = True,
+        **options: Any,
+    ) -> Training:
         terms = terms or {"point": weights["head_point"], "contrast": weights["head_contrast"]}
+        options = {"parts": len(terms)} | options
         whitening = WithinClassWhitening.from_embeddings(
             old.embeddings, old.labels, shrinkage=weights["head_shrinkage"]
         )
@@ -119,7 +134,7 @@ def networks_of(
             "class": ClassTerm(ClassCenters.from_embeddings(targets, old.labels.cpu()), weights["pseudo_scale"]),
         }
         chosen = {name: old_losses[name] for name in terms}
-        return Training(CompatibleHeadLoss(task(), last, chosen, terms), ("old",), last)
+        return Training(CompatibleHeadLoss(task(), last, chosen, terms), () if asks else ("old",), last, asks)
 
     return {
         "independent": lambda old: Training(task()),
@@ -145,10 +160,12 @@ def networks_of(
         "bt2": bt2,
         "head": head,
         "head_detached": lambda old: head(old, trunk_gradient=0.0),
+        "head_stored": lambda old: head(old, asks=False),
+        "head_one_part": lambda old: head(old, parts=1),
         "head_not_whitened": lambda old: head(old, whitened=False),
         "head_points": lambda old: head(old, terms={"point": weights["head_point"]}),
-        "head_contrast": lambda old: head(old, terms={"contrast": weights["head_contrast"]}),
-        "head_classes": lambda old: head(old, terms={"class": 1.0}),
+        "head_contrast": lambda old: head(old, terms={"contrast": weights["head_contrast"]}, asks=False),
+        "head_classes": lambda old: head(old, terms={"class": 1.0}, asks=False),
         "head_points_classes": lambda old: head(old, terms={"point": weights["head_point"], "class": 1.0}),
         "lce_cross_model": lambda old: added(
             cross_model(), "cross_model", LCELoss(task(), old.centers, weights["lce"])

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from data import Images, augment, scaled
+from data import Images, augment, mix, scaled
 from profiles import Profile
 from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
 from tqdm import tqdm
+
+from pml_compat.frozen import FrozenModel
 
 EMBED_BATCH = 1000
 
@@ -27,10 +29,25 @@ def train(
     name: str,
     stored: dict[str, torch.Tensor] | None = None,
     after_epoch: Callable[[int], Any] = lambda epoch: None,
+    old_model: FrozenModel | None = None,
 ) -> None:
-    """Train a model and its loss; stored embeddings of the same images, by model, go to a loss that reads them."""
+    """Train a model and its loss.
+
+    Stored embeddings of the same images, by model, go to a loss that reads them. With an ``old_model`` it is asked
+    instead, about the very views that the new one sees and about mixtures of them, which have no label.
+    """
+
+    def loss_beside(old_model: FrozenModel, index: torch.Tensor) -> torch.Tensor:
+        views = augment(data.images[index], profile.flip)
+        n, unlabelled = len(views), len(views) // 2
+        views = torch.cat([views, mix(views, unlabelled)])
+        new, old = (embed_batch(network, views, profile) for network in (model, old_model))
+        labelled = loss_func(new[:n], data.labels[index], ref_emb=old[:n])
+        return labelled + unlabelled / n * loss_func.without_labels(new[n:], ref_emb=old[n:])
 
     def loss_of(index: torch.Tensor) -> torch.Tensor:
+        if old_model is not None:
+            return loss_beside(old_model, index)
         rows = {name: embeddings[index] for name, embeddings in (stored or {}).items()}
         references = {"ref_emb": rows if len(rows) > 1 else next(iter(rows.values()))} if rows else {}
         return loss_func(

@@ -98,6 +98,29 @@ class CompatibleHeadLoss(CompatibleLoss):
         # Past nn.Module's registration: it is the model's, and would be optimised and saved twice.
         self.__dict__["head"] = head
 
+    def without_labels(self, embeddings: torch.Tensor, ref_emb: torch.Tensor) -> torch.Tensor:
+        """Return the loss of items whose class nobody knows: of the old losses that read no labels, by their weights.
+
+        More of the old space than the training classes show comes from what both models can be asked about: images of
+        the gallery's kind without labels, or mixtures of training images (``examples/cifar100/training.py``).
+
+        Args:
+            embeddings: ``(N, head.out_features)``, as the head gives them; the free part receives no gradient.
+            ref_emb: ``(N, head.old_features)``, the old model's embeddings of the same items; receives no gradient.
+        Shape:
+            - output: scalar of ``embeddings.dtype``
+        Raises:
+            ValueError: no old loss is a :class:`PointAlignmentLoss`; empty, NaN or infinite, other widths or lengths.
+        """
+        readers = {name: term for name, term in self.old_losses.items() if isinstance(term, PointAlignmentLoss)}
+        if not readers:
+            raise ValueError(f"old_losses must have a PointAlignmentLoss, the others read labels, got {self._names}")
+        check_embeddings(embeddings)
+        _, compared = self.parts(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
+        target = self.target(ref_emb)
+        losses = [self.weights[name] * term(compared[name], ref_emb=target) for name, term in readers.items()]
+        return torch.stack(losses).sum().to(embeddings.dtype)
+
     def parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the free part, which the task loss sees, and by name what each old loss sees."""
         compatible = self.head.compatible_parts(embeddings)

@@ -193,6 +193,58 @@ def test_one_weight_for_both_terms():
     )
 
 
+@every_space
+@pytest.mark.parametrize(("weights", "parts"), [(None, 2), ((0.3, 4.0), 1)])
+def test_items_without_labels_have_the_point_loss_alone(whitened, weights, parts):
+    z, labels, old = batch(parts=parts)
+    loss_func = build(weights, whitened=whitened, parts=parts)
+    loss = loss_func.without_labels(z, old)
+    targets = naive_targets(loss_func.head, old)
+    points, _ = reference.compatible_head_terms(z.detach().numpy()[:, :OLD], targets, labels.tolist(), 0.1)
+    assert loss.item() == pytest.approx((weights or WEIGHTS)[0] * mean(points), rel=1e-6)
+    loss_func(z, labels, ref_emb=old)
+    torch.testing.assert_close(loss.detach(), loss_func.terms["point_loss"])
+    assert torch.autograd.gradcheck(lambda rows: loss_func.without_labels(rows, old), (z,))
+    loss.backward()
+    assert (z.grad.abs().sum(0) > 0).tolist() == [column < OLD for column in range(z.shape[1])]
+
+
+def test_without_labels_every_point_loss_counts_with_its_own_part():
+    z, _, old = batch(parts=3)
+    head = build_head(parts=3)
+    old_losses = {"a": PointAlignmentLoss(), "b": CrossModelLoss(losses.SupConLoss()), "c": PointAlignmentLoss(2.0)}
+    loss_func = CompatibleHeadLoss(task(), head, old_losses, {"a": 1.0, "b": 5.0, "c": 0.5})
+    compared, target = head.compatible_parts(z), head.target(old)
+    expected = PointAlignmentLoss()(compared[0], ref_emb=target) + PointAlignmentLoss()(compared[2], ref_emb=target)
+    torch.testing.assert_close(loss_func.without_labels(z, old), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_without_labels_in_low_precision(dtype):
+    z, _, old = batch(dtype=torch.float32)
+    loss_func = build(dtype=torch.float32)
+    low = z.detach().to(dtype).requires_grad_()
+    loss = loss_func.without_labels(low, old.to(dtype).requires_grad_())
+    loss.backward()
+    assert loss.dtype == low.grad.dtype == dtype and torch.isfinite(low.grad).all()
+    assert loss.item() == pytest.approx(loss_func.without_labels(z, old).item(), rel=0.02)
+
+
+def test_without_labels_needs_a_term_that_reads_none():
+    z, _, old = batch(parts=1)
+    loss_func = CompatibleHeadLoss(task(), build_head(parts=1), CrossModelLoss(losses.SupConLoss()))
+    with pytest.raises(ValueError, match=r"old_losses must have a PointAlignmentLoss, .* got \['old_loss'\]"):
+        loss_func.without_labels(z, old)
+    for rows, references, message in [
+        (z[:, :3], old, "embeddings must be 9 wide, got width 3"),
+        (z / 0, old, "embeddings must be finite, row 0"),
+        (z, old[:-1], "ref_emb must be shaped like embeddings"),
+        (z, old / 0, "ref_emb must be finite, row 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build(parts=1).without_labels(rows, references)
+
+
 # Gradients.
 
 
