@@ -4,7 +4,8 @@
 - **loss step**: forward and backward of ``CompatibleHeadLoss``'s added terms at batch B, against three products:
   whitening the batch's old embeddings, a B x B contrast, its gradient;
 - **calibration**: ``MixedGallery.fit`` on M items, against its two M x M score matrices;
-- **rows**: ``MixedGallery.new_rows``, against a copy of what it writes.
+- **rows**: ``MixedGallery.new_rows``, against a copy of what it writes;
+- **backfill scores**: ``backfill_scores`` by margin of a gallery, against the product of its rows with the centres.
 
 Every time is a median of repeats that take turns in one process.
 
@@ -19,8 +20,8 @@ import torch
 from frozen_classifier import hardware
 from torch.nn.functional import normalize
 
-from pml_compat.frozen import WithinClassWhitening
-from pml_compat.gallery import MixedGallery
+from pml_compat.frozen import ClassCenters, WithinClassWhitening
+from pml_compat.gallery import MixedGallery, backfill_scores
 from pml_compat.heads import CompatibleHead
 from pml_compat.losses import CompatibleHeadLoss
 
@@ -78,6 +79,14 @@ def pairs(device, rows, batch, items):
     mixed = MixedGallery(WIDTH, WIDTH, (10.0, -5.0), (12.0, -8.0))
     written = mixed.new_rows(old)
     yield "rows", f"{rows} x {mixed.width}", lambda: mixed.new_rows(old), written.clone
+
+    centers = ClassCenters.from_embeddings(old, labels, boundary=None).centers
+    yield (
+        "backfill scores",
+        f"{rows} x {WIDTH}, {CLASSES} classes",
+        lambda: backfill_scores(old, labels),
+        lambda: [block @ centers.t() for block in old.split(8192)],
+    )
 
 
 def measure(steps, repeats, device):

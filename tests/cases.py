@@ -138,6 +138,7 @@ LOSSES: dict[str, Callable[..., torch.nn.Module]] = {
 ALIGNED: dict[str, Callable[..., torch.nn.Module]] = {
     "fct": FCTLoss,
     "fct_unit": lambda **kwargs: FCTLoss(distance=distances.LpDistance(p=2, power=2), **kwargs),
+    "fct_contrast": lambda **kwargs: FCTLoss(0.3, distance=distances.CosineSimilarity(), **kwargs),
     "fct_cosine": lambda **kwargs: FCTLoss(distance=distances.CosineSimilarity(), **kwargs),
     "fastfill": FastFillOfRows,
     "fastfill_unit": lambda **kwargs: FastFillOfRows(distance=distances.LpDistance(p=2, power=2), **kwargs),

@@ -162,6 +162,16 @@ def fct_losses(mapped, target, kind):
     return losses
 
 
+def fct_contrast(mapped, target, labels, temperature):
+    """Return what each new embedding misses of the transformed ones of its class."""
+    losses = []
+    for f, y in zip(target, labels, strict=True):
+        logits = [float(unit(f) @ unit(h)) / temperature for h in mapped]
+        positives = [cross_entropy(logits, j) for j in range(len(mapped)) if labels[j] == y]
+        losses.append(sum(positives) / len(positives))
+    return losses
+
+
 def ract_losses(new_emb, old_emb, labels, *, temperature, margin, top_k, regression, form):
     new, old = [unit(e) for e in new_emb], [unit(e) for e in old_emb]
     losses = []

@@ -222,8 +222,10 @@ class Comparison:
         likelihood = FastFillLoss(distance=LpDistance(p=2, power=2))  # of unit rows
         if method == "fastfill_likelihood":
             return likelihood
-        alignment = FCTLoss() if self.profile.fct_squared else FCTLoss(distance=CosineSimilarity())
-        if method == "fct":
+        contrast = self.profile.fct_contrast if method == "fct_contrast" else 0.0
+        distance = None if self.profile.fct_squared else CosineSimilarity()
+        alignment = FCTLoss(contrast, distance=distance)
+        if method.startswith("fct"):
             return alignment
 
         def both(

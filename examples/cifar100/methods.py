@@ -168,9 +168,18 @@ def networks_of(
         "head_classes": lambda old: head(old, terms={"class": 1.0}, asks=False),
         "head_points_classes": lambda old: head(old, terms={"point": weights["head_point"], "class": 1.0}),
         "lce_cross_model": lambda old: added(
-            cross_model(), "cross_model", LCELoss(task(), old.centers, weights["lce"])
+            cross_model(), "cross_model", LCELoss(task(), old.centers, weights["lce_beside_cross_model"])
         ),
     }
 
 
-MAPS = ("linear", "fct", "fct_side", "fastfill", "fastfill_side", "fastfill_likelihood")  # of the old gallery
+MAPS = (  # of the old gallery
+    "linear",
+    "fct",
+    "fct_side",
+    "fct_contrast",
+    "fct_contrast_side",
+    "fastfill",
+    "fastfill_side",
+    "fastfill_likelihood",
+)

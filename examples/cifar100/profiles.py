@@ -27,6 +27,7 @@ class Profile:
         fct_hidden: its hidden features.
         fct_lr: its learning rate.
         fct_squared: train it by the squared error of unit-length embeddings, in place of their cosine.
+        fct_contrast: weight of the contrast with new embeddings, for the methods that have it.
     """
 
     network: Callable[[], torch.nn.Module]
@@ -42,6 +43,7 @@ class Profile:
     fct_hidden: int = 2048
     fct_lr: float = 2e-3
     fct_squared: bool = False
+    fct_contrast: float = 0.1
 
 
 PROFILES = {
@@ -60,7 +62,8 @@ WEIGHTS = {
     "bct": 10.0,
     "bct_beside_cross_model": 3.0,
     "unibct": 10.0,
-    "lce": 1000.0,
+    "lce": 10000.0,
+    "lce_beside_cross_model": 1000.0,
     "lce_backward": 1000.0,
     "cross_model": 3.0,
     "ract": 1.0,

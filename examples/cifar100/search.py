@@ -37,7 +37,7 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
         {"cross_model": 3, "supcon_temperature": 0.05},
     ],
     "bct_cross_model": [{"bct_beside_cross_model": 3, "cross_model": 3}],
-    "lce_cross_model": [{"lce": 1000, "cross_model": 3}],
+    "lce_cross_model": [{"lce_beside_cross_model": 1000, "cross_model": 3}],
     "nccl": [{"nccl": 3, "nccl_temperature": 0.05}, {"nccl": 3, "nccl_temperature": 0.1}],
     "point_alignment": [{"point_alignment": 3}, {"point_alignment": 10}],
     "ract": [{"ract": 1}, {"ract": 3}],
@@ -49,15 +49,19 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
         {"head_point": 10, "head_contrast": 5, "head_shrinkage": 1},
     ],
 }
-FCT_SETTINGS = [{"fct_squared": True, "fct_lr": 5e-4}, {"fct_lr": 5e-4}, {"fct_lr": 2e-3}]
+PROFILE_SETTINGS: dict[str, list[dict[str, float]]] = {
+    "fct": [{"fct_squared": True, "fct_lr": 5e-4}, {"fct_lr": 5e-4}, {"fct_lr": 2e-3}],
+    "fct_contrast": [{"fct_contrast": 0.03}, {"fct_contrast": 0.1}, {"fct_contrast": 0.3}],
+}
 
 
 def main() -> None:
+    methods = [*SETTINGS, *PROFILE_SETTINGS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the data set's folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for models, embeddings, results")
     parser.add_argument("--profile", choices=list(PROFILES), default="cpu")
-    parser.add_argument("--methods", nargs="+", choices=[*SETTINGS, "fct"], default=[*SETTINGS, "fct"])
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--protocol", choices=["closed", "open"], default="closed")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--per-class", type=int, default=50, help="training images a class that are left out")
@@ -73,8 +77,9 @@ def main() -> None:
     comparison.run("old")
     comparison.run("independent")
     for method in options.methods:
-        for setting in FCT_SETTINGS if method == "fct" else SETTINGS[method]:
-            if method == "fct":
+        of_profile = method in PROFILE_SETTINGS
+        for setting in PROFILE_SETTINGS[method] if of_profile else SETTINGS[method]:
+            if of_profile:
                 comparison.profile = dataclasses.replace(profile, **setting)
             else:
                 comparison.weights = WEIGHTS | setting

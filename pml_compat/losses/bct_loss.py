@@ -28,7 +28,8 @@ class BCTLoss(TaskAndTermsLoss):
         loss: the task loss, any PML loss; it keeps its own reducer and may have parameters, which are in
             ``parameters()`` of this loss.
         old_classifier: the frozen classifier; its tensors are buffers.
-        influence_weight: the multiplier ``lambda``; 0 or more, no unit.
+        influence_weight: the multiplier ``lambda``; 0 or more, no unit. 1 is what public code has. What is best depends
+            on the scales of both losses: beside a softmax over cosines on CIFAR-100 it was 10 (``docs/cifar100.md``).
         **kwargs: ``reducer`` (for the influence term, one loss a known sample; default ``MeanReducer``),
             ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats`` both terms
             are recorded under their names, and the share of the batch that the old classifier knows as

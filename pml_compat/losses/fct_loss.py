@@ -10,6 +10,7 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import normalize
 
+from ..checks import check_labels, check_number
 from .old_rows import check_old_rows
 from .task_and_terms import per_sample
 
@@ -23,28 +24,41 @@ class FCTLoss(BaseMetricLossFunction):
     :math:`\ell_i = 1 - \cos(h_i, f_{n,i})`, for galleries that are searched by cosine and models whose embeddings
     have no meaningful length. No labels are needed, and the new model is not touched.
 
+    With a ``contrast_weight`` :math:`\lambda` each new embedding has to find the transformed ones of its class, too:
+
+    .. math:: \ell_i \mathrel{+}= - \lambda \operatorname{mean}_{j: y_j = y_i} \log \operatorname{softmax}_j
+        \cos(f_{n,i}, h_j) / \tau
+
     Args:
+        contrast_weight: :math:`\lambda`, 0 or more; above 0 labels are needed. In O(N^2 D) for a batch of N.
+        temperature: :math:`\tau`, above 0, of cosines.
         **kwargs: ``distance``: ``LpDistance(normalize_embeddings=False, p=2, power=2)`` by default, the squared error;
             with ``normalize_embeddings=True`` on unit rows; or ``CosineSimilarity()``. ``reducer`` (one loss a row,
             default ``MeanReducer``), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
     Shape:
-        - embeddings ``(N, D_new)``: what the transformation gives, carries the gradient; labels are not used
+        - embeddings ``(N, D_new)``: what the transformation gives, carries the gradient; labels ``(N,)``, read by the
+          contrast alone
         - ref_emb ``(N, D_new)``: the new model's embeddings, row i of the same item; receives no gradient
         - output: scalar of ``embeddings.dtype``
     Raises:
-        ValueError: another distance; ``ref_emb`` missing, or not of the same shape; empty, NaN or infinite; another
-            device; an ``indices_tuple``.
+        ValueError: ``contrast_weight`` < 0, ``temperature`` not above 0; another distance; ``ref_emb`` missing, or not
+            of the same shape; empty, NaN or infinite; another device; an ``indices_tuple``; labels missing where there
+            is a contrast.
     Example:
         >>> FCTLoss()(torch.tensor([[3.0, 0.0]]), ref_emb=torch.tensor([[0.0, 4.0]]))
         tensor(12.5000)
 
     Reference:
         Ramanujan et al., "Forward Compatible Training for Large-Scale Embedding Retrieval Systems", CVPR 2022.
-        The cosine form is ours.
+        The cosine form is ours. The contrast is the supervised one of Khosla et al., NeurIPS 2020; between transformed
+        and new embeddings it is in Ricci et al., arXiv:2509.16664, 2025.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, contrast_weight: float = 0.0, temperature: float = 0.1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.contrast_weight = check_number(contrast_weight, "contrast_weight", minimum=0)
+        self.temperature = check_number(temperature, "temperature", minimum=0, exclusive=True)
+        self.add_to_recordable_attributes(list_of_names=["contrast_weight", "temperature"], is_stat=False)
         distance: BaseDistance = self.distance
         power = 2 if isinstance(distance, LpDistance) else 1
         known = isinstance(distance, LpDistance | CosineSimilarity)
@@ -65,10 +79,23 @@ class FCTLoss(BaseMetricLossFunction):
         c_f.indices_tuple_not_supported(indices_tuple)
         one, other = check_old_rows(embeddings, ref_emb, whose="the new model's embeddings")
         with torch.autocast(embeddings.device.type, enabled=False):
-            if self.distance.normalize_embeddings:
+            if self.distance.normalize_embeddings or self.contrast_weight > 0:
                 # The slope at a zero row is 1 / eps, which has to be a number of the embeddings' dtype too.
                 eps = max(1e-12, torch.finfo(embeddings.dtype).tiny)
-                one, other = normalize(one, dim=1, eps=eps), normalize(other, dim=1, eps=eps)
+                unit, other_unit = normalize(one, dim=1, eps=eps), normalize(other, dim=1, eps=eps)
+            if self.distance.normalize_embeddings:
+                one, other = unit, other_unit
             losses = 1 - (one * other).sum(1) if self.distance.is_inverted else (one - other).square().mean(1)
+            if self.contrast_weight > 0:
+                labels = check_labels(labels, length=len(one)).to(one.device)
+                contrast = contrast_losses(other_unit @ unit.t() / self.temperature, labels)
+                losses = losses + self.contrast_weight * contrast
             losses = losses.to(embeddings.dtype)
         return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
+
+
+def contrast_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return what row i misses of the columns of its class, by the cross-entropy of its softmax with their share."""
+    same = labels[:, None] == labels
+    wanted = (logits * same).sum(1) / same.sum(1)
+    return logits.logsumexp(1) - wanted

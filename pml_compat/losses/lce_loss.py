@@ -54,7 +54,8 @@ class LCELoss(TaskAndTermsLoss):
         loss: the task loss, a PML loss with class weights (any PML loss with ``align_weight=0``). It keeps its own
             reducer, and its parameters are in ``parameters()`` of this loss.
         centers: centres and boundaries of the old model's embeddings of the new training set; copied, as buffers.
-        align_weight: the multiplier ``lambda_a``, 0 or more. 100 belongs to the mean over all C d entries.
+        align_weight: the multiplier ``lambda_a``, 0 or more. 100, the paper's code's, belongs to the mean over all C d
+            entries; beside a softmax over cosines on CIFAR-100 1000 to 10000 were best (``docs/cifar100.md``).
         boundary_weight: the multiplier ``lambda_b``, 0 or more.
         boundary: ``"angle"``, in radians; or ``"cosine"``, the hinge ``max(0, cos(theta) - cos(f_n, c))``.
         forward_transformation: old space to new, one of :mod:`pml_compat.transformations`; it is trained with this

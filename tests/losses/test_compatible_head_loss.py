@@ -494,7 +494,7 @@ def test_training_finds_the_old_space_beside_a_finished_model(whitened):
     old = inputs[:, :OLD] @ torch.nn.init.orthogonal_(torch.empty(OLD, OLD))
     finished = torch.nn.Linear(10, 16).requires_grad_(False)
     whitening = WithinClassWhitening.from_embeddings(old, labels) if whitened else None
-    head = CompatibleHead(16, OLD, whitening=whitening, hidden_features=64)
+    head = CompatibleHead(16, OLD, whitening=whitening, hidden_features=64, old_share=0)
     model = torch.nn.Sequential(finished, head)
     weights = {"point_loss": 10.0, "contrast_loss": 1.0}
     loss_func = CompatibleHeadLoss(losses.ContrastiveLoss(), head, weights=weights)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from pytorch_metric_learning import distances, reducers
@@ -43,6 +45,71 @@ def test_by_hand(kind, rows):
     assert loss_of(kind, reducer=reducers.SumReducer())(mapped, ref_emb=target).item() == pytest.approx(sum(rows))
     above = loss_of(kind, reducer=reducers.ThresholdReducer(low=1.5))(mapped, ref_emb=target)
     assert above.item() == pytest.approx(sum(row for row in rows if row > 1.5) / sum(row > 1.5 for row in rows))
+
+
+LABELS = torch.tensor([3, 1, 3, 2, 1, 3, 0])
+
+
+@every_distance
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("weight", "temperature"), [(0.1, 0.1), (2.0, 0.5)])
+def test_contrast_matches_naive_loop(kind, seed, weight, temperature):
+    mapped, target = pairs(seed)
+    rows = mapped.detach().numpy(), target.numpy()
+    aligned, contrast = reference.fct_losses(*rows, kind), reference.fct_contrast(*rows, LABELS.tolist(), temperature)
+    expected = [a + weight * c for a, c in zip(aligned, contrast, strict=True)]
+    loss_func = loss_of(kind, contrast_weight=weight, temperature=temperature, reducer=reducers.DoNothingReducer())
+    found = loss_func(mapped, LABELS, ref_emb=target)["loss"]["losses"]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_contrast_by_hand():
+    mapped, target = torch.tensor([[2.0, 0.0], [0.0, 5.0]]), torch.tensor([[0.0, 1.0], [0.0, 3.0]])
+    loss_func = FCTLoss(contrast_weight=0.5, temperature=0.5, distance=distances.CosineSimilarity())
+    # both new ones are on the second mapped one, cosines 0 and 1 over 0.5: the first misses log(1 + e^2), the second
+    # log(1 + e^-2), and the first is at a right angle to its own
+    expected = 0.5 * (1 + 0) + 0.5 * 0.5 * (math.log(1 + math.exp(2)) + math.log(1 + math.exp(-2)))
+    assert loss_func(mapped, torch.tensor([7, 8]), ref_emb=target).item() == pytest.approx(expected)
+    one_class = loss_func(mapped, torch.tensor([7, 7]), ref_emb=target)  # each finds half of it
+    assert one_class.item() == pytest.approx(0.5 + 0.5 * (math.log(1 + math.exp(2)) - 1))
+
+
+@every_distance
+def test_contrast_gradient(kind):
+    mapped, target = pairs()
+    loss_func = loss_of(kind, contrast_weight=0.7)
+    assert torch.autograd.gradcheck(lambda e: loss_func(e, LABELS, ref_emb=target), (mapped,))
+    target.requires_grad_()
+    loss_func(mapped, LABELS, ref_emb=target * 1.0).backward()
+    assert target.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_contrast_in_low_precision_and_at_rows_of_zero(dtype):
+    mapped, target = (rows.detach().to(dtype) for rows in pairs())
+    mapped[2], target[2], target[3] = 0, 0, 0
+    mapped.requires_grad_()
+    loss = FCTLoss(contrast_weight=1.0)(mapped, LABELS, ref_emb=target)
+    loss.backward()
+    assert loss.dtype == dtype and torch.isfinite(loss) and torch.isfinite(mapped.grad).all()
+
+
+def test_contrast_needs_labels():
+    mapped, target = pairs()
+    with pytest.raises(ValueError, match=r"labels must be given, got None"):
+        FCTLoss(contrast_weight=0.1)(mapped, ref_emb=target)
+    for options, message in [
+        ({"contrast_weight": -1.0}, r"contrast_weight must be a finite number of at least 0, got -1.0"),
+        ({"temperature": 0.0}, r"temperature must be a finite number above 0, got 0.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            FCTLoss(**options)
+
+
+def test_contrast_of_one_row_is_0():
+    mapped, target = pairs(n=1)
+    found = FCTLoss(contrast_weight=1.0)(mapped, torch.tensor([4]), ref_emb=target)
+    torch.testing.assert_close(found, FCTLoss()(mapped, ref_emb=target))
 
 
 def test_is_the_mean_squared_error_over_all_entries():
