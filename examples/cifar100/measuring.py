@@ -73,11 +73,11 @@ def measure(
     orders = {
         "": "random",
         "_worst_first": embeddings(f"{method}_uncertainty", "test"),
-        "_by_margin": backfill_scores(gallery, labels["test"]),
+        "_by_margin": None if found["gallery"] == "old" else backfill_scores(gallery, labels["test"]),
     }
 
     def curve(name: str, query: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> None:
-        """Measure a backfill in random order, by predicted errors where there are any, and by class margins."""
+        """Measure a backfill in random order, by predicted errors, and by class margins where that is of use."""
         for suffix, order in orders.items():
             if order is not None:
                 given = {"order": order, "seed": seed, "calculator": calculator, "query_ids": ids, "reference_ids": ids}

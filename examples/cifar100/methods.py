@@ -159,14 +159,17 @@ def networks_of(
         ),
         "bt2": bt2,
         "head": head,
-        "head_detached": lambda old: head(old, trunk_gradient=0.0),
+        # What the head is made of, one by one; these read stored embeddings, as a cheaper training does.
         "head_stored": lambda old: head(old, asks=False),
-        "head_one_part": lambda old: head(old, parts=1),
-        "head_not_whitened": lambda old: head(old, whitened=False),
-        "head_points": lambda old: head(old, terms={"point": weights["head_point"]}),
-        "head_contrast": lambda old: head(old, terms={"contrast": weights["head_contrast"]}, asks=False),
-        "head_classes": lambda old: head(old, terms={"class": 1.0}, asks=False),
-        "head_points_classes": lambda old: head(old, terms={"point": weights["head_point"], "class": 1.0}),
+        "head_one_part": lambda old: head(old, asks=False, parts=1),
+        "head_not_whitened": lambda old: head(old, asks=False, parts=1, whitened=False),
+        "head_points": lambda old: head(old, asks=False, terms={"point": weights["head_point"]}),
+        "head_contrast": lambda old: head(old, asks=False, terms={"contrast": weights["head_contrast"]}),
+        "head_classes": lambda old: head(old, asks=False, terms={"class": 1.0}),
+        "head_points_classes": lambda old: head(
+            old, asks=False, terms={"point": weights["head_point"], "class": 1.0}, parts=1
+        ),
+        "head_detached": lambda old: head(old, asks=False, trunk_gradient=0.0),
         "lce_cross_model": lambda old: added(
             cross_model(), "cross_model", LCELoss(task(), old.centers, weights["lce_beside_cross_model"])
         ),

@@ -88,14 +88,19 @@ class FCTLoss(BaseMetricLossFunction):
             losses = 1 - (one * other).sum(1) if self.distance.is_inverted else (one - other).square().mean(1)
             if self.contrast_weight > 0:
                 labels = check_labels(labels, length=len(one)).to(one.device)
-                contrast = contrast_losses(other_unit @ unit.t() / self.temperature, labels)
-                losses = losses + self.contrast_weight * contrast
+                losses = losses + self.contrast_weight * contrast_losses(other_unit, unit, labels, self.temperature)
             losses = losses.to(embeddings.dtype)
         return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
 
 
-def contrast_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return what row i misses of the columns of its class, by the cross-entropy of its softmax with their share."""
-    same = labels[:, None] == labels
-    wanted = (logits * same).sum(1) / same.sum(1)
-    return logits.logsumexp(1) - wanted
+def contrast_losses(
+    queries: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Return what each query misses of the rows of its class: the cross-entropy of its softmax with their share.
+
+    The mean of a query's scores within its class is its score with their mean, so that no mask of all pairs is needed.
+    """
+    _, position, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    sums = gallery.new_zeros(len(counts), gallery.shape[1]).index_add(0, position, gallery)
+    wanted = (queries * (sums / counts[:, None])[position]).sum(1)
+    return (queries @ gallery.t() / temperature).logsumexp(1) - wanted / temperature
