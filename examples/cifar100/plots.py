@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 Found = dict[str, list[dict[str, Any]]]
 
@@ -19,22 +21,43 @@ def plot_trade_off(found: Found, path: Path, metric: str = "mean_average_precisi
     def mean(method: str, pair: str) -> float:
         return 100 * statistics.fmean(one[pair][metric] for one in found[method])
 
+    points: list[tuple[str, float, float]] = []
     methods = [method for method in found if method not in ("old", "independent") and _is_drawn(method)]
     for method in methods:
         mapped = found[method][0]["gallery"] != "old"
         x, y = mean(method, "new_to_old"), mean(method, "new_to_new")
         axes.scatter(x, y, s=60, color="#d9a441" if mapped else "#d1603d", zorder=3)
-        axes.annotate(method, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9)
+        points.append((method, x, y))
     axes.axvline(mean("old", "old_to_old"), color="#555", linestyle="--", linewidth=1, label="old/old")
     axes.axhline(mean("independent", "new_to_new"), color="#2f6f8f", linestyle="--", linewidth=1, label="independent")
     axes.scatter([], [], color="#d1603d", label="gallery untouched")
     axes.scatter([], [], color="#d9a441", label="gallery transformed")
     axes.set(xlabel=f"new/old {name}, percent", ylabel=f"new/new {name}, percent")
     axes.set_title("To the right: found without re-embedding. Up: what the new model is worth by itself", fontsize=11)
-    axes.margins(x=0.1, y=0.1)
+    axes.margins(x=0.2, y=0.1)
     axes.legend(frameon=False, loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
+    _name_points(figure, points)
     figure.savefig(path, dpi=130)
+
+
+def _name_points(figure: Figure, points: list[tuple[str, float, float]]) -> None:
+    """Write each point's name where neither another name nor a point is: beside it, else further up or down."""
+    axes = figure.axes[0]
+    figure.draw_without_rendering()
+    places = axes.transData.transform([(x, y) for _, x, y in points])
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places]
+    for name, x, y in points:
+        for up, right in itertools.product((4, -12, 15, -23, 26, -34), (6, -6)):
+            side = "left" if right > 0 else "right"
+            text = axes.annotate(name, (x, y), (right, up), textcoords="offset points", fontsize=9, ha=side)
+            box = text.get_window_extent()
+            if not box.count_overlaps(taken) and box.x1 < axes.bbox.x1:
+                break
+            text.remove()
+        else:
+            axes.annotate(name, (x, y), (6, 4), textcoords="offset points", fontsize=9)
+        taken.append(box)
 
 
 def plot_backfill(found: Found, path: Path, metric: str = "precision_at_1", name: str = "top-1") -> None:
