@@ -26,9 +26,9 @@ def backfill_scores(gallery: Any, labels: Any, by: str = "margin") -> torch.Tens
     no other labels than those that the gallery answers with. ``backfill_curve(order=backfill_scores(...))`` measures
     what the order is worth.
 
-    **Only for a gallery in the new model's space**, as FCT and other transformations map it, where cosines with old
-    and new vectors mean the same. Where the gallery is untouched (BCT, LCE) the new vectors stand in front as they
-    are, and those of the worst items first harm more than a random order does (``docs/open_set.md``).
+    **Only for a gallery in the new model's space**, as FCT and other transformations map it, ranked by its cosines as
+    they are. Where the gallery is untouched (BCT, LCE), or calibrated by :class:`MixedGallery`, new vectors of the
+    worst items stand in front, and a random order is better (``docs/open_set.md``).
 
     Args:
         gallery: ``(N, D)`` tensor, array or memory map of the transformed old embeddings; of any length, finite.
