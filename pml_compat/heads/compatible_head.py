@@ -23,8 +23,10 @@ class CompatibleHead(torch.nn.Module):
 
     Every term that trains the compatible part has an own :math:`p^m`. One that repeats the old embedding and one that
     tells the classes of the training set apart hinder each other in one vector; among classes that nobody trained on
-    the mean of two has the better top-1, among those trained on one vector does better (``docs/open_set.md``). Train the head with :class:`~pml_compat.losses.CompatibleHeadLoss`, as the last layer of
-    the model or as the ``embedder`` of a PML trainer. Old and new vectors side by side in one index:
+    the mean of two has the better top-1, among those trained on one vector does better (``docs/open_set.md``).
+
+    Train the head with :class:`~pml_compat.losses.CompatibleHeadLoss`, as the last layer of the model or as the
+    ``embedder`` of a PML trainer. Old and new vectors side by side in one index:
     :class:`pml_compat.gallery.MixedGallery`.
 
     With ``whitening`` :math:`p` lives in the old space whitened by its scatter within classes, and :meth:`old_part`
