@@ -20,7 +20,7 @@ from ..checks import (
     check_same_device,
 )
 from ..files import whole_file
-from ..unit_rows import unit_rows
+from ..unit_rows import unit_rows_as_given
 
 _FORMAT = "pml_compat.MixedGallery/1"
 _BINS = 4096  # of the cosines, from -1 to 1
@@ -144,12 +144,12 @@ class MixedGallery:
             parts.append(check_matrix(embeddings, width=self.new_features))
             if len(parts[1]) != len(parts[0]):
                 raise ValueError(f"embeddings must have the rows of old_part, {len(parts[0])}, got {len(parts[1])}")
-        parts = [_unit(part) for part in parts]
+        parts = [unit_rows_as_given(part) for part in parts]
         return normalize(torch.cat([*parts, _columns(parts[0], 1.0, 0.0)], dim=1), dim=1)
 
     def old_rows(self, old_embeddings: Any) -> torch.Tensor:
         """Return unit rows ``(N, width)`` for the index, of stored old vectors ``(N, old_features)``."""
-        old = _unit(check_matrix(old_embeddings, "old_embeddings", self.old_features))
+        old = unit_rows_as_given(check_matrix(old_embeddings, "old_embeddings", self.old_features))
         slope, offset, rest = self._scaled()[0]
         nothing = old.new_zeros(len(old), self.new_features or 0)
         return torch.cat([slope * old, nothing, _columns(old, offset, rest)], dim=1)
@@ -159,7 +159,7 @@ class MixedGallery:
 
         Without a second part they are what would be the query's ``old_part``.
         """
-        new = _unit(check_matrix(embeddings, width=self.new_features or self.old_features))
+        new = unit_rows_as_given(check_matrix(embeddings, width=self.new_features or self.old_features))
         slope, offset, rest = self._scaled()[1]
         nothing = new.new_zeros(len(new), 0 if self.new_features is None else self.old_features)
         return torch.cat([nothing, slope * new, _columns(new, offset, rest)], dim=1)
@@ -199,10 +199,6 @@ class MixedGallery:
             (slope / longest, offset / longest, math.sqrt(max(0.0, 1 - (slope**2 + half**2) / longest**2)))
             for slope, offset in ((old_slope, half), (new_slope, -half))
         ]
-
-
-def _unit(rows: torch.Tensor) -> torch.Tensor:
-    return unit_rows(rows.to(torch.promote_types(rows.dtype, torch.float32)), rows.dtype).to(rows.dtype)
 
 
 def _columns(rows: torch.Tensor, *values: float) -> torch.Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import normalize
 
 from ..checks import check_integer, check_matrix, check_number, check_same_device
 from ..frozen import WithinClassWhitening
 from ..transformations.batch_norm import BatchNorm
+from ..unit_rows import unit_rows_as_given
 
 
 class CompatibleHead(torch.nn.Module):
@@ -140,7 +140,7 @@ class CompatibleHead(torch.nn.Module):
 
         ``(N, old_features + free_features)``, or with an ``old_share`` of 0 ``(N, free_features)``.
         """
-        free = _unit(self.free_part(embeddings))
+        free = unit_rows_as_given(self.free_part(embeddings))
         if self.old_share == 0:
             return free
         part = self._mean_part(embeddings)
@@ -149,12 +149,14 @@ class CompatibleHead(torch.nn.Module):
     def target(self, old_embeddings: torch.Tensor) -> torch.Tensor:
         """Return what :math:`p` aims at, unit rows ``(N, old_features)``, of old embeddings."""
         old = check_matrix(old_embeddings, "old_embeddings", self.old_features)
-        return _unit(old if self.whitening is None else self.whitening(old))
+        return unit_rows_as_given(old if self.whitening is None else self.whitening(old))
 
     def _mean_part(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the mean direction of the parts, unit rows."""
         parts = self.compatible_parts(embeddings)
-        return _unit(parts[0] if len(parts) == 1 else torch.stack([_unit(part) for part in parts]).sum(0))
+        return unit_rows_as_given(
+            parts[0] if len(parts) == 1 else torch.stack([unit_rows_as_given(part) for part in parts]).sum(0)
+        )
 
     def extra_repr(self) -> str:
         """Show the widths, as torch's own modules do."""
@@ -162,11 +164,6 @@ class CompatibleHead(torch.nn.Module):
             f"in_features={self.in_features}, old_features={self.old_features}, free_features={self.free_features}, "
             f"parts={self.parts}, old_share={self.old_share:g}, trunk_gradient={self.trunk_gradient:g}"
         )
-
-
-def _unit(rows: torch.Tensor) -> torch.Tensor:
-    """Return rows of length 1; a row of 0 stays 0, in float16 too, which has no number to keep 0 / 0 away with."""
-    return normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1).to(rows.dtype)
 
 
 def _free_features(free: torch.nn.Module | None, given: int | None, in_features: int) -> int:
