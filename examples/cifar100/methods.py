@@ -12,7 +12,7 @@ from profiles import Profile
 from pytorch_metric_learning.losses import SupConLoss
 from training import task_loss
 
-from pml_compat.frozen import ClassCenters, FrozenClassifier, WithinClassWhitening
+from pml_compat.frozen import ClassCenters, FrozenClassifier, WithinClassWhitening, fit_centers
 from pml_compat.heads import BasisTransformation, CompatibleHead
 from pml_compat.losses import (
     AdvBCTLoss,
@@ -93,6 +93,12 @@ def networks_of(
     def pseudo(old: OldSystem) -> FrozenClassifier:
         return FrozenClassifier.from_centers(old.centers, scale=weights["pseudo_scale"])
 
+    def fitted(old: OldSystem) -> ClassCenters:
+        return fit_centers(old.embeddings, old.labels, scale=weights["pseudo_scale"], progress=False)
+
+    def fitted_classifier(old: OldSystem) -> FrozenClassifier:
+        return FrozenClassifier.from_centers(fitted(old), scale=weights["pseudo_scale"])
+
     def cross_model() -> torch.nn.Module:
         return CrossModelLoss(SupConLoss(temperature=weights["supcon_temperature"]))
 
@@ -140,11 +146,13 @@ def networks_of(
         "independent": lambda old: Training(task()),
         "bct": lambda old: Training(BCTLoss(task(), pseudo(old), weights["bct"])),
         "bct_paper": lambda old: Training(BCTLoss(task(), pseudo(old))),
+        "bct_fitted": lambda old: Training(BCTLoss(task(), fitted_classifier(old), weights["bct"])),
         "unibct": lambda old: Training(
             UniBCTLoss(task(), old.centers, weights["unibct"], scale=weights["pseudo_scale"])
         ),
         "lce": lambda old: Training(LCELoss(task(), old.centers, weights["lce"])),
         "lce_paper": lambda old: Training(LCELoss(task(), old.centers)),
+        "lce_fitted": lambda old: Training(LCELoss(task(), fitted(old), weights["lce"])),
         "lce_backward": lce_backward,
         "cross_model": lambda old: added(cross_model(), "cross_model"),
         "ract": lambda old: added(RACTLoss(temperature=weights["ract_temperature"]), "ract"),

@@ -28,7 +28,9 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
         {"bct": 10, "pseudo_scale": 32},
         {"bct": 30},
     ],
+    "bct_fitted": [{"bct": 3}, {"bct": 10}],
     "lce": [{"lce": 100}, {"lce": 1000}, {"lce": 10000}],
+    "lce_fitted": [{"lce": 10000}],
     "cross_model": [
         {"cross_model": 1},
         {"cross_model": 3},

@@ -6,6 +6,7 @@ from .classifier import FrozenClassifier
 from .credible import credible_mask
 from .embeddings import FrozenEmbeddings
 from .fingerprint import model_fingerprint
+from .fit_centers import fit_centers
 from .model import FrozenModel
 from .old_embedding_dataset import OldEmbeddingDataset, data_and_label
 from .prototypes import refine_prototypes
@@ -21,6 +22,7 @@ __all__ = [
     "class_weights",
     "credible_mask",
     "data_and_label",
+    "fit_centers",
     "model_fingerprint",
     "refine_prototypes",
 ]

@@ -102,14 +102,7 @@ class ClassCenters(torch.nn.Module):
         Raises:
             ValueError: empty, NaN or infinite, lengths that differ, unknown ``boundary``, a class whose mean is 0.
         """
-        if isinstance(embeddings, torch.Tensor):
-            check_matrix(embeddings, "embeddings")
-        elif getattr(embeddings, "ndim", None) != 2:
-            raise ValueError(f"embeddings must be an (N, D) tensor or array, got {type(embeddings).__name__}")
-        labels = check_labels(labels, length=len(embeddings))
-        starts = range(0, len(embeddings), _BATCH_ROWS)
-        batches = [(embeddings[s : s + _BATCH_ROWS], labels[s : s + _BATCH_ROWS]) for s in starts]
-        return cls.from_batches(batches, normalize=normalize, boundary=boundary)
+        return cls.from_batches(in_pieces(embeddings, labels), normalize=normalize, boundary=boundary)
 
     @classmethod
     def from_batches(
@@ -132,8 +125,7 @@ class ClassCenters(torch.nn.Module):
             ValueError: as :meth:`from_embeddings`; a one-shot iterator with a ``boundary``; a second reading with
                 other samples than the first.
         """
-        if boundary not in ("max", "iqr", None):
-            raise ValueError(f"boundary must be 'max', 'iqr' or None, got {boundary!r}")
+        check_boundary(boundary)
         if boundary is not None and isinstance(batches, Iterator):
             raise ValueError(
                 "batches must be readable twice to measure boundaries, got a one-shot iterator; "
@@ -143,7 +135,7 @@ class ClassCenters(torch.nn.Module):
         centers = _unit_centers(sums, labels)
         boundaries = None
         if boundary is not None:
-            boundaries = _measure_boundaries(batches, centers, LabelMap(labels), counts, boundary)
+            boundaries = measure_boundaries(batches, centers, LabelMap(labels), counts, boundary)
         return cls(centers.to(dtype), labels, boundaries, counts)
 
     def summary(self) -> CentersSummary:
@@ -247,7 +239,24 @@ def _sum_classes(
     return sums[order], labels[order], counts[order], dtype
 
 
-def _measure_boundaries(
+def check_boundary(boundary: Any) -> None:
+    """Raise a ValueError where ``boundary`` is no way to measure one."""
+    if boundary not in ("max", "iqr", None):
+        raise ValueError(f"boundary must be 'max', 'iqr' or None, got {boundary!r}")
+
+
+def in_pieces(embeddings: Any, labels: Any) -> list[tuple[Any, torch.Tensor]]:
+    """Return slices of stored embeddings with their labels; those of a memory map stay on disk until they are read."""
+    if isinstance(embeddings, torch.Tensor):
+        check_matrix(embeddings, "embeddings")
+    elif len(getattr(embeddings, "shape", ())) != 2:
+        raise ValueError(f"embeddings must be an (N, D) tensor or array, got {type(embeddings).__name__}")
+    labels = check_labels(labels, length=len(embeddings))
+    starts = range(0, len(embeddings), _BATCH_ROWS)
+    return [(embeddings[s : s + _BATCH_ROWS], labels[s : s + _BATCH_ROWS]) for s in starts]
+
+
+def measure_boundaries(
     batches: Iterable[tuple[Any, Any]],
     centers: torch.Tensor,
     label_map: LabelMap,

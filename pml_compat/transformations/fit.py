@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..checks import as_tensor, check_integer, check_labels, check_number
+from ..checks import check_integer, check_labels, check_number
 from ..files import load_tensors, save_tensors
+from ..stored_rows import stored_rows
 from .base import Transformation, describe
 from .fastfill import gaussian_losses
 
@@ -169,17 +170,11 @@ class _Rows:
         if views is None:
             return None
         if len(views) == 1:
-            rows = _take(views[0], index, name)
+            rows = stored_rows(views[0], index, name)
         else:
             parts = [(view == v).nonzero()[:, 0] for v in range(len(views))]
-            rows = torch.cat([_take(views[v], index[part], name) for v, part in enumerate(parts) if len(part)])
+            rows = torch.cat([stored_rows(views[v], index[part], name) for v, part in enumerate(parts) if len(part)])
             rows = rows[torch.argsort(torch.cat(parts))]
-        if not bool(torch.isfinite(rows).all()):
-            bad = int((~torch.isfinite(rows)).any(1).nonzero()[0])
-            raise ValueError(
-                f"{name} must be finite, row {int(index[bad])} has a NaN or an infinity; "
-                "look for a diverged training, a division by zero or a broken file"
-            )
         return rows.to(self.weight.device, self.weight.dtype)
 
 
@@ -333,14 +328,6 @@ def _as_views(value: Any, name: str) -> list[Any]:
     if not views or not all(hasattr(view, "shape") and hasattr(view, "__getitem__") for view in views):
         raise ValueError(f"{name} must be an (N, D) array or a list of them, got {[type(v).__name__ for v in views]}")
     return views
-
-
-def _take(array: Any, index: torch.Tensor, name: str) -> torch.Tensor:
-    if isinstance(array, np.ndarray):  # fancy indexing copies, so that a read-only memory map is only read
-        return as_tensor(np.asarray(array[index.numpy()]), name)
-    if isinstance(array, torch.Tensor):
-        return array.detach()[index.to(array.device)]
-    return as_tensor(array[index], name)
 
 
 def _schedule(epoch: int, epochs: int, warmup: int) -> float:
