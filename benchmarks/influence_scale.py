@@ -10,12 +10,12 @@ import argparse
 import statistics
 
 import torch
-from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from pml_compat.accuracy import compatibility_matrix
 from pml_compat.cli import demo_models as demo
+from pml_compat.cli.demo_methods import task_loss
 from pml_compat.frozen import ClassCenters, FrozenClassifier
 from pml_compat.losses import BCTLoss
 
@@ -24,10 +24,6 @@ def fit(channels, width, loss_func, images, labels, epochs, batch_size):
     model = demo.network(channels, width)
     demo.train(model, loss_func, images, labels, epochs, batch_size)
     return model
-
-
-def softmax_loss(classes, width):
-    return NormalizedSoftmaxLoss(classes, width, temperature=demo.TEMPERATURE)
 
 
 def main():
@@ -46,14 +42,14 @@ def main():
             train, test = demo.split_in_half(labels, seed)
             x, y = images[train], labels[train]
             few = torch.cat([(y == c).nonzero()[: demo.OLD_IMAGES_PER_CLASS, 0] for c in range(demo.OLD_CLASSES)])
-            old_loss = softmax_loss(demo.OLD_CLASSES, demo.OLD_WIDTH)
+            old_loss = task_loss(demo.OLD_CLASSES, demo.OLD_WIDTH)
             old = fit(demo.OLD_CHANNELS, demo.OLD_WIDTH, old_loss, x[few], y[few], demo.OLD_EPOCHS, demo.OLD_BATCH)
             centers = ClassCenters.from_embeddings(demo.embed(old, x), y)
             embeddings = {"old": demo.embed(old, images[test])}
             for scale, weight in settings:
                 torch.manual_seed(seed)
                 classifier = FrozenClassifier.from_centers(centers, scale=scale)
-                loss_func = BCTLoss(softmax_loss(10, demo.NEW_WIDTH), classifier, weight)
+                loss_func = BCTLoss(task_loss(10, demo.NEW_WIDTH), classifier, weight)
                 model = fit(demo.NEW_CHANNELS, demo.NEW_WIDTH, loss_func, x, y, demo.NEW_EPOCHS, demo.NEW_BATCH)
                 embeddings["new"] = demo.embed(model, images[test])
                 matrix = compatibility_matrix(embeddings, labels[test])

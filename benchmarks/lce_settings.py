@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pml_compat.accuracy import compatibility_matrix
 from pml_compat.cli import demo_models as demo
+from pml_compat.cli.demo_methods import task_loss
 from pml_compat.frozen import ClassCenters, class_weights
 from pml_compat.losses import LCELoss
 
@@ -55,7 +56,7 @@ def main():
             x, y = images[train], labels[train]
             few = torch.cat([(y == c).nonzero()[: demo.OLD_IMAGES_PER_CLASS, 0] for c in range(demo.OLD_CLASSES)])
             old = demo.network(demo.OLD_CHANNELS, WIDTH)
-            old_loss = NormalizedSoftmaxLoss(demo.OLD_CLASSES, WIDTH, temperature=demo.TEMPERATURE)
+            old_loss = task_loss(demo.OLD_CLASSES, WIDTH)
             demo.train(old, old_loss, x[few], y[few], demo.OLD_EPOCHS, demo.OLD_BATCH)
             centers = ClassCenters.from_embeddings(demo.embed(old, x), y)
             embeddings = {"old": demo.embed(old, images[test])}
