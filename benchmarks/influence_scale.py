@@ -1,7 +1,8 @@
 """How soft should the old classifier be? New/old accuracy on digits by cosine scale and influence weight.
 
 Everything is as in `pml-compat demo`, on seeds the demo does not use, but for the old classifier: class centres as
-cosine rows (`FrozenClassifier.from_centers`) at several scales, under several influence weights.
+cosine rows (`FrozenClassifier.from_centers`) at several scales, under several influence weights; with `--fit`,
+directions fitted to the old embeddings at the same scale in their place.
 
     python benchmarks/influence_scale.py
 """
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from pml_compat.accuracy import compatibility_matrix
 from pml_compat.cli import demo_models as demo
 from pml_compat.cli.demo_methods import task_loss
-from pml_compat.frozen import ClassCenters, FrozenClassifier
+from pml_compat.frozen import ClassCenters, FrozenClassifier, fit_centers
 from pml_compat.losses import BCTLoss
 
 
@@ -31,6 +32,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--scales", type=float, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--weights", type=float, nargs="+", default=[1, 3])
+    parser.add_argument("--fit", action="store_true", help="fit_centers at each scale, in place of class means")
     options = parser.parse_args()
     digits = load_digits()
     images, labels = torch.tensor(digits.images[:, None] / 16, dtype=torch.float32), torch.tensor(digits.target)
@@ -44,9 +46,12 @@ def main():
             few = torch.cat([(y == c).nonzero()[: demo.OLD_IMAGES_PER_CLASS, 0] for c in range(demo.OLD_CLASSES)])
             old_loss = task_loss(demo.OLD_CLASSES, demo.OLD_WIDTH)
             old = fit(demo.OLD_CHANNELS, demo.OLD_WIDTH, old_loss, x[few], y[few], demo.OLD_EPOCHS, demo.OLD_BATCH)
-            centers = ClassCenters.from_embeddings(demo.embed(old, x), y)
+            old_train = demo.embed(old, x)
+            centers = ClassCenters.from_embeddings(old_train, y)
             embeddings = {"old": demo.embed(old, images[test])}
             for scale, weight in settings:
+                if options.fit:
+                    centers = fit_centers(old_train, y, scale=scale, progress=False)
                 torch.manual_seed(seed)
                 classifier = FrozenClassifier.from_centers(centers, scale=scale)
                 loss_func = BCTLoss(task_loss(10, demo.NEW_WIDTH), classifier, weight)

@@ -82,7 +82,7 @@ class CompatibleHead(torch.nn.Module):
         whitening: WithinClassWhitening | None = None,
         hidden_features: int = 512,
         old_share: float = 0.3,
-        trunk_gradient: float = 0.3,
+        trunk_gradient: float = 0.1,
         parts: int = 2,
     ) -> None:
         super().__init__()
