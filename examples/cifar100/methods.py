@@ -126,7 +126,7 @@ def networks_of(
         **options: Any,
     ) -> Training:
         terms = terms or {"point": weights["head_point"], "contrast": weights["head_contrast"]}
-        options = {"parts": len(terms)} | options
+        options = {"parts": len(terms), "trunk_gradient": weights["head_trunk_gradient"]} | options
         whitening = WithinClassWhitening.from_embeddings(
             old.embeddings, old.labels, shrinkage=weights["head_shrinkage"]
         )
@@ -141,6 +141,9 @@ def networks_of(
         }
         chosen = {name: old_losses[name] for name in terms}
         return Training(CompatibleHeadLoss(task(), last, chosen, terms), () if asks else ("old",), last, asks)
+
+    def stored_head(old: OldSystem, **options: Any) -> Training:
+        return head(old, asks=False, trunk_gradient=0.3, **options)
 
     return {
         "independent": lambda old: Training(task()),
@@ -167,16 +170,15 @@ def networks_of(
         ),
         "bt2": bt2,
         "head": head,
-        # What the head is made of, one by one; these read stored embeddings, as a cheaper training does.
-        "head_stored": lambda old: head(old, asks=False),
-        "head_one_part": lambda old: head(old, asks=False, parts=1),
-        "head_not_whitened": lambda old: head(old, asks=False, parts=1, whitened=False),
-        "head_points": lambda old: head(old, asks=False, terms={"point": weights["head_point"]}),
-        "head_contrast": lambda old: head(old, asks=False, terms={"contrast": weights["head_contrast"]}),
-        "head_classes": lambda old: head(old, asks=False, terms={"class": 1.0}),
-        "head_points_classes": lambda old: head(
-            old, asks=False, terms={"point": weights["head_point"], "class": 1.0}, parts=1
-        ),
+        # What the head is made of, one by one. All but the first read stored embeddings, as a cheaper training does.
+        "head_more_trunk": lambda old: head(old, trunk_gradient=0.3),
+        "head_stored": lambda old: stored_head(old),
+        "head_one_part": lambda old: stored_head(old, parts=1),
+        "head_not_whitened": lambda old: stored_head(old, parts=1, whitened=False),
+        "head_points": lambda old: stored_head(old, terms={"point": weights["head_point"]}),
+        "head_contrast": lambda old: stored_head(old, terms={"contrast": weights["head_contrast"]}),
+        "head_classes": lambda old: stored_head(old, terms={"class": 1.0}),
+        "head_points_classes": lambda old: stored_head(old, terms={"point": weights["head_point"], "class": 1.0}),
         "head_detached": lambda old: head(old, asks=False, trunk_gradient=0.0),
         "lce_cross_model": lambda old: added(
             cross_model(), "cross_model", LCELoss(task(), old.centers, weights["lce_beside_cross_model"])

@@ -77,4 +77,5 @@ WEIGHTS = {
     "head_point": 10.0,
     "head_contrast": 5.0,
     "head_shrinkage": 0.1,
+    "head_trunk_gradient": 0.1,
 }

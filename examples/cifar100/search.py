@@ -49,6 +49,8 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
         {"head_point": 10, "head_contrast": 10},
         {"head_point": 3, "head_contrast": 5},
         {"head_point": 10, "head_contrast": 5, "head_shrinkage": 1},
+        {"head_point": 10, "head_contrast": 5, "head_trunk_gradient": 0.3},
+        {"head_point": 10, "head_contrast": 5, "head_trunk_gradient": 1},
     ],
 }
 PROFILE_SETTINGS: dict[str, list[dict[str, float]]] = {
