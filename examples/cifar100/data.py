@@ -120,11 +120,11 @@ def augment(images: torch.Tensor, flip: bool = True) -> torch.Tensor:
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def mix(images: torch.Tensor, count: int) -> torch.Tensor:
-    """Return ``count`` mixtures of two images each: of no class, but a model can be asked about them all the same."""
-    others = torch.randperm(len(images), device=images.device)[:count]
-    share = 0.5 + 0.5 * torch.rand(count, 1, 1, 1, device=images.device)
-    return share * images[:count] + (1 - share) * images[others]
+def mix(images: torch.Tensor) -> torch.Tensor:
+    """Return mixtures of each image and another: of no class, but a model can be asked about them all the same."""
+    others = images[torch.randperm(len(images), device=images.device)]
+    share = 0.5 + 0.5 * torch.rand(len(images), 1, 1, 1, device=images.device)
+    return share * images + (1 - share) * others
 
 
 def scaled(images: torch.Tensor, size: int | None = None) -> torch.Tensor:

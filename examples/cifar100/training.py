@@ -34,16 +34,15 @@ def train(
     """Train a model and its loss.
 
     Stored embeddings of the same images, by model, go to a loss that reads them. With an ``old_model`` it is asked
-    instead, about the very views that the new one sees and about mixtures of them, which have no label.
+    instead, about the very views that the new one sees and about as many mixtures of them, which have no label.
     """
 
     def loss_beside(old_model: FrozenModel, index: torch.Tensor) -> torch.Tensor:
         views = augment(data.images[index], profile.flip)
-        n, unlabelled = len(views), len(views) // 2
-        views = torch.cat([views, mix(views, unlabelled)])
+        n, views = len(views), torch.cat([views, mix(views)])
         new, old = (embed_batch(network, views, profile) for network in (model, old_model))
         labelled = loss_func(new[:n], data.labels[index], ref_emb=old[:n])
-        return labelled + unlabelled / n * loss_func.without_labels(new[n:], ref_emb=old[n:])
+        return labelled + loss_func.without_labels(new[n:], ref_emb=old[n:])
 
     def loss_of(index: torch.Tensor) -> torch.Tensor:
         if old_model is not None:
