@@ -170,8 +170,7 @@ def networks_of(
         ),
         "bt2": bt2,
         "head": head,
-        # What the head is made of, one by one. All but the first read stored embeddings, as a cheaper training does.
-        "head_more_trunk": lambda old: head(old, trunk_gradient=0.3),
+        # What the head is made of, one by one; these read stored embeddings, as a cheaper training does.
         "head_stored": lambda old: stored_head(old),
         "head_one_part": lambda old: stored_head(old, parts=1),
         "head_not_whitened": lambda old: stored_head(old, parts=1, whitened=False),
