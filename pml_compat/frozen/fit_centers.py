@@ -62,7 +62,7 @@ def fit_centers(
         (torch.Size([3, 4]), tensor([0, 1, 2]))
 
     Reference:
-        Ours. Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020, sec. 3.3, take the mean
+        Ours. Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020, take the mean
         for a class that the old classifier lacks. With these directions BCT and LCE gained more top-1 and less mAP than
         with means among 100 classes (``docs/cifar100.md``), and among 10 lost both at a scale of 16 and gained mAP at 4
         (``benchmarks/influence_scale.py --fit``).
@@ -78,7 +78,7 @@ def fit_centers(
     targets = means.index_of(check_labels(labels).to(means.labels.device))
     counts = torch.bincount(targets)
     targets = targets.to(device)
-    weight = means.centers.to(device, copy=True).requires_grad_()
+    weight = means.centers.to(device).requires_grad_()
     optimizer = torch.optim.Adam([weight], lr)
     steps = math.ceil(len(targets) / batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
