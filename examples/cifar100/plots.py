@@ -79,7 +79,8 @@ def plot_backfill(found: Found, path: Path, metric: str = "precision_at_1", name
     axes.text(100, old, "old/old", ha="right", va="bottom", fontsize=9)
     axes.set(xlabel="share of the gallery re-embedded, percent", ylabel=f"{name} of new queries, percent")
     lines.sort(key=lambda entry: -entry[0])
-    axes.legend(handles=[line for _, line in lines], frameon=False, fontsize=9)
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes.legend(handles=[line for _, line in lines], frameon=False, fontsize=9, **beside)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
