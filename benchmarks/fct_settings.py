@@ -11,10 +11,12 @@ import argparse
 import statistics
 
 import torch
+from pytorch_metric_learning.distances import CosineSimilarity
 from sklearn.datasets import load_digits
 
 from pml_compat.accuracy import CrossModelAccuracyCalculator, update_gain
 from pml_compat.cli import demo_models as demo
+from pml_compat.losses import FCTLoss
 from pml_compat.transformations import FCTTransformation, LinearTransformation, fit_transformation
 
 METRICS = ("precision_at_1", "mean_average_precision")
@@ -59,13 +61,22 @@ def main(seeds):
 
         linear = LinearTransformation(demo.OLD_WIDTH, demo.NEW_WIDTH).fit(one["old"], one["new"])
         add("linear, closed form", linear.apply_to(two["old"], progress=False))
-        default = {"hidden": demo.FCT_HIDDEN, "lr": demo.FCT_LEARNING_RATE, "epochs": demo.FCT_EPOCHS, "side": None}
+        default = {
+            "hidden": demo.FCT_HIDDEN,
+            "lr": demo.FCT_LEARNING_RATE,
+            "epochs": demo.FCT_EPOCHS,
+            "side": None,
+            "loss": None,
+        }
         for name, change in {
             "FCT (demo)": {},
             "FCT, hidden 128": {"hidden": 128},
             "FCT, hidden 2048 (paper)": {"hidden": 2048},
             "FCT, lr x 4": {"lr": 4 * demo.FCT_LEARNING_RATE},
             "FCT, 80 epochs": {"epochs": 80},
+            "FCT, cosine": {"loss": FCTLoss(distance=CosineSimilarity())},
+            "FCT, cosine and contrast, temperature 0.1": {"loss": FCTLoss(0.1, 0.1, distance=CosineSimilarity())},
+            "FCT, cosine and contrast, temperature 0.02": {"loss": FCTLoss(0.1, 0.02, distance=CosineSimilarity())},
             "FCT, side-information from all training images (demo)": {"side": "side"},
             "FCT, side-information from the old model's images": {"side": "side of old"},
         }.items():
@@ -80,6 +91,8 @@ def main(seeds):
                 one["old"],
                 one["new"],
                 one[side] if side else None,
+                labels=labels[train],
+                loss=setting["loss"],
                 epochs=setting["epochs"],
                 lr=setting["lr"],
                 batch_size=demo.FCT_BATCH,

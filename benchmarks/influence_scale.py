@@ -5,6 +5,7 @@ cosine rows (`FrozenClassifier.from_centers`) at several scales, under several i
 directions fitted to the old embeddings at the same scale in their place.
 
     python benchmarks/influence_scale.py
+    python benchmarks/influence_scale.py --fit
 """
 
 import argparse
@@ -47,11 +48,10 @@ def main():
             old_loss = task_loss(demo.OLD_CLASSES, demo.OLD_WIDTH)
             old = fit(demo.OLD_CHANNELS, demo.OLD_WIDTH, old_loss, x[few], y[few], demo.OLD_EPOCHS, demo.OLD_BATCH)
             old_train = demo.embed(old, x)
-            centers = ClassCenters.from_embeddings(old_train, y)
+            means = ClassCenters.from_embeddings(old_train, y)
             embeddings = {"old": demo.embed(old, images[test])}
             for scale, weight in settings:
-                if options.fit:
-                    centers = fit_centers(old_train, y, scale=scale, progress=False)
+                centers = fit_centers(old_train, y, scale=scale, progress=False) if options.fit else means
                 torch.manual_seed(seed)
                 classifier = FrozenClassifier.from_centers(centers, scale=scale)
                 loss_func = BCTLoss(task_loss(10, demo.NEW_WIDTH), classifier, weight)

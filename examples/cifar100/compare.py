@@ -224,7 +224,7 @@ class Comparison:
             return likelihood
         contrast = self.profile.fct_contrast if method == "fct_contrast" else 0.0
         distance = None if self.profile.fct_squared else CosineSimilarity()
-        alignment = FCTLoss(contrast, distance=distance)
+        alignment = FCTLoss(contrast, self.profile.fct_temperature, distance=distance)
         if method.startswith("fct"):
             return alignment
 

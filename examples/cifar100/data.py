@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +119,20 @@ def augment(images: torch.Tensor, flip: bool = True) -> torch.Tensor:
         columns = torch.where(torch.rand(n, 1, device=images.device) < 0.5, columns, columns.flip(1))
     batch = torch.arange(n, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def crop(images: torch.Tensor, flip: bool = True) -> torch.Tensor:
+    """Enlarge a part of each image, a quarter to all of its area and up to a third longer one way, and flip half."""
+    n, device = len(images), images.device
+    area = torch.empty(n, device=device).uniform_(0.25, 1)
+    ratio = torch.empty(n, device=device).uniform_(-math.log(4 / 3), math.log(4 / 3)).exp()
+    size = torch.stack([area * ratio, area / ratio], dim=1).sqrt().clamp(max=1)  # of the whole image's width, height
+    center = (1 - size) * torch.empty(n, 2, device=device).uniform_(-1, 1)
+    maps = torch.cat([torch.diag_embed(size), center[:, :, None]], dim=2)
+    if flip:
+        maps[:, 0, 0] *= 2 * torch.randint(2, (n,), device=device) - 1
+    grid = torch.nn.functional.affine_grid(maps, list(images.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
 def mix(images: torch.Tensor) -> torch.Tensor:

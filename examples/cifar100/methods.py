@@ -171,7 +171,7 @@ def networks_of(
         "bt2": bt2,
         "head": head,
         # What the head is made of, one by one; these read stored embeddings, as a cheaper training does.
-        "head_stored": lambda old: stored_head(old),
+        "head_stored": stored_head,
         "head_one_part": lambda old: stored_head(old, parts=1),
         "head_not_whitened": lambda old: stored_head(old, parts=1, whitened=False),
         "head_points": lambda old: stored_head(old, terms={"point": weights["head_point"]}),

@@ -28,6 +28,7 @@ class Profile:
         fct_lr: its learning rate.
         fct_squared: train it by the squared error of unit-length embeddings, in place of their cosine.
         fct_contrast: weight of the contrast with new embeddings, for the methods that have it.
+        fct_temperature: its temperature, of cosines.
     """
 
     network: Callable[[], torch.nn.Module]
@@ -43,12 +44,13 @@ class Profile:
     fct_hidden: int = 2048
     fct_lr: float = 2e-3
     fct_squared: bool = False
-    fct_contrast: float = 0.1
+    fct_contrast: float = 0.3
+    fct_temperature: float = 0.02
 
 
 PROFILES = {
     "cpu": Profile(
-        resnet8, None, 6, side_epochs=6, batch_size=128, lr=0.1, weight_decay=5e-4, fct_epochs=30, fct_hidden=512
+        resnet8, None, 6, side_epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4, fct_epochs=30, fct_hidden=512
     ),
     "gpu": Profile(resnet18, None, 30, side_epochs=100, batch_size=256, lr=0.2, weight_decay=5e-4),
     "paper": Profile(resnet50, 224, 100, side_epochs=200, batch_size=1024, lr=1.024, weight_decay=2**-15),

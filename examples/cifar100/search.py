@@ -2,7 +2,7 @@
 
 50 training images of each class are left out of all training, and are query and gallery. In the open protocol query and
 gallery are the images of classes that the comparison never tests. One seed and fewer epochs than the comparison's; the
-first setting of a method is its paper's or the library's default.
+paper's or the library's default is among a method's settings.
 
     python examples/cifar100/search.py --data DATA --out runs/settings --epochs 5
 """
@@ -55,7 +55,17 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
 }
 PROFILE_SETTINGS: dict[str, list[dict[str, float]]] = {
     "fct": [{"fct_squared": True, "fct_lr": 5e-4}, {"fct_lr": 5e-4}, {"fct_lr": 2e-3}],
-    "fct_contrast": [{"fct_contrast": 0.03}, {"fct_contrast": 0.1}, {"fct_contrast": 0.3}],
+    "fct_contrast": [
+        {"fct_contrast": 0.1, "fct_temperature": 0.1},
+        {"fct_contrast": 0.3, "fct_temperature": 0.1},
+        {"fct_contrast": 0.1, "fct_temperature": 0.05},
+        {"fct_contrast": 0.1, "fct_temperature": 0.02},
+        {"fct_contrast": 0.3, "fct_temperature": 0.02},
+        {"fct_contrast": 0.1, "fct_temperature": 0.01},
+        {"fct_contrast": 0.3, "fct_temperature": 0.01},
+    ],
+    "fct_side": [{"fct_lr": 2e-3}],
+    "fct_contrast_side": [{"fct_contrast": 0.3, "fct_temperature": 0.02}],
 }
 
 

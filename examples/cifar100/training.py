@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from data import Images, augment, mix, scaled
+from data import Images, augment, crop, mix, scaled
 from profiles import Profile
 from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
 from tqdm import tqdm
@@ -57,14 +57,14 @@ def train(
 
 
 def train_without_labels(model: torch.nn.Module, data: Images, profile: Profile, name: str) -> None:
-    """SimCLR: of all views in a batch, each finds the other one of its own image."""
+    """SimCLR: of all crops in a batch, each finds the other one of its own image."""
     with torch.no_grad():
         width = embed_batch(model, data.images[:2], profile).shape[1]
     head = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, width))
     both = torch.nn.Sequential(model, head.to(data.images.device))
 
     def loss_of(index: torch.Tensor) -> torch.Tensor:
-        views = [recolor(augment(data.images[index], profile.flip)) for _ in range(2)]
+        views = [recolor(crop(data.images[index], profile.flip)) for _ in range(2)]
         return info_nce(embed_batch(both, torch.cat(views), profile))
 
     _run(both, torch.nn.Module(), loss_of, len(data), profile, profile.side_epochs, name)

@@ -31,7 +31,8 @@ def backfill_scores(gallery: Any, labels: Any, by: str = "margin") -> torch.Tens
     worst items stand in front, and a random order is better (``docs/open_set.md``).
 
     Args:
-        gallery: ``(N, D)`` tensor, array or memory map of the transformed old embeddings; of any length, finite.
+        gallery: ``(N, D)`` tensor, array or memory map of the transformed old embeddings; of any length, finite. Not of
+            a map that was trained with ``FCTLoss``'s contrast: new vectors among such rows harm, these most.
         labels: ``(N,)``, of the gallery.
         by: ``"margin"``, the first formula, in O(N C D) for C classes; ``"distance"``, the second, in O(N D).
     Shape:

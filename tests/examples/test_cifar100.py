@@ -32,6 +32,29 @@ def run(script, *arguments):
     return done.stdout
 
 
+def test_crops_are_parts_of_their_image():
+    code = """
+import torch
+from data import crop
+torch.manual_seed(0)
+columns = torch.arange(32).expand(400, 32, 32)
+images = torch.stack([columns, columns.transpose(1, 2)], dim=1)  # of where each pixel was
+found = crop(images, flip=False)
+assert found.shape == (400, 2, 32, 32) and 0 <= found.min() and found.max() <= 31
+assert (found[:, 0].diff(dim=2) >= 0).all() and (found[:, 1].diff(dim=1) >= 0).all()  # not mirrored
+first, last = found[:, :, 0, 0], found[:, :, 31, 31]
+width, height = ((last - first) / 31).unbind(1)
+assert 0.24 < (width * height).min() < 0.3 and (width * height).max() > 0.9
+assert 0.74 < (width / height).min() < 0.8 and 1.25 < (width / height).max() < 1.34
+for side in range(2):  # from everywhere
+    assert first[:, side].min() < 1 and first[:, side].max() > 12 and last[:, side].min() < 19
+flipped = crop(images)[:, 0]
+assert 150 < (flipped[:, 0, 31] < flipped[:, 0, 0]).sum() < 250
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_every_method_goes_through_and_nothing_is_done_twice(data, tmp_path):
     arguments = ["--data", data, "--out", tmp_path, "--epochs", 2, "--side-epochs", 1, "--fct-epochs", 2]
