@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partialmethod
 from typing import Any
 
-import numpy as np
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.accuracy_calculator import (
@@ -18,12 +16,9 @@ from pytorch_metric_learning.utils.accuracy_calculator import (
 )
 from pytorch_metric_learning.utils.inference import FaissKMeans
 
-from ..checks import as_tensor, check_embeddings
-from ..width import fit_width
-from .gallery import Gallery, agreeing, joined
-from .matches import Compared, EqualCodes, Matches, SamePosition, mask
 from .rank_metrics import average_precision, hit_rate, r_precision, reciprocal_rank
-from .ranking import PositiveRanks, exact_ranks, listed_ranks, nearest, query_chunks
+from .ranking import PositiveRanks
+from .search import Search, prepare_search
 
 RANK_METRICS = (
     "precision_at_1",
@@ -178,7 +173,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
                 ids beside ``ref_includes_query``; with ``ref_includes_query`` a gallery that is shorter than the
                 queries or has other labels in their rows.
         """
-        search = self._prepare(
+        search = self._search(
             query,
             query_labels,
             reference,
@@ -206,10 +201,10 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         }
         k = self._cut_off(search)
         if metrics & set(RANK_METRICS):
-            kwargs["per_query"] = _score(self._ranks(search, k), k, len(search.query))
+            kwargs["per_query"] = _score(search.ranks(k), k, len(search.query))
         if own_metrics:
             scored = search.count_positives() > 0
-            kwargs["knn_labels"] = search.reference_labels[self._neighbors(search, k)]
+            kwargs["knn_labels"] = search.reference_labels[search.neighbors(k)]
             kwargs["label_counts"] = get_label_match_counts(
                 search.query_labels, search.reference_labels, self.label_comparison_fn
             )
@@ -245,7 +240,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             >>> calculator.get_per_query_accuracy(torch.eye(3)[[0, 0, 2]], torch.tensor([1, 1, 2]))
             {'precision_at_1': tensor([1., 1., nan], dtype=torch.float64)}
         """
-        search = self._prepare(
+        search = self._search(
             query,
             query_labels,
             reference,
@@ -258,169 +253,23 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         )
         names = [name for name in self.get_function_dict(include, exclude) if name in RANK_METRICS]
         k = self._cut_off(search)
-        found = _score(self._ranks(search, k), k, len(search.query))
+        found = _score(search.ranks(k), k, len(search.query))
         lone = found["relevant"] == 0
         return {name: found[name].double().masked_fill(lone, torch.nan).cpu() for name in names}
 
-    def _prepare(
-        self,
-        query: Any,
-        query_labels: Any,
-        reference: Any,
-        reference_labels: Any,
-        ref_includes_query: bool,
-        query_ids: Any,
-        reference_ids: Any,
-        query_cameras: Any,
-        reference_cameras: Any,
-    ) -> _Search:
-        """Check what comes in, and say which gallery items are right and which are left out."""
-        if reference is None:
-            if self.gallery_group is not None:
-                raise ValueError("reference must be given with gallery_group: this process's part of the gallery")
-            if reference_labels is not None or reference_ids is not None or reference_cameras is not None:
-                raise ValueError("reference must be given with reference_labels, reference_ids or reference_cameras")
-            reference, reference_labels = query, query_labels
-            reference_ids, reference_cameras = query_ids, query_cameras
-            ref_includes_query = query_ids is None
-        with agreeing(self.gallery_group):  # or one process would wait for another that has stopped
-            query = check_embeddings(query, "query").detach().to(self.device)
-            reference = check_embeddings(reference, "reference").detach().to(self.device)
-            query_labels = self._labels(query_labels, "query_labels", len(query))
-            reference_labels = self._labels(reference_labels, "reference_labels", len(reference))
-        if self.gallery_group is not None:
-            reference_labels, reference_ids, reference_cameras = (
-                joined(part, self.gallery_group) for part in (reference_labels, reference_ids, reference_cameras)
-            )
-            reference_labels = reference_labels.to(self.device)
-        n_reference = len(reference_labels)
-        if ref_includes_query:
-            self._check_same_items(query_labels, reference_labels, query_ids)
-        ids = _codes(query_ids, reference_ids, "ids", len(query), n_reference, self.device)
-        cameras = _codes(query_cameras, reference_cameras, "cameras", len(query), n_reference, self.device)
+    def _search(self, *arguments: Any) -> Search:
+        return prepare_search(
+            *arguments,
+            device=self.device,
+            label_comparison_fn=self.label_comparison_fn,
+            knn_func=None if self.knn_func is _exact_search else self.knn_func,
+            gallery_group=self.gallery_group,
+        )
 
-        positives = self._positives(query_labels, reference_labels)
-        excluded: list[Matches] = []
-        if ref_includes_query:
-            excluded.append(SamePosition())
-        if ids is not None:
-            excluded.append(EqualCodes(*ids))
-        if cameras is not None:
-            excluded.append(_same_label_and_camera(positives, *cameras))
-        return _Search(query, reference, query_labels, reference_labels, ref_includes_query, positives, excluded)
-
-    def _cut_off(self, search: _Search) -> int | None:
+    def _cut_off(self, search: Search) -> int | None:
         if self.k == "max_bin_count":
             return int(search.count_positives().max()) or 1
         return self.k
-
-    def _ranks(self, search: _Search, k: int | None) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
-        if self.knn_func is _exact_search:
-            gallery = Gallery(search.reference, self.gallery_group)
-            return exact_ranks(search.narrow, gallery, search.positives, search.excluded, k)
-        return self._listed_ranks(search, k)
-
-    def _positives(self, query_labels: torch.Tensor, reference_labels: torch.Tensor) -> Matches:
-        if self.label_comparison_fn is torch.eq and query_labels.ndim == 1:
-            return EqualCodes(*_common_type(query_labels, reference_labels))
-
-        def match(queries: torch.Tensor) -> torch.Tensor:
-            own = query_labels[queries, None]
-            return self.label_comparison_fn(own, reference_labels.expand(len(own), *reference_labels.shape))
-
-        return Compared(match)
-
-    def _find(
-        self, search: _Search, k: int | None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Ask ``knn_func`` for k items, and as many more as are left out of any of these queries' rankings.
-
-        Yields the queries, the ``(q, k')`` gallery rows found, which of them count, and the ``(q, N)`` exclusions.
-        """
-        query, reference = search.narrow.float(), search.reference.float()
-        for numbers in search.chunks():
-            out = mask(search.excluded, numbers, len(reference))
-            size = len(reference) if k is None else min(k + int(out.sum(1).max()), len(reference))
-            _, indices = self.knn_func(query[numbers], size, reference, False)
-            indices = indices.to(self.device)
-            found = indices >= 0  # faiss fills up with -1
-            indices = indices.clamp_min(0)
-            yield numbers, indices, found & ~out.gather(1, indices), out
-
-    def _listed_ranks(self, search: _Search, k: int | None) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
-        at_least = None if k is None else max(k, 10)  # cmc_top_10 looks at ten, whatever k is
-        for numbers, indices, kept, out in self._find(search, at_least):
-            relevant = mask([search.positives], numbers, len(search.reference))
-            yield numbers, listed_ranks(indices, kept, relevant, out)
-
-    def _neighbors(self, search: _Search, k: int | None) -> torch.Tensor:
-        """The nearest gallery rows of each query, as many as every query has, at most k."""
-        size = len(search.reference)
-        left = min(size - int(mask(search.excluded, part, size).sum(1).max()) for part in search.chunks())
-        k = left if k is None else min(k, left)
-        if self.knn_func is _exact_search:
-            return torch.cat(list(nearest(search.narrow, search.reference, search.excluded, k)))
-        chosen = []
-        for _, indices, kept, _ in self._find(search, k):
-            if int(kept.sum(1).min()) < k:
-                raise ValueError(f"knn_func must find at least {k} gallery items a query, got {int(kept.sum(1).min())}")
-            chosen.append(indices.gather(1, torch.argsort(~kept, dim=1, stable=True)[:, :k]))
-        return torch.cat(chosen)
-
-    def _labels(self, labels: Any, name: str, length: int) -> torch.Tensor:
-        if labels is None:
-            raise ValueError(f"{name} must be given, got None")
-        labels = as_tensor(labels, name).to(self.device)
-        if labels.ndim == 0 or len(labels) != length:
-            got = len(labels) if labels.ndim else "a single number"
-            raise ValueError(f"{name} must have one entry an embedding: expected {length}, got {got}")
-        if labels.ndim != 1 and self.label_comparison_fn is torch.eq:
-            raise ValueError(f"{name} must be 1-dimensional without a label_comparison_fn, got {tuple(labels.shape)}")
-        return labels
-
-    @staticmethod
-    def _check_same_items(query_labels: torch.Tensor, reference_labels: torch.Tensor, query_ids: Any) -> None:
-        if query_ids is not None:
-            raise ValueError("ref_includes_query must be False where query_ids tell which items are the same")
-        if len(reference_labels) < len(query_labels):
-            raise ValueError(
-                "reference must hold every query with ref_includes_query=True, got "
-                f"{len(reference_labels)} rows for {len(query_labels)} queries"
-            )
-        if not torch.equal(query_labels, reference_labels[: len(query_labels)]):
-            raise ValueError(
-                "reference_labels must begin with query_labels with ref_includes_query=True, as row i is the same item "
-                "in both; where the order differs, pass query_ids and reference_ids"
-            )
-
-
-@dataclass(frozen=True)
-class _Search:
-    """Queries and a gallery, checked and on one device; what is right for each query, and what is left out."""
-
-    query: torch.Tensor
-    reference: torch.Tensor
-    query_labels: torch.Tensor
-    reference_labels: torch.Tensor
-    ref_includes_query: bool
-    positives: Matches
-    excluded: list[Matches]
-
-    @property
-    def narrow(self) -> torch.Tensor:
-        """The queries, as wide as the gallery."""
-        return fit_width(self.query, self.reference.shape[1])
-
-    def chunks(self) -> Iterator[torch.Tensor]:
-        """Yield the numbers of some queries after the other."""
-        for rows in query_chunks(len(self.query), len(self.reference_labels)):
-            yield torch.arange(rows.start, rows.stop, device=self.query.device)
-
-    def count_positives(self) -> torch.Tensor:
-        """Count each query's positives that are in its ranking."""
-        size = len(self.reference_labels)
-        chunks = ((mask([self.positives], part, size), mask(self.excluded, part, size)) for part in self.chunks())
-        return torch.cat([(positive & ~out).sum(1) for positive, out in chunks])
 
 
 def _score(ranks: Iterator[tuple[torch.Tensor, PositiveRanks]], k: int | None, n_query: int) -> dict[str, torch.Tensor]:
@@ -440,39 +289,6 @@ def _score(ranks: Iterator[tuple[torch.Tensor, PositiveRanks]], k: int | None, n
         for name, values in found.items():
             scores.setdefault(name, values.new_zeros(n_query))[numbers] = values
     return scores
-
-
-def _same_label_and_camera(positives: Matches, query_cameras: torch.Tensor, reference_cameras: torch.Tensor) -> Matches:
-    class LabelAndCamera(Matches):
-        def lists(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            index, valid = positives.lists(queries)
-            return index, valid & (query_cameras[queries, None] == reference_cameras[index])
-
-    return LabelAndCamera()
-
-
-def _common_type(query: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = torch.promote_types(query.dtype, reference.dtype)
-    return query.to(dtype), reference.to(dtype)
-
-
-def _codes(
-    query: Any, reference: Any, name: str, n_query: int, n_reference: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Number the distinct values of a pair of ``(Q,)`` and ``(N,)`` arguments, whatever their type."""
-    if query is None and reference is None:
-        return None
-    if query is None or reference is None:
-        missing, given = ("query", "reference") if query is None else ("reference", "query")
-        raise ValueError(f"{missing}_{name} must be given with {given}_{name}, got None")
-    values = [c_f.to_numpy(side) for side in (query, reference)]
-    for side, value, length in zip(("query", "reference"), values, (n_query, n_reference), strict=True):
-        if np.shape(value) != (length,):
-            raise ValueError(f"{side}_{name} must have shape ({length},), got {np.shape(value)}")
-    if {np.asarray(value).dtype.kind for value in values} == {"i", "u"}:  # their common type would be a float
-        values = [np.asarray(value).astype(object) for value in values]
-    codes = torch.from_numpy(np.unique(np.concatenate(values), return_inverse=True)[1]).to(device)
-    return codes[:n_query], codes[n_query:]
 
 
 def _exact_search(*args: Any, **kwargs: Any) -> None:
