@@ -209,7 +209,7 @@ class Comparison:
                 epochs=self.profile.fct_epochs,
                 lr=self.profile.fct_lr,
                 seed=self.seed,
-                autocast=torch.bfloat16,
+                autocast=torch.bfloat16 if self.profile.bfloat16 else None,
             )
         for part in self.parts.keys() - {"train"}:
             stored = self._stored("old", part), self._stored("side", part) if side else None
@@ -262,10 +262,11 @@ def main() -> None:
     for name in ("epochs", "side_epochs", "fct_epochs"):
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=argparse.SUPPRESS, help="in place of the profile's")
+    parser.add_argument("--float32", action="store_true", help="not bfloat16; for processors that do not have it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     given = {name: getattr(options, name) for name in ("epochs", "side_epochs", "fct_epochs") if name in options}
-    profile = dataclasses.replace(PROFILES[options.profile], **given)
+    profile = dataclasses.replace(PROFILES[options.profile], bfloat16=not options.float32, **given)
     known = ["old", *networks_of(profile, WEIGHTS, 100), *MAPS]
     methods = known if options.methods == ["all"] else ["old", "independent", *options.methods]
     unknown = set(methods) - set(known)

@@ -21,6 +21,7 @@ class Profile:
         batch_size: images a step.
         lr: of SGD with momentum 0.9 and Nesterov's step.
         weight_decay: of every parameter.
+        bfloat16: whether networks run in bfloat16, or in float32, which is faster on processors without it.
         flip: whether half of the training images are mirrored.
         temperature: of the task loss, a softmax over cosines.
         fct_epochs: of FCT's transformation.
@@ -38,6 +39,7 @@ class Profile:
     batch_size: int
     lr: float
     weight_decay: float
+    bfloat16: bool = True
     flip: bool = True
     temperature: float = 1 / 16
     fct_epochs: int = 80

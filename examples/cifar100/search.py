@@ -80,9 +80,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--per-class", type=int, default=50, help="training images a class that are left out")
     parser.add_argument("--seed", type=int, default=100)
+    parser.add_argument("--float32", action="store_true", help="not bfloat16; for processors that do not have it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    profile = dataclasses.replace(PROFILES[options.profile], epochs=options.epochs)
+    given = {"epochs": options.epochs, "bfloat16": not options.float32}
+    profile = dataclasses.replace(PROFILES[options.profile], **given)
     train_set, held_out = hold_out(load(options.data, "train"), options.per_class, seed=0)
     upgrade = Upgrade(train_set, torch.tensor(SPLITS["lexicographic"]), held_out)
     if options.protocol == "open":

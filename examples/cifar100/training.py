@@ -91,8 +91,8 @@ def recolor(images: torch.Tensor) -> torch.Tensor:
 
 
 def embed_batch(model: torch.nn.Module, images: torch.Tensor, profile: Profile) -> torch.Tensor:
-    """Return float32 embeddings, computed in bfloat16."""
-    with torch.autocast(images.device.type, torch.bfloat16):
+    """Return float32 embeddings, computed in the profile's precision."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=profile.bfloat16):
         return model(scaled(images, profile.size)).float()
 
 
