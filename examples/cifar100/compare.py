@@ -199,12 +199,15 @@ class Comparison:
             else:
                 transformation = FCTTransformation(*widths)
             transformation.to(self.device)
+            labels = self.train_set.labels.cpu()
+            if method.startswith("fct_instance"):
+                labels = torch.arange(len(labels))  # every image is its own class
             fit_transformation(
                 transformation,
                 source,
                 target,
                 self._stored("side", "train") if side else None,
-                labels=self.train_set.labels.cpu(),
+                labels=labels,
                 loss=self._map_loss(method.removesuffix("_side")),
                 epochs=self.profile.fct_epochs,
                 lr=self.profile.fct_lr,
@@ -222,9 +225,13 @@ class Comparison:
         likelihood = FastFillLoss(distance=LpDistance(p=2, power=2))  # of unit rows
         if method == "fastfill_likelihood":
             return likelihood
-        contrast = self.profile.fct_contrast if method == "fct_contrast" else 0.0
-        distance = None if self.profile.fct_squared else CosineSimilarity()
-        alignment = FCTLoss(contrast, self.profile.fct_temperature, distance=distance)
+        profile = self.profile
+        distance = None if profile.fct_squared else CosineSimilarity()
+        contrast = {
+            "fct_contrast": (profile.fct_contrast, profile.fct_temperature),
+            "fct_instance": (profile.fct_instance, profile.fct_instance_temperature),
+        }
+        alignment = FCTLoss(*contrast.get(method, ()), distance=distance)
         if method.startswith("fct"):
             return alignment
 

@@ -191,6 +191,8 @@ MAPS = (  # of the old gallery
     "fct_side",
     "fct_contrast",
     "fct_contrast_side",
+    "fct_instance",
+    "fct_instance_side",
     "fastfill",
     "fastfill_side",
     "fastfill_likelihood",

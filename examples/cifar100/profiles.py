@@ -28,8 +28,10 @@ class Profile:
         fct_hidden: its hidden features.
         fct_lr: its learning rate.
         fct_squared: train it by the squared error of unit-length embeddings, in place of their cosine.
-        fct_contrast: weight of the contrast with new embeddings, for the methods that have it.
+        fct_contrast: weight of FCT's contrast by labels, and
         fct_temperature: its temperature, of cosines.
+        fct_instance: weight of FCT's contrast in which each embedding has to find its own image's alone, and
+        fct_instance_temperature: its temperature.
     """
 
     network: Callable[[], torch.nn.Module]
@@ -48,6 +50,8 @@ class Profile:
     fct_squared: bool = False
     fct_contrast: float = 0.3
     fct_temperature: float = 0.02
+    fct_instance: float = 1.0
+    fct_instance_temperature: float = 0.05
 
 
 PROFILES = {

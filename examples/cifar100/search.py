@@ -64,6 +64,13 @@ PROFILE_SETTINGS: dict[str, list[dict[str, float]]] = {
         {"fct_contrast": 0.1, "fct_temperature": 0.01},
         {"fct_contrast": 0.3, "fct_temperature": 0.01},
     ],
+    "fct_instance": [
+        {"fct_instance": 0.3, "fct_instance_temperature": 0.05},
+        {"fct_instance": 1, "fct_instance_temperature": 0.05},
+        {"fct_instance": 3, "fct_instance_temperature": 0.05},
+        {"fct_instance": 1, "fct_instance_temperature": 0.1},
+        {"fct_instance": 1, "fct_instance_temperature": 0.2},
+    ],
     "fct_side": [{"fct_lr": 2e-3}],
     "fct_contrast_side": [{"fct_contrast": 0.3, "fct_temperature": 0.02}],
 }
