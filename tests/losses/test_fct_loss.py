@@ -63,6 +63,14 @@ def test_contrast_matches_naive_loop(kind, seed, weight, temperature):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
 
+def test_contrast_of_rows_that_are_their_own_class():
+    mapped, target = pairs()
+    found = loss_of("cosine", contrast_weight=2.0, temperature=0.05)(mapped, torch.arange(7), ref_emb=target)
+    cosines = torch.nn.functional.cosine_similarity(target[:, None], mapped[None], dim=2)
+    expected = (1 - cosines.diag()).mean() + 2 * torch.nn.functional.cross_entropy(cosines / 0.05, torch.arange(7))
+    torch.testing.assert_close(found, expected)
+
+
 def test_contrast_by_hand():
     mapped, target = torch.tensor([[2.0, 0.0], [0.0, 5.0]]), torch.tensor([[0.0, 1.0], [0.0, 3.0]])
     loss_func = FCTLoss(contrast_weight=0.5, temperature=0.5, distance=distances.CosineSimilarity())
@@ -96,7 +104,9 @@ def test_contrast_in_low_precision_and_at_rows_of_zero(dtype):
 
 def test_contrast_needs_labels():
     mapped, target = pairs()
-    with pytest.raises(ValueError, match=r"labels must be given, got None"):
+    with pytest.raises(
+        ValueError, match=r"labels must be given with a contrast_weight, got None; .* torch\.arange\(N\)"
+    ):
         FCTLoss(contrast_weight=0.1)(mapped, ref_emb=target)
     for options, message in [
         ({"contrast_weight": -1.0}, r"contrast_weight must be a finite number of at least 0, got -1.0"),
