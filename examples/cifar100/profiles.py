@@ -63,7 +63,7 @@ PROFILES = {
 }
 
 # Multipliers of the methods' terms, chosen by search.py with the cpu profile; those that it does not vary are the
-# demo's, from benchmarks/method_weights.py.
+# demo's, from benchmarks/method_weights.py, but for lce_backward.
 WEIGHTS = {
     "pseudo_scale": 16.0,
     "supcon_temperature": 0.1,
