@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import SPLITS, Images, Upgrade, load, open_split, open_upgrade
+from data import SPLITS, Images, Upgrade, load, mix, open_split, open_upgrade
 from measuring import measure, report
 from methods import MAPS, OldSystem, networks_of
 from networks import WIDTH, WithBranch
@@ -135,13 +135,16 @@ class Comparison:
         model = self._model()
         loss = task_loss(len(self.old_classes), WIDTH, self.profile).to(self.device)
         train(model, loss, numbered, self.profile, f"seed {self.seed}: old")
-        write(self.folder / "old.pt", lambda path: torch.save(model.state_dict(), path))
+        self._keep_model("old", model)
         self._keep_embedded("old", model, self.parts)
 
-    def _old_model(self) -> FrozenModel:
-        path = self.folder / "old.pt"
+    def _keep_model(self, name: str, model: torch.nn.Module) -> None:
+        write(self.folder / f"{name}.pt", lambda path: torch.save(model.state_dict(), path))
+
+    def _kept_model(self, name: str) -> FrozenModel:
+        path = self.folder / f"{name}.pt"
         if not path.exists():
-            self._train_old()
+            {"old": self._train_old, "independent": self._train_independent}[name]()
         model = self.profile.network()
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return FrozenModel(model.to(self.device))
@@ -178,18 +181,21 @@ class Comparison:
                     old_loss.set_progress(share)
 
         stored = {which: self._stored(which, "train").to(self.device) for which in reads}
-        old_model = self._old_model() if asks else None
+        old_model = self._kept_model("old") if asks else None
         train(model, loss, self.train_set, self.profile, f"seed {self.seed}: {name}", stored, after_epoch, old_model)
+        if method == "independent":
+            self._keep_model(name, model)
         parts = [part for part in self.parts if part != "train" or method == "independent"]
         self._keep_embedded(name, model, parts, head or getattr(loss, "backward_transformation", None))
 
     def _map_gallery(self, method: str, name: str) -> None:
         """Map the stored old embeddings, as they are, to the directions of the independent model's."""
-        source = self._stored("old", "train")
-        target = torch.nn.functional.normalize(self._stored("independent", "train"))
+        mixtures = self.profile.fct_mixtures if method.endswith("_mixtures") else 0
+        source, target = self._views("old", mixtures), self._views("independent", mixtures)
+        target = [torch.nn.functional.normalize(view) for view in target]
         side = method.endswith("_side")
         if method == "linear":
-            transformation: Transformation = LinearTransformation(WIDTH, WIDTH).fit(source, target)
+            transformation: Transformation = LinearTransformation(WIDTH, WIDTH).fit(source[0], target[0])
         else:
             torch.manual_seed(self.seed)
             widths = WIDTH, WIDTH, WIDTH if side else None, self.profile.fct_hidden
@@ -208,7 +214,7 @@ class Comparison:
                 target,
                 self._stored("side", "train") if side else None,
                 labels=labels,
-                loss=self._map_loss(method.removesuffix("_side")),
+                loss=self._map_loss(method.removesuffix("_side").removesuffix("_mixtures")),
                 epochs=self.profile.fct_epochs,
                 lr=self.profile.fct_lr,
                 seed=self.seed,
@@ -220,6 +226,18 @@ class Comparison:
                 self._keep(f"{name}_uncertainty", part, transformation.uncertainty(*stored, progress=False))
             mapped = transformation.apply_to(*stored, normalize=True, progress=False)
             self._keep(f"{name}_gallery", part, torch.from_numpy(mapped))
+
+    def _views(self, name: str, mixtures: int) -> list[torch.Tensor]:
+        """Return what a model embeds of each training image, and of each mixed with others, ``mixtures`` times."""
+        views = [self._stored(name, "train")]
+        for number in range(mixtures):
+            part = f"mixture_{number}"
+            if not self._path(name, part).exists():
+                torch.manual_seed(number)  # the same mixtures for both models
+                images = mix(self.train_set.images)
+                self._keep(name, part, embed(self._kept_model(name), images, self.profile))
+            views.append(self._stored(name, part))
+        return views
 
     def _map_loss(self, method: str) -> Callable[..., torch.Tensor]:
         likelihood = FastFillLoss(distance=LpDistance(p=2, power=2))  # of unit rows

@@ -193,6 +193,8 @@ MAPS = (  # of the old gallery
     "fct_contrast_side",
     "fct_instance",
     "fct_instance_side",
+    "fct_mixtures",
+    "fct_instance_mixtures",
     "fastfill",
     "fastfill_side",
     "fastfill_likelihood",

@@ -32,6 +32,7 @@ class Profile:
         fct_temperature: its temperature, of cosines.
         fct_instance: weight of FCT's contrast in which each embedding has to find its own image's alone, and
         fct_instance_temperature: its temperature.
+        fct_mixtures: mixtures of images beside each image, for the methods that train a map on these too.
     """
 
     network: Callable[[], torch.nn.Module]
@@ -52,6 +53,7 @@ class Profile:
     fct_temperature: float = 0.02
     fct_instance: float = 1.0
     fct_instance_temperature: float = 0.05
+    fct_mixtures: int = 3
 
 
 PROFILES = {
