@@ -71,6 +71,8 @@ PROFILE_SETTINGS: dict[str, list[dict[str, float]]] = {
         {"fct_instance": 1, "fct_instance_temperature": 0.1},
         {"fct_instance": 1, "fct_instance_temperature": 0.2},
     ],
+    "fct_mixtures": [{"fct_mixtures": 3}],
+    "fct_instance_mixtures": [{"fct_mixtures": 3}],
     "fct_side": [{"fct_lr": 2e-3}],
     "fct_contrast_side": [{"fct_contrast": 0.3, "fct_temperature": 0.02}],
 }
