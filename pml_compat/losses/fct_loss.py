@@ -34,9 +34,9 @@ class FCTLoss(BaseMetricLossFunction):
 
     Args:
         contrast_weight: :math:`\lambda`, 0 or more; above 0 labels are needed. In O(N^2 D) for a batch of N. By classes
-            only for galleries of these classes: rows of others are drawn to them too, and lose; nor for galleries that
-            are embedded anew in part. By rows for galleries of classes that nobody trained on: with 1.0 at temperature
-            0.05 their top-1 gained, that of trained classes lost (``docs/open_set.md``).
+            only for galleries of these classes: rows of others are drawn to them too, and lose. By rows the top-1 of
+            other classes gains a little, at the price of mAP, and that of these classes loses. Neither for galleries
+            that are embedded anew in part (``docs/open_set.md``).
         temperature: :math:`\tau`, above 0, of cosines; the smaller, the more only the nearest rows of a query count.
             On CIFAR-100 0.02 was best by classes (``docs/cifar100.md``), 0.05 by rows.
         **kwargs: ``distance``: ``LpDistance(normalize_embeddings=False, p=2, power=2)`` by default, the squared error;
