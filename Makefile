@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: help install demo test test-all check fix bench wheel clean
 
 help:
-	@echo "make demo      upgrade a small model on real images, in a minute on a CPU; results in demo_output/"
+	@echo "make demo      upgrade a small model on real images, in a few minutes on a CPU; results in demo_output/"
 	@echo "make test      run the tests"
 	@echo "make test-all  the slow tests too"
 	@echo "make check     ruff and mypy"

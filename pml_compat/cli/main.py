@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"pml-compat {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="upgrade a small model on real images, in a minute on a CPU")
+    demo = commands.add_parser("demo", help="upgrade a small model on real images, in a few minutes on a CPU")
     demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the results (%(default)s)")
     demo.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2, 3, 4], help="one upgrade a seed (0 1 2 3 4)")
     demo.add_argument("--methods", nargs="+", metavar="METHOD", help="what to compare, or 'all', with what each costs "
