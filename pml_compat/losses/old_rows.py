@@ -25,7 +25,7 @@ def check_old_rows(
             shape or on another device; either one empty, NaN or infinite.
     """
     if ref_emb is None or ref_emb is embeddings:
-        raise ValueError(f"ref_emb must be given: {whose} of the same items, row by row; got None")
+        raise ValueError(f"ref_emb must be given: {whose} of the same items, row by row; got None or embeddings itself")
     if not isinstance(ref_emb, torch.Tensor):
         raise ValueError(f"ref_emb must be a torch.Tensor, got {type(ref_emb).__name__}")
     check_same_device(embeddings, "embeddings", ref_emb, "ref_emb")
