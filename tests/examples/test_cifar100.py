@@ -74,6 +74,11 @@ def test_every_method_goes_through_and_nothing_is_done_twice(data, tmp_path):
             assert one["backfill"]["values"]["precision_at_1"][0] == one["new_to_old"]["precision_at_1"]
             assert one["backfill"]["values"]["precision_at_1"][-1] == one["new_to_new"]["precision_at_1"]
     assert (tmp_path / "trade_off.png").stat().st_size > 10_000 < (tmp_path / "backfill.png").stat().st_size
+    assert all((tmp_path / "seed_0" / f"{model}_mixture_2.npy").exists() for model in ("old", "independent"))
+    maps = [
+        found[method][0]["new_to_old"]["mean_average_precision"] for method in ("fct", "fct_mixtures", "fct_instance")
+    ]
+    assert len(set(maps)) == 3  # each is trained in its own way
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "seed_0").iterdir()}
     for name in ("bct.json", "bct_test.npy", "fct.json"):  # as if the run had been stopped there
         (tmp_path / "seed_0" / name).unlink()
