@@ -16,6 +16,7 @@ def as_tensor(value: Any, name: str) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, np.ndarray):
+        value = native(value)
         if not value.flags.writeable:  # a read-only memory map: torch cannot borrow it silently
             value = value.copy()
         try:
@@ -23,6 +24,13 @@ def as_tensor(value: Any, name: str) -> torch.Tensor:
         except TypeError:
             raise ValueError(f"{name} must be numbers, got an array of {value.dtype}") from None
     raise ValueError(f"{name} must be a torch.Tensor or a numpy.ndarray, got {type(value).__name__}")
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """Return ``array`` in a form that torch can borrow: this machine's byte order, no step backwards."""
+    if not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array.copy() if any(step < 0 for step in array.strides) else array
 
 
 def check_embeddings(value: Any, name: str = "embeddings", width: int | None = None) -> torch.Tensor:

@@ -94,6 +94,15 @@ def ridge_regression(source, target, ridge, bias):
     return weight, y_mean - x_mean @ weight if bias else 0.0
 
 
+def generalised_cross_validation(source, target, ridge, bias):
+    """Return the mean squared error of ridge regression over the squared share of rows that its hat matrix leaves."""
+    n = len(source)
+    x, y = (source - source.mean(0), target - target.mean(0)) if bias else (source, target)
+    hat = x @ np.linalg.inv(x.T @ x + ridge * n * np.eye(x.shape[1])) @ x.T
+    left = 1 - (np.trace(hat) + bool(bias)) / n
+    return ((y - hat @ y) ** 2).sum() / n / left**2
+
+
 def procrustes(source, target):
     left, _, right = np.linalg.svd(source.T @ target, full_matrices=False)
     return left @ right

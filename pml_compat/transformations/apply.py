@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..checks import check_finite, check_integer, check_matrix
+from ..checks import check_finite, check_integer, check_matrix, native
 from ..files import whole_file
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ class _Batches:
 
     def _read(self, array: Any, name: str, rows: slice, width: int | None) -> torch.Tensor:
         block = array[rows]
+        if isinstance(block, np.ndarray):
+            block = native(block)
         if isinstance(block, np.ndarray) and not block.flags.writeable:
             with warnings.catch_warnings():  # a read-only map is only read here; a copy would cost a pass
                 warnings.filterwarnings("ignore", "The given NumPy array is not writable")

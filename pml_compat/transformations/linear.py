@@ -8,6 +8,7 @@ import torch
 
 from ..checks import check_number
 from .base import Transformation
+from .closed_form import ridge_solution
 from .pairs import pair_moments
 
 
@@ -46,7 +47,7 @@ class LinearTransformation(Transformation):
         return self.linear(embeddings)
 
     @torch.no_grad()
-    def fit(self, source: Any, target: Any, ridge: float = 1e-6) -> LinearTransformation:
+    def fit(self, source: Any, target: Any, ridge: float | None = None) -> LinearTransformation:
         r"""Fit by least squares with a ridge penalty, in place; return ``self``.
 
         .. math:: W^\top = (X_c^\top X_c + \alpha N I)^{-1} X_c^\top Y_c, \qquad b = \bar y - W \bar x
@@ -57,29 +58,19 @@ class LinearTransformation(Transformation):
         Args:
             source: ``(N, in_features)`` tensor, array or memory map.
             target: ``(N, out_features)``, row i of the same item as row i of ``source``.
-            ridge: ``alpha``, 0 or more, in squared units of ``source``. The default only keeps the solve
-                well-posed; more shrinks the map where pairs are few or noisy.
+            ridge: ``alpha``, 0 or more, in squared units of ``source``; more shrinks the map where pairs are few or
+                noisy. None: what generalised cross-validation over the pairs says, at any scale of the embeddings.
         Raises:
             ValueError: lengths or widths that differ, NaN or infinity; ``ridge`` 0 and ``source`` without full rank.
         """
-        ridge = check_number(ridge, "ridge", minimum=0)
+        if ridge is not None:
+            ridge = check_number(ridge, "ridge", minimum=0)
         weight, bias = self.linear.weight, self.linear.bias
         moments = pair_moments(source, target, self.in_features, self.out_features, weight.device)
-        gram, cross = moments.source_source, moments.source_target
-        if bias is None:
-            gram = gram + moments.rows * torch.outer(moments.source_mean, moments.source_mean)
-            cross = moments.raw_source_target()
-        gram.diagonal().add_(ridge * moments.rows)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if bool(failed) or not bool((factor.diagonal() > 1e-12 * factor.diagonal().max()).all()):
-            raise ValueError(
-                f"ridge must be above 0 here, got {ridge:g}: the {moments.rows} rows of source span fewer than "
-                f"{self.in_features} dimensions"
-            )
-        solution = torch.cholesky_solve(cross, factor)
+        solution, offset = ridge_solution(moments, ridge, centred=bias is not None)
         weight.copy_(solution.t())
         if bias is not None:
-            bias.copy_(moments.target_mean - moments.source_mean @ solution)
+            bias.copy_(offset)
         return self
 
     def config(self) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""Ridge regression from second moments, with a penalty that the data choose."""
+
+from __future__ import annotations
+
+import torch
+
+from .pairs import PairMoments
+
+
+def ridge_solution(
+    moments: PairMoments, ridge: float | None = None, *, centred: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Return the map ``x W + b`` that minimises :math:`\lVert X W + b - Y \rVert^2 + \alpha N \lVert W \rVert^2`.
+
+    .. math:: W = (X_c^\top X_c + \alpha N I)^{-1} X_c^\top Y_c, \qquad b = \bar y - \bar x W
+
+    Args:
+        moments: of the paired rows.
+        ridge: :math:`\alpha`, 0 or more, in squared units of the source; None: what :func:`measured_ridge` says.
+        centred: whether there is a ``b``; without it ``X`` and ``Y`` count as they are.
+    Shape:
+        - output: ``W`` ``(D_in, D_out)`` and ``b`` ``(D_out,)``, float64
+    Raises:
+        ValueError: ``ridge`` is 0 and the source has not full rank.
+    """
+    gram, cross, energy = moments.source_source, moments.source_target, moments.target_energy
+    if not centred:
+        gram = gram + moments.rows * torch.outer(moments.source_mean, moments.source_mean)
+        cross = moments.raw_source_target()
+        energy = energy + moments.rows * float(moments.target_mean.square().sum())
+    if ridge is None:
+        ridge = measured_ridge(gram, cross, energy, moments.rows, centred=centred)
+    penalised = gram.clone()
+    penalised.diagonal().add_(ridge * moments.rows)
+    factor, failed = torch.linalg.cholesky_ex(penalised)
+    if bool(failed) or not bool((factor.diagonal() > 1e-12 * factor.diagonal().max()).all()):
+        raise ValueError(
+            f"ridge must be above 0 here, got {ridge:g}: the {moments.rows} rows of source span fewer than "
+            f"{len(gram)} dimensions"
+        )
+    weight = torch.cholesky_solve(cross, factor)
+    offset = torch.zeros_like(moments.target_mean)
+    return weight, moments.target_mean - moments.source_mean @ weight if centred else offset
+
+
+def measured_ridge(gram: torch.Tensor, cross: torch.Tensor, energy: float, rows: int, *, centred: bool = True) -> float:
+    r"""Return the ridge :math:`\alpha` of the smallest error by generalised cross-validation.
+
+    .. math:: \operatorname{GCV}(\alpha) = \frac{\lVert Y - \hat Y_\alpha \rVert^2 / N}{(1 - \nu_\alpha / N)^2},
+        \qquad \nu_\alpha = \sum_i \frac{\lambda_i}{\lambda_i + \alpha N}
+
+    It stands for the error on rows left out one by one, and takes one eigendecomposition. Five values a decade are
+    tried, from 1e-9 to 100 times the mean eigenvalue: the choice does not depend on the unit of the source or target.
+
+    Args:
+        gram: :math:`X^\top X`, ``(D_in, D_in)`` float64.
+        cross: :math:`X^\top Y`, ``(D_in, D_out)`` float64.
+        energy: :math:`\lVert Y \rVert^2`.
+        rows: ``N``.
+        centred: whether the means were taken off, which costs :math:`\nu` one more.
+    Reference:
+        Golub, Heath and Wahba, "Generalized cross-validation as a method for choosing a good ridge parameter",
+        Technometrics 1979.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    eigenvalues = eigenvalues.clamp(min=0)
+    if not bool(eigenvalues.any()):
+        return 1.0  # a constant source: any penalty gives the map to the mean
+    relative = torch.logspace(-9, 2, 56, dtype=gram.dtype, device=gram.device)
+    penalties = (relative * eigenvalues.mean())[:, None]
+    kept = eigenvalues / (eigenvalues + penalties)
+    explained = (vectors.t() @ cross).square().sum(1) / eigenvalues.clamp(min=torch.finfo(gram.dtype).tiny)
+    explained[eigenvalues <= 1e-12 * eigenvalues.max()] = 0.0
+    residual = (energy - (explained * kept * (2 - kept)).sum(1)).clamp(min=0)
+    left = rows - kept.sum(1) - int(centred)
+    errors = torch.where(left > 1e-9 * rows, residual / left.square(), torch.inf)
+    return float(penalties[errors.argmin(), 0]) / rows
