@@ -14,6 +14,7 @@ from ..checks import check_integer, check_matrix, check_same_device
 from ..files import load_tensors, save_tensors
 from .apply import apply
 from .batch_norm import fold_batch_norm
+from .pairs import PairMoments
 
 _FORMAT = "pml_compat.Transformation/1"
 
@@ -63,6 +64,18 @@ class Transformation(torch.nn.Module):
 
     def transform(self, embeddings: torch.Tensor, side_info: torch.Tensor | None) -> torch.Tensor:
         """Map embeddings that are checked and in the dtype of the parameters."""
+        raise NotImplementedError
+
+    def start_from(self, moments: PairMoments) -> bool:
+        """Become the closed-form linear map of these pairs, and say so; False where the map cannot, or is trained.
+
+        ``moments`` are those of the embeddings, side-information beside them, and of the rows to map them onto.
+        :func:`fit_transformation` asks once, before it trains.
+        """
+        return False
+
+    def back_to_start(self) -> None:
+        """Undo what was learned since :meth:`start_from`, of the map at least; called after that said True alone."""
         raise NotImplementedError
 
     def folded(self) -> Transformation:

@@ -22,6 +22,12 @@ class BatchNorm(torch.nn.BatchNorm1d):
         return super().forward(input)
 
 
+def is_untrained(module: torch.nn.Module) -> bool:
+    """Whether no batch normalisation in ``module`` has seen a batch."""
+    norms = (part for part in module.modules() if isinstance(part, torch.nn.BatchNorm1d))
+    return not any(int(norm.num_batches_tracked or 0) for norm in norms)
+
+
 def fold_batch_norm(module: Module) -> Module:
     """Replace, in place, every linear layer and the batch normalisation after it by one linear layer; eval mode."""
     for sequential in module.modules():

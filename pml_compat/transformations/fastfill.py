@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, cast
 
 import torch
 
 from .base import Transformation
 from .fct import FCTTransformation
+from .linear_path import LinearPath
+from .pairs import PairMoments
 
 LOWEST, HIGHEST = -10.0, 10.0
 
@@ -85,6 +88,8 @@ class FastFillTransformation(Transformation):
         with last.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0])):
             mapped = self(embeddings, side_info)
         log_variance = torch.nn.functional.linear(hidden[0].detach(), last.weight[-1:], last.bias[-1:])[:, 0]
+        if self.layers.linear_path is not None:
+            log_variance = log_variance + self.layers.linear_path.bias[-1]
         return mapped, log_variance.to(mapped.dtype).clamp(LOWEST, HIGHEST)
 
     def uncertainty(
@@ -107,9 +112,25 @@ class FastFillTransformation(Transformation):
         last = cast(torch.nn.Linear, layers.mix[-1])
         for name, parameter in list(last.named_parameters()):
             setattr(last, name, torch.nn.Parameter(parameter[-1:]))
+        if layers.linear_path is not None:
+            layers.linear_path.keep_output(-1)
         layers.out_features = 1
         log_variance = layers.apply_to(source, side_info, batch_size=batch_size, progress=progress)
         return torch.from_numpy(log_variance)[:, 0].float().clamp(LOWEST, HIGHEST)
+
+    def start_from(self, moments: PairMoments) -> bool:
+        """Become the closed-form linear map, with the same variance for all rows: that which it leaves."""
+        if not self.layers.start_from(moments):
+            return False
+        path = cast(LinearPath, self.layers.linear_path)
+        path.bias[-1] = math.log(max(path.variance_left(moments), math.exp(LOWEST)))
+        return True
+
+    @torch.no_grad()
+    def back_to_start(self) -> None:
+        """Set the last layer's part for ``h`` to 0; the variance keeps what it has learned."""
+        for parameter in self.layers.mix[-1].parameters():
+            parameter[: self.out_features] = 0.0
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

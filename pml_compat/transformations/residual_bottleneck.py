@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..checks import check_integer
 from .base import Transformation
-from .batch_norm import BatchNorm
+from .batch_norm import BatchNorm, is_untrained
+from .closed_form import ridge_solution
+from .pairs import PairMoments
 
 
 class ResidualBottleneckTransformation(Transformation):
@@ -19,6 +21,7 @@ class ResidualBottleneckTransformation(Transformation):
 
     A path is three linear layers, ``d -> hidden -> hidden -> d``, without bias, each with batch normalisation and
     PReLU after it. ``S`` is the identity; in the first block, where the widths differ, a linear projection.
+    :func:`fit_transformation` puts the closed-form linear map into the first block of an untrained one.
 
     Args:
         in_features: width of the embeddings that come in.
@@ -57,6 +60,39 @@ class ResidualBottleneckTransformation(Transformation):
     def transform(self, embeddings: torch.Tensor, side_info: torch.Tensor | None) -> torch.Tensor:
         """Return what the last block gives."""
         return self.blocks(embeddings)
+
+    def start_from(self, moments: PairMoments) -> bool:
+        """Become the closed-form linear map, held still as the first block's ``S``; a trained one stays as it is."""
+        if self._has_linear_path() or not is_untrained(self):
+            return False
+        skip = self._add_linear_path()
+        solution, offset = ridge_solution(moments)
+        skip.weight.copy_(solution.t())
+        skip.bias.copy_(offset)
+        self.back_to_start()
+        return True
+
+    @torch.no_grad()
+    def back_to_start(self) -> None:
+        """Set the last normalisation of every path to 0."""
+        for block in self.blocks:
+            for path in cast(torch.nn.ModuleList, block.paths):
+                for parameter in cast(torch.nn.Sequential, path)[-2].parameters():
+                    parameter.zero_()
+
+    def _has_linear_path(self) -> bool:
+        return getattr(self.blocks[0].skip, "bias", None) is not None
+
+    def _add_linear_path(self) -> torch.nn.Linear:
+        skip = torch.nn.Linear(self.in_features, self.out_features).to(next(self.parameters()))
+        self.blocks[0].skip = skip.requires_grad_(False)
+        return skip
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Load what was saved with the closed-form map in it, or without."""
+        if f"{prefix}blocks.0.skip.bias" in state_dict and not self._has_linear_path():
+            self._add_linear_path()
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

@@ -1,0 +1,71 @@
+"""The closed-form linear map under a network, and the units in which the network works."""
+
+from __future__ import annotations
+
+import torch
+
+from .closed_form import ridge_solution
+from .pairs import PairMoments
+
+
+class LinearPath(torch.nn.Module):
+    r"""A fitted linear map, held still, to which a network adds what is not linear.
+
+    .. math:: T(x) = W x + b + e \odot \operatorname{network}(u \odot x)
+
+    ``u`` and ``e`` are the units of the source and of what the linear map leaves: with them the network sees and gives
+    numbers of about 1, whatever the scale of the embeddings, and one learning rate serves all. Buffers, so that they
+    are saved, loaded and exported with the transformation, and no training spoils the closed form.
+
+    Args:
+        in_features: width of the source, side-information included.
+        out_features: width of the target.
+    Shape:
+        - rows ``(N, in_features) -> (N, out_features)``
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    source_units: torch.Tensor
+    error_units: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(out_features, in_features))
+        self.register_buffer("bias", torch.zeros(out_features))
+        self.register_buffer("source_units", torch.ones(in_features))
+        self.register_buffer("error_units", torch.ones(out_features))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return ``W x + b``."""
+        return torch.nn.functional.linear(rows, self.weight, self.bias)
+
+    @torch.no_grad()
+    def fit(self, moments: PairMoments, widths: list[int]) -> None:
+        """Take the closed form and the units of the pairs.
+
+        Args:
+            moments: of the pairs; a target narrower than ``out_features`` leaves the other outputs at 0.
+            widths: of the parts of the source that have a unit of their own each.
+        """
+        solution, offset = ridge_solution(moments)
+        outputs = len(offset)
+        self.weight[:outputs] = solution.t().to(self.weight)
+        self.bias[:outputs] = offset.to(self.bias)
+        parts = moments.source_source.diagonal().clamp(min=0).split(widths)
+        variances = torch.cat([part.mean().expand(len(part)) for part in parts if len(part)]) / moments.rows
+        self.source_units.copy_(torch.where(variances > 0, variances, 1.0).rsqrt())
+        # An exact map leaves rounding alone, which is no unit.
+        left = max(self.variance_left(moments), 1e-6 * moments.target_energy / (moments.rows * outputs))
+        self.error_units[:outputs] = left**0.5 if left > 0 else 1.0
+
+    def variance_left(self, moments: PairMoments) -> float:
+        """Return the mean squared error of a coordinate on the pairs."""
+        weight = self.weight[: len(moments.target_mean)].double().t()
+        explained = ((2 * moments.source_target - moments.source_source @ weight) * weight).sum()
+        return max(0.0, moments.target_energy - float(explained)) / moments.source_target.shape[1] / moments.rows
+
+    def keep_output(self, column: int) -> None:
+        """Give one output alone, in place."""
+        kept = slice(column, column + 1 or None)
+        self.weight, self.bias, self.error_units = self.weight[kept], self.bias[kept], self.error_units[kept]
