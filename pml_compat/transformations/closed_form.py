@@ -6,6 +6,8 @@ import torch
 
 from .pairs import PairMoments
 
+_FEWEST_ROWS = 10
+
 
 def ridge_solution(
     moments: PairMoments, ridge: float | None = None, *, centred: bool = True
@@ -29,7 +31,7 @@ def ridge_solution(
         cross = moments.raw_source_target()
         energy = energy + moments.rows * float(moments.target_mean.square().sum())
     if ridge is None:
-        ridge = measured_ridge(gram, cross, energy, moments.rows, centred=centred)
+        ridge, _ = measured_ridge(gram, cross, energy, moments.rows, centred=centred)
     penalised = gram.clone()
     penalised.diagonal().add_(ridge * moments.rows)
     factor, failed = torch.linalg.cholesky_ex(penalised)
@@ -43,14 +45,17 @@ def ridge_solution(
     return weight, moments.target_mean - moments.source_mean @ weight if centred else offset
 
 
-def measured_ridge(gram: torch.Tensor, cross: torch.Tensor, energy: float, rows: int, *, centred: bool = True) -> float:
-    r"""Return the ridge :math:`\alpha` of the smallest error by generalised cross-validation.
+def measured_ridge(
+    gram: torch.Tensor, cross: torch.Tensor, energy: float, rows: int, *, centred: bool = True
+) -> tuple[float, float]:
+    r"""Return the ridge :math:`\alpha` of the smallest error by generalised cross-validation, and that error.
 
     .. math:: \operatorname{GCV}(\alpha) = \frac{\lVert Y - \hat Y_\alpha \rVert^2 / N}{(1 - \nu_\alpha / N)^2},
         \qquad \nu_\alpha = \sum_i \frac{\lambda_i}{\lambda_i + \alpha N}
 
     It stands for the error on rows left out one by one, and takes one eigendecomposition. Five values a decade are
     tried, from 1e-9 to 100 times the mean eigenvalue: the choice does not depend on the unit of the source or target.
+    Fewer than 10 rows say too little of their own error, and get the smallest.
 
     Args:
         gram: :math:`X^\top X`, ``(D_in, D_in)`` float64.
@@ -65,13 +70,16 @@ def measured_ridge(gram: torch.Tensor, cross: torch.Tensor, energy: float, rows:
     eigenvalues, vectors = torch.linalg.eigh(gram)
     eigenvalues = eigenvalues.clamp(min=0)
     if not bool(eigenvalues.any()):
-        return 1.0  # a constant source: any penalty gives the map to the mean
-    relative = torch.logspace(-9, 2, 56, dtype=gram.dtype, device=gram.device)
-    penalties = (relative * eigenvalues.mean())[:, None]
-    kept = eigenvalues / (eigenvalues + penalties)
-    explained = (vectors.t() @ cross).square().sum(1) / eigenvalues.clamp(min=torch.finfo(gram.dtype).tiny)
-    explained[eigenvalues <= 1e-12 * eigenvalues.max()] = 0.0
-    residual = (energy - (explained * kept * (2 - kept)).sum(1)).clamp(min=0)
-    left = rows - kept.sum(1) - int(centred)
-    errors = torch.where(left > 1e-9 * rows, residual / left.square(), torch.inf)
-    return float(penalties[errors.argmin(), 0]) / rows
+        return 1.0, energy / rows  # a constant source: any penalty gives the map to the mean
+    present = eigenvalues > 1e-12 * eigenvalues.max()
+    explained = torch.where(present, (vectors.t() @ cross).square().sum(1) / eigenvalues, 0.0)
+    penalties = torch.logspace(-9, 2, 56, dtype=gram.dtype, device=gram.device)[:, None] * eigenvalues.mean()
+    shrunk = penalties / (eigenvalues + penalties)
+    # Sums of what is left, not differences: where as many rows as directions are there both go to 0 together.
+    spare = max(0, rows - int(centred) - int(present.sum()))
+    unexplained = max(0.0, energy - float(explained.sum())) if spare else 0.0
+    residual = unexplained + (explained * shrunk.square()).sum(1)
+    left = spare + (shrunk * present).sum(1)
+    errors = rows * residual / left.square()
+    best = int(errors.argmin()) if rows >= _FEWEST_ROWS else 0
+    return float(penalties[best, 0]) / rows, float(errors[best])

@@ -81,7 +81,7 @@ class FCTTransformation(Transformation):
         if self.linear_path is not None or not is_untrained(self):
             return False
         self.linear_path = self._new_path()
-        self.linear_path.fit(moments, [self.in_features, self.side_features or 0])
+        self.linear_path.fit(moments, self.in_features)
         self.back_to_start()
         return True
 

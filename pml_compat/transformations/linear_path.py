@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .closed_form import ridge_solution
+from .closed_form import measured_ridge, ridge_solution
 from .pairs import PairMoments
 
 
@@ -41,20 +41,28 @@ class LinearPath(torch.nn.Module):
         return torch.nn.functional.linear(rows, self.weight, self.bias)
 
     @torch.no_grad()
-    def fit(self, moments: PairMoments, widths: list[int]) -> None:
+    def fit(self, moments: PairMoments, embedding_width: int) -> None:
         """Take the closed form and the units of the pairs.
+
+        Side-information, which stands after the embedding, has a unit of its own, so that one ridge serves both; it
+        is left out where generalised cross-validation says that it costs more than it tells.
 
         Args:
             moments: of the pairs; a target narrower than ``out_features`` leaves the other outputs at 0.
-            widths: of the parts of the source that have a unit of their own each.
+            embedding_width: how many columns of the source are the embedding.
         """
-        solution, offset = ridge_solution(moments)
+        variances = moments.source_source.diagonal().clamp(min=0) / moments.rows
+        parts = [part for part in variances.tensor_split([embedding_width]) if len(part)]
+        variances = torch.cat([part.mean().expand(len(part)) for part in parts])
+        units = torch.where(variances > 0, variances, 1.0).rsqrt()
+        scaled = moments.scaled(units)
+        alone = scaled.first(embedding_width)
+        used = embedding_width if len(parts) > 1 and _error(alone) <= _error(scaled) else len(units)
+        solution, offset = ridge_solution(scaled.first(used))
         outputs = len(offset)
-        self.weight[:outputs] = solution.t().to(self.weight)
+        self.weight[:outputs, :used] = (solution * units[:used, None]).t().to(self.weight)
         self.bias[:outputs] = offset.to(self.bias)
-        parts = moments.source_source.diagonal().clamp(min=0).split(widths)
-        variances = torch.cat([part.mean().expand(len(part)) for part in parts if len(part)]) / moments.rows
-        self.source_units.copy_(torch.where(variances > 0, variances, 1.0).rsqrt())
+        self.source_units.copy_(units)
         # An exact map leaves rounding alone, which is no unit.
         left = max(self.variance_left(moments), 1e-6 * moments.target_energy / (moments.rows * outputs))
         self.error_units[:outputs] = left**0.5 if left > 0 else 1.0
@@ -69,3 +77,7 @@ class LinearPath(torch.nn.Module):
         """Give one output alone, in place."""
         kept = slice(column, column + 1 or None)
         self.weight, self.bias, self.error_units = self.weight[kept], self.bias[kept], self.error_units[kept]
+
+
+def _error(moments: PairMoments) -> float:
+    return measured_ridge(moments.source_source, moments.source_target, moments.target_energy, moments.rows)[1]

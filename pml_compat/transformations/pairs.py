@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,17 @@ class PairMoments:
     source_source: torch.Tensor
     source_target: torch.Tensor
     target_energy: float
+
+    def scaled(self, units: torch.Tensor) -> PairMoments:
+        """Return the moments of the source times ``units``, ``(D_in,)``."""
+        gram = self.source_source * torch.outer(units, units)
+        cross = self.source_target * units[:, None]
+        return replace(self, source_mean=self.source_mean * units, source_source=gram, source_target=cross)
+
+    def first(self, width: int) -> PairMoments:
+        """Return the moments of the first ``width`` columns of the source."""
+        gram, cross = self.source_source[:width, :width], self.source_target[:width]
+        return replace(self, source_mean=self.source_mean[:width], source_source=gram, source_target=cross)
 
     def raw_source_target(self) -> torch.Tensor:
         """Return the sum of outer products about 0 instead of about the means."""
