@@ -65,10 +65,10 @@ def fit_transformation(
         side_info: ``(N, side_features)``, stored with ``source``; as ``target``. None where there is none.
         labels: ``(N,)``, for a ``loss`` that uses them, and to judge held-out rows by.
         loss: a PML loss, called as ``loss(mapped, labels, ref_emb=target)`` with what is there, and with ``log_var``
-            where the transformation has ``with_log_variance``; its parameters are trained too. None:
-            :class:`Alignment` for maps that start at the closed form (``FCTLoss()`` is the paper's),
-            :class:`pml_compat.losses.FastFillLoss` for FastFill's, and for others the mean squared error over all
-            entries.
+            where the transformation has ``with_log_variance``; its parameters are trained too. None: for maps that
+            start at the closed form :class:`pml_compat.transformations.alignment.Alignment` (the paper's is
+            ``FCTLoss()``), for FastFill's :class:`pml_compat.losses.FastFillLoss`, for others the mean squared error
+            over all entries.
         epochs: passes over the data, 1 or more. None: as many as make 1,000 steps, and 10 at least.
         batch_size: rows a step, at most: an epoch is split into steps of equal size. None: an eighth of the rows,
             between 32 and 1,024.
@@ -78,9 +78,9 @@ def fit_transformation(
         freeze_norm_at: fraction of the epochs in [0, 1] after which batch norm's statistics are frozen; 1 for never.
         validation: fraction of the samples in [0, 1) that is held out; if above 0, the state of the epoch with the
             lowest validation loss is kept, or the closed form. None: for maps that start at it a tenth is held out, of
-            the classes where ``labels`` has 20 and more; the epoch is kept in which new rows retrieve best there, and
-            the closed form where none is better by two standard errors, or too few rows are there to tell. 0 for the
-            other maps.
+            the classes where ``labels`` has 20 and more and ``loss`` is None, else of the rows; the epoch is kept in
+            which new rows retrieve best there, and the closed form where none is better by two standard errors, or too
+            few rows are there to tell. 0 for the other maps.
         seed: of the order, the views, the split, and of dropout.
         autocast: ``torch.bfloat16`` or ``torch.float16`` for mixed precision; None for float32.
         checkpoint: a file, written after every epoch; where it exists, training goes on from it and ends with the
@@ -89,7 +89,7 @@ def fit_transformation(
     Returns:
         ``{"train_loss": [...], "validation_loss": [...], "lr": [...], "best_epoch": int}``, one entry an epoch;
         ``best_epoch`` is -1 where the closed form was kept. Where retrieval was judged ``validation_score``, too, of
-        the start and of each epoch: see :func:`retrieval_scores`.
+        the start and of each epoch: see :func:`pml_compat.transformations.selection.retrieval_scores`.
     Raises:
         ValueError: lengths that differ, other widths, NaN or infinity (which array and row), views that do not match,
             a fraction out of range, a checkpoint of a run with other data or settings, or a truncated one.

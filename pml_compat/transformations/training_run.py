@@ -133,8 +133,9 @@ class TrainingRun:
         """Return the rows to train on and the rows that are held out."""
         share, length = self.settings["validation"], self.rows.length
         if share is None and self.can_start:
-            labels = None if self.rows.labels is None else self.rows.labels.cpu()
-            return hold_out(length, labels, self.generator)
+            # A loss of the caller's own may be for just these classes, as a contrast by labels: then by rows.
+            labels = self.rows.labels if self.loss is None else None
+            return hold_out(length, None if labels is None else labels.cpu(), self.generator)
         order = torch.randperm(length, generator=self.generator)
         held_out = math.ceil((share or 0.0) * length)
         if held_out == length:

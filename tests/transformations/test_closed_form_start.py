@@ -263,6 +263,25 @@ def test_labels_of_any_number_of_classes(classes):
     assert len(history["validation_score"]) == 7 and len(history["train_loss"]) == 6
 
 
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_classes_are_left_out_where_the_loss_is_ours(own_loss):
+    """A contrast by labels may be for just these classes."""
+    labels, seen = torch.arange(200) % 25, []
+
+    class Watched(FCTTransformation):
+        def transform(self, embeddings, side_info):
+            if self.training:
+                seen.append(embeddings.clone())
+            return super().transform(embeddings, side_info)
+
+    source, target, _ = data("fct")
+    loss = FCTLoss(0.1, 0.1) if own_loss else None
+    fit_transformation(Watched(6, 4, hidden_features=8), source, target, labels=labels, loss=loss, **FAST)
+    trained = (torch.cat(seen)[:, None] == source).all(2).any(0)
+    assert len(torch.unique(labels[trained])) == (25 if own_loss else 22)
+    assert int(trained.sum()) == (180 if own_loss else 22 * 8)
+
+
 def test_a_split_of_ones_own_keeps_the_closed_form_where_its_loss_is_lowest():
     _, _, history = fitted("fct", bent=False, validation=0.2, lr=0.5, loss=FCTLoss())
     assert history["best_epoch"] == -1 and len(history["validation_loss"]) == 6
