@@ -23,8 +23,8 @@ def save_run(run: TrainingRun, path: str | os.PathLike[str]) -> None:
         tensors |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
     for number, state in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    tensors |= {f"best.{key}": tensor for key, tensor in run.best.items()}
-    tensors |= {f"scores.{key}": tensor for key, tensor in run.scores.items()}
+    for name, kept in (("best", run.best), ("first", run.first), ("scores", run.scores)):
+        tensors |= {f"{name}.{key}": tensor for key, tensor in kept.items()}
     start = {
         "started": run.started,
         "first_loss": run.first_loss,
@@ -64,8 +64,8 @@ def resume_run(run: TrainingRun, path: str | os.PathLike[str]) -> None:
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
     run.scaler.load_state_dict(json.loads(metadata["scaler"]))
     run.generator.set_state(tensors["generator"])
-    run.best = {key: tensor.to(run.device) for key, tensor in _with_prefix(tensors, "best").items()}
-    run.scores = {key: tensor.to(run.device) for key, tensor in _with_prefix(tensors, "scores").items()}
+    for name, kept in (("best", run.best), ("first", run.first), ("scores", run.scores)):
+        kept |= {key: tensor.to(run.device) for key, tensor in _with_prefix(tensors, name).items()}
     run.history = json.loads(metadata["history"])
     start = json.loads(metadata["start"])
     run.started, run.first_loss = start["started"], start["first_loss"]

@@ -48,6 +48,7 @@ class TrainingRun:
         self.training, self.validation = self._split()
         self.history: History = {"train_loss": [], "validation_loss": [], "lr": []}
         self.best: dict[str, torch.Tensor] = {}
+        self.first: dict[str, torch.Tensor] = {}  # of a map that was trained before, and may be better as it was
         self.started = False
         self.alignment: Alignment | None = None
         self.scores: dict[str, torch.Tensor] = {}  # of the start and of the best epoch, one a held-out row
@@ -61,6 +62,7 @@ class TrainingRun:
             if self.loss is None and not hasattr(self.transformation, "with_log_variance"):
                 self.alignment = self._alignment(moments.target_energy / moments.rows)
         if self._judges():
+            self.first = {} if self.started else self._state()
             self.scores["start"] = self._scores()
             self.history["validation_score"] = [float(self.scores["start"].mean())]
         elif self.started and len(self.validation):
@@ -113,11 +115,13 @@ class TrainingRun:
         elif losses:
             best_epoch = int(np.argmin(losses))
             keeps_start = self.started and self.first_loss <= losses[best_epoch]
-        if self.best:
+        if not keeps_start and self.best:
             self.transformation.load_state_dict(self.best)
-        if keeps_start:
-            best_epoch = -1
+        elif keeps_start and self.started:
             self.transformation.back_to_start()
+        elif keeps_start:
+            self.transformation.load_state_dict(self.first)
+        best_epoch = -1 if keeps_start else best_epoch
         self.history["best_epoch"] = best_epoch
         self.transformation.eval()
         return self.history

@@ -240,6 +240,15 @@ def test_a_target_that_has_nothing_to_do_with_the_source(name, seed):
         assert scores[1 + history["best_epoch"]] == max(scores) > scores[0]
 
 
+@every_map
+def test_a_trained_map_that_gets_no_better_stays_as_it_was(name):
+    transformation, (source, target, side), _ = fitted(name, validation=0.0)
+    expected = transformation(source, side)
+    history = fit_transformation(transformation, source, target, side, **{**FAST, "lr": 1.0})
+    assert history["best_epoch"] == -1
+    torch.testing.assert_close(transformation(source, side), expected)
+
+
 @pytest.mark.parametrize("name", ["fct", "fct_side", "residual"])
 def test_what_a_linear_map_cannot_is_learned_and_kept(name):
     transformation, (source, target, side), history = fitted(name, 600, epochs=60)
