@@ -1,0 +1,168 @@
+"""Where a query of a class should stand in the old space, so that it finds the stored vectors of its class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import normalize, softplus
+
+_SHARES = (0.0, 0.5, 2 / 3, 0.8, 1.0)  # of the fitted direction; the rest is the mean's
+_MISS = 0.75  # of the way from a class's direction to where a linear map lands
+_RIDGE = 1e-3  # of that map, in mean squared entries
+_JUDGED_ROWS = 2048
+_SCALE = 16.0  # of cosines, while directions are fitted
+_NOISE = 0.5  # length of what is added to a unit query then
+_STEPS, _LEARNING_RATE = 300, 0.02
+_GALLERY_ROWS, _QUERIES, _VIEWS = 2048, 512, 4  # a step, at most
+_SCORES = 2**22  # held at once while rankings are read
+
+
+@dataclass(frozen=True)
+class Found:
+    """P@1 and mAP of some queries."""
+
+    precision_at_1: float
+    mean_average_precision: float
+
+
+@dataclass(frozen=True)
+class Prospects:
+    """What queries of a new model can expect to find among old embeddings, judged on rows that nothing was fitted to.
+
+    Args:
+        old: the old embeddings themselves, each left out of its own ranking.
+        at_means: queries that all stand on the mean of their class.
+        at_directions: queries that all stand on the direction of their class.
+        near_directions: queries that miss it as a new model might: by three quarters of what a linear map of the old
+            embeddings misses it by.
+        fitted_share: of the fitted direction in :func:`class_directions`, 0 for means alone.
+    """
+
+    old: Found
+    at_means: Found
+    at_directions: Found
+    near_directions: Found
+    fitted_share: float
+
+
+def class_directions(
+    rows: torch.Tensor, classes: torch.Tensor, means: torch.Tensor, seed: int = 0
+) -> tuple[torch.Tensor, Prospects]:
+    r"""Return the direction for each class's queries, its mean and a fitted direction mixed, and what it promises.
+
+    .. math:: t_y \propto \rho \, a_y + (1 - \rho) \, c_y
+
+    :math:`c` are class means, :math:`a` is what :func:`fit_directions` finds. Means find little where the old model
+    does not keep classes apart; fitted directions find much, but where its embeddings all lie close together a query
+    has to meet them exactly. So the share :math:`\rho` is measured: directions are fitted to one half of the rows, and
+    the other half are queries that miss them as a new model might. For that a linear map from old embeddings to
+    directions stands in, which mistakes one class for another where the old model does.
+
+    Args:
+        rows: ``(N, D)``, old embeddings as unit rows.
+        classes: ``(N,)``, the row of ``means`` of each.
+        means: ``(C, D)``, unit rows.
+        seed: of what is drawn.
+    Shape:
+        - output: ``(C, D)``, unit rows of the dtype of ``means``
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator).to(rows.device)
+    fitting, judging = order.tensor_split(2)
+    judging = judging[:_JUDGED_ROWS]
+    seen, seen_classes, gallery, own = rows[fitting], classes[fitting], rows[judging], classes[judging]
+    fitted = fit_directions(seen, seen_classes, means, generator)
+    found = []
+    for share in _SHARES:
+        directions = _mixed(fitted, means, share)
+        landed = _linear_map(seen, directions[seen_classes], gallery)
+        found.append(found_by(normalize(torch.lerp(directions[own], landed, _MISS), dim=1), own, gallery, own))
+    best = max(range(len(_SHARES)), key=lambda i: found[i].precision_at_1 + found[i].mean_average_precision)
+    share = _SHARES[best]
+    at_means, at_directions = (found_by(_mixed(fitted, means, s)[own], own, gallery, own) for s in (0.0, share))
+    prospects = Prospects(found_by(gallery, own, gallery, own), at_means, at_directions, found[best], share)
+    return _mixed(fit_directions(rows, classes, means, generator), means, share) if share else means, prospects
+
+
+def fit_directions(
+    rows: torch.Tensor, classes: torch.Tensor, means: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    r"""Fit the directions whose queries rank the old embeddings of their class first, also where they miss.
+
+    .. math:: a = \arg\min_a \sum_y \operatorname{E}_\epsilon \operatorname{mean}_{i: y_i = y} \log \Bigl(1 +
+        \sum_{j: y_j \ne y} e^{s (\langle q, f_j \rangle - \langle q, f_i \rangle)} \Bigr), \quad
+        q = \frac{a_y + \nu \epsilon}{\lVert a_y + \nu \epsilon \rVert}
+
+    :math:`\epsilon` are differences of old embeddings from their class means. Adam from the means on. A step takes at
+    most 2048 rows and 512 queries, whatever the number of classes.
+
+    Shape:
+        - output: ``(C, D)`` unit rows
+    """
+    device = rows.device
+    differences = _differences(rows, classes, len(means))
+    directions = means.clone().requires_grad_()
+    optimizer = torch.optim.Adam([directions], _LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
+    for _ in range(_STEPS if len(rows) and len(means) > 1 else 0):
+        gallery = torch.randperm(len(rows), generator=generator)[:_GALLERY_ROWS].to(device)
+        found = classes[gallery]
+        asked = torch.unique(found).repeat(_VIEWS)
+        if len(asked) > _QUERIES:
+            asked = asked[torch.randperm(len(asked), generator=generator)[:_QUERIES].to(device)]
+        noise = differences[torch.randint(len(rows), (len(asked),), generator=generator).to(device)]
+        with torch.enable_grad():
+            queries = normalize(normalize(directions, dim=1)[asked] + _NOISE * noise, dim=1)
+            scores = _SCALE * queries @ rows[gallery].t()
+            own = asked[:, None] == found
+            against = scores.masked_fill(own, -torch.inf).logsumexp(1, keepdim=True)
+            loss = ((softplus(against - scores) * own).sum(1) / own.sum(1)).mean()
+            (directions.grad,) = torch.autograd.grad(loss, directions)
+        optimizer.step()
+        schedule.step()
+    return normalize(directions.detach(), dim=1)
+
+
+def found_by(
+    queries: torch.Tensor, query_classes: torch.Tensor, gallery: torch.Tensor, classes: torch.Tensor
+) -> Found:
+    """Return what queries find in a gallery of the same items, unit rows both; row i is left out of its own ranking."""
+    first, precision, counted = torch.zeros(3, dtype=torch.float64, device=gallery.device)
+    place = torch.arange(1, len(gallery) + 1, device=gallery.device)
+    size = max(1, _SCORES // max(1, len(gallery)))
+    for start in range(0, len(queries), size):
+        scores = queries[start : start + size] @ gallery.t()
+        scores.diagonal(start).fill_(-torch.inf)  # the last one then
+        ranked = classes[scores.argsort(1, descending=True)[:, :-1]]
+        hits = ranked == query_classes[start : start + size, None]
+        positives = hits.sum(1)
+        first += hits[:, :1].sum()
+        precision += ((hits.cumsum(1) / place[:-1] * hits).sum(1) / positives.clamp(min=1)).sum()
+        counted += (positives > 0).sum()
+    return Found(*(float(total / counted.clamp(min=1)) for total in (first, precision)))
+
+
+def _differences(rows: torch.Tensor, classes: torch.Tensor, count: int) -> torch.Tensor:
+    """Return what rows differ by from their class means, 1 long in the mean; 0 where they do not differ."""
+    sums = rows.new_zeros(count, rows.shape[1]).index_add_(0, classes, rows)
+    counts = torch.bincount(classes, minlength=count).clamp(min=1)
+    differences = rows - (sums / counts[:, None])[classes]
+    length = torch.linalg.vector_norm(differences, dim=1).mean()
+    return differences / length.clamp(min=1e-6)
+
+
+def _linear_map(rows: torch.Tensor, targets: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return where the affine map that takes ``rows`` to ``targets`` takes others, as unit rows."""
+    if len(rows) == 0:
+        return torch.zeros_like(others)
+    center, goal = rows.mean(0), targets.mean(0)
+    centered = rows - center
+    gram = centered.t() @ centered
+    gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
+    weight = torch.linalg.lstsq(gram, centered.t() @ (targets - goal)).solution
+    return normalize((others - center) @ weight + goal, dim=1)
+
+
+def _mixed(fitted: torch.Tensor, means: torch.Tensor, share: float) -> torch.Tensor:
+    return normalize(torch.lerp(means, fitted, share), dim=1)
