@@ -6,6 +6,7 @@ test images are taken from the training set, and on seeds that are not reported.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import sys
 from collections.abc import Callable
@@ -95,7 +96,7 @@ class Protocol:
 
     def embed_batch(self, model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         """Return float32 embeddings."""
-        if images.dtype == torch.uint8:
+        if images.ndim == 4 and images.shape[1] == 3:
             images = cifar.scaled(images, None)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
             return model(images).float()
@@ -277,7 +278,54 @@ PROTOCOLS = {
     "fashion_images": Protocol(lambda seed, held_out: _fashion(seed, held_out, 0.2), **_FASHION),
     "cifar_closed": Protocol(_cifar_closed, **_CIFAR),
     "cifar_open": Protocol(_cifar_open, **_CIFAR, open=True),
-    "fonts": Protocol(
-        _fonts, **{**_CIFAR, "augment": lambda images: cifar.augment(images, flip=False)}, open=True
-    ),
+    "fonts": Protocol(_fonts, **{**_CIFAR, "augment": lambda images: cifar.augment(images, flip=False)}, open=True),
 }
+
+
+def train_without_labels(protocol: Protocol, network: torch.nn.Module, images: torch.Tensor) -> None:
+    """Train a network for side-information: SimCLR, as long as the models that learn from labels."""
+    from training import info_nce
+
+    def loss_of(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return info_nce(embeddings)
+
+    views = SideViews(protocol)
+    protocol = dataclasses.replace(protocol, augment=views, batch_size=protocol.batch_size)
+    protocol.train(network, _Function(loss_of), images, torch.zeros(len(images), dtype=torch.long))
+
+
+class _Function(torch.nn.Module):
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments: Any) -> torch.Tensor:
+        return self.function(*arguments)
+
+
+@dataclass(frozen=True)
+class SideViews:
+    """Two random views of each image, one below the other."""
+
+    protocol: Protocol
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the views, twice as many as the images."""
+        if images.ndim == 4 and images.dtype == torch.uint8:
+            from training import recolor
+
+            return torch.cat([recolor(cifar.crop(images, flip=True)) for _ in range(2)])
+        return torch.cat([_noisy(images) for _ in range(2)])
+
+
+def _noisy(images: torch.Tensor) -> torch.Tensor:
+    """Shift a grey image by a tenth of its size, brighten it and add noise."""
+    square = images if images.ndim == 4 else images.view(-1, 1, 8, 8)
+    n = len(square)
+    shift = torch.empty(n, 2, 1).uniform_(-0.2, 0.2)
+    turn = torch.empty(n).uniform_(-0.25, 0.25)
+    rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], dim=1).view(n, 2, 2)
+    grid = torch.nn.functional.affine_grid(torch.cat([rotation, shift], 2), list(square.shape), align_corners=False)
+    moved = torch.nn.functional.grid_sample(square, grid, align_corners=False)
+    moved = moved * torch.empty(n, 1, 1, 1).uniform_(0.7, 1.3) + 0.1 * torch.randn_like(moved)
+    return moved.view_as(images)

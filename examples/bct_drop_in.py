@@ -51,7 +51,7 @@ def show(name, accuracy):
 def what_you_already_have(images, labels):
     """Stand for the old model and the loss it was trained with, which you load: 100 images of the digits 0 to 4."""
     few = torch.cat([(labels == digit).nonzero()[:20, 0] for digit in range(5)])
-    model, loss_func = network(channels=8, width=32), NormalizedSoftmaxLoss(5, embedding_size=32, temperature=0.25)
+    model, loss_func = network(channels=8, width=32), NormalizedSoftmaxLoss(5, embedding_size=32)
     train(model, loss_func, images[few], labels[few], epochs=30)
     return model, loss_func
 
@@ -67,9 +67,9 @@ old_model, old_loss = what_you_already_have(train_images, train_labels)  # upgra
 
 # Training: the old classifier, with pseudo rows for the digits it never saw, judges the new embeddings too.
 model = network(channels=32, width=64)
-loss_func = NormalizedSoftmaxLoss(num_classes=10, embedding_size=64, temperature=0.25)
+loss_func = NormalizedSoftmaxLoss(num_classes=10, embedding_size=64)
 centers = ClassCenters.from_embeddings(embed(old_model, train_images), train_labels)  # upgrade
-loss_func = BCTLoss(loss_func, FrozenClassifier.from_loss(old_loss).extend(centers), influence_weight=3.0)  # upgrade
+loss_func = BCTLoss(loss_func, FrozenClassifier.from_loss(old_loss).extend(centers))  # upgrade
 train(model, loss_func, train_images, train_labels, epochs=40)
 
 # Evaluation, query model / gallery model: each held-out image searches all the others.

@@ -26,7 +26,6 @@ from pml_compat.testers import CrossModelTester
 
 SEED = 0
 OLD_WIDTH, NEW_WIDTH = 32, 64
-TEMPERATURE = 0.25
 
 
 def main(epochs, folder):
@@ -46,7 +45,7 @@ def main(epochs, folder):
     # What you already have: a model and the loss it was trained with, here on 100 images of the digits 0 to 4.
     few = torch.cat([(labels[train_index] == digit).nonzero()[:20, 0] for digit in range(5)])
     old_models = make_models(channels=8, width=OLD_WIDTH)
-    old_loss = losses.NormalizedSoftmaxLoss(5, OLD_WIDTH, temperature=TEMPERATURE)
+    old_loss = losses.NormalizedSoftmaxLoss(5, OLD_WIDTH)
     make_trainer(old_models, old_loss, Subset(train_set, few)).train(num_epochs=30)
 
     hooks = logging_presets.get_hook_container(
@@ -62,8 +61,8 @@ def main(epochs, folder):
     old_embeddings, old_labels = tester.get_all_embeddings(train_set, tester.old_model)
     centers = ClassCenters.from_embeddings(old_embeddings, old_labels[:, 0])
     old_classifier = FrozenClassifier.from_loss(old_loss).extend(centers)
-    new_loss = losses.NormalizedSoftmaxLoss(10, NEW_WIDTH, temperature=TEMPERATURE)
-    loss_func = BCTLoss(new_loss, old_classifier, influence_weight=3.0, collect_stats=True)
+    new_loss = losses.NormalizedSoftmaxLoss(10, NEW_WIDTH)
+    loss_func = BCTLoss(new_loss, old_classifier, collect_stats=True)
     new_models = make_models(channels=32, width=NEW_WIDTH)
     make_trainer(
         new_models,

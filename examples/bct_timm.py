@@ -50,10 +50,10 @@ def main(epochs):
     # The upgrade: the old class centres judge the first 64 of the new embedding's 128 numbers.
     frozen_network = FrozenModel(old_network)
     centers = ClassCenters.from_embeddings(embed(frozen_network, train_images), train_labels)
-    old_classifier = FrozenClassifier.from_centers(centers, scale=4.0)
+    old_classifier = FrozenClassifier.from_centers(centers)
     new_network = make_network(NEW_BACKBONE, NEW_WIDTH)
-    new_loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=NEW_WIDTH, temperature=0.25)
-    loss_func = BCTLoss(new_loss, old_classifier, influence_weight=3.0)
+    new_loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=NEW_WIDTH)
+    loss_func = BCTLoss(new_loss, old_classifier)
     train([new_network, loss_func], loss_func, train_images, train_labels, epochs)
 
     networks = {"old": frozen_network, "new": new_network.eval()}

@@ -32,6 +32,7 @@ from pml_compat.losses import (
     PointAlignmentLoss,
     RACTLoss,
     UniBCTLoss,
+    shorten_class_weights,
 )
 from pml_compat.report import Results, markdown_table
 
@@ -40,7 +41,7 @@ READ_OLD_EMBEDDINGS = (CompatibleLoss, NCCLLoss, MixBCTLoss)  # called with ref_
 
 
 def task():
-    return NormalizedSoftmaxLoss(10, WIDTH, temperature=0.25)
+    return NormalizedSoftmaxLoss(10, WIDTH)
 
 
 def losses(old_loss, old_embeddings, labels):
@@ -49,24 +50,24 @@ def losses(old_loss, old_embeddings, labels):
     classifier = FrozenClassifier.from_loss(old_loss).extend(centers)  # pseudo rows for the classes it never saw
 
     def nccl():
-        loss_func = NCCLLoss(task(), len(old_embeddings), embedding_size=WIDTH, feature_weight=10.0)
+        loss_func = NCCLLoss(task(), embedding_size=WIDTH)
         loss_func.fill(old_embeddings, labels)
         return loss_func
 
     return {
-        "independent": task,
-        "BCT": lambda: BCTLoss(task(), classifier, influence_weight=3.0),
-        "UniBCT": lambda: UniBCTLoss(task(), centers, influence_weight=3.0),
+        "independent": lambda: shorten_class_weights(task()),
+        "BCT": lambda: BCTLoss(task(), classifier),
+        "UniBCT": lambda: UniBCTLoss(task(), centers),
         "LCE": lambda: LCELoss(task(), centers),
-        "cross-model SupCon": lambda: CompatibleLoss(task(), CrossModelLoss(SupConLoss()), weights=10.0),
-        "RACT": lambda: CompatibleLoss(task(), RACTLoss(temperature=0.1)),
+        "cross-model SupCon": lambda: CompatibleLoss(task(), CrossModelLoss(SupConLoss())),
+        "RACT": lambda: CompatibleLoss(task(), RACTLoss()),
         "point alignment": lambda: CompatibleLoss(task(), PointAlignmentLoss()),
-        "LwF": lambda: CompatibleLoss(task(), LwFLoss(classifier), weights=3.0),
-        "focal distillation": lambda: CompatibleLoss(task(), FocalDistillationLoss(centers), weights=100.0),
+        "LwF": lambda: CompatibleLoss(task(), LwFLoss(classifier)),
+        "focal distillation": lambda: CompatibleLoss(task(), FocalDistillationLoss(centers)),
         "NCCL": nccl,
         "AdvBCT": lambda: CompatibleLoss(task(), AdvBCTLoss.from_embeddings(old_embeddings, labels)),
-        "MixBCT": lambda: MixBCTLoss(task(), share=0.5),
-        "BCT + point alignment": lambda: CompatibleLoss(BCTLoss(task(), classifier, 3.0), PointAlignmentLoss()),
+        "MixBCT": lambda: MixBCTLoss(task()),
+        "BCT + point alignment": lambda: CompatibleLoss(BCTLoss(task(), classifier), PointAlignmentLoss()),
     }
 
 
@@ -118,7 +119,7 @@ def run(seed, only, results):
     images, test_images = images.float(), test_images.float()
     torch.manual_seed(seed)
     few = torch.cat([(labels == digit).nonzero()[:20, 0] for digit in range(5)])
-    old, old_loss = network(8), NormalizedSoftmaxLoss(5, WIDTH, temperature=0.25)
+    old, old_loss = network(8), NormalizedSoftmaxLoss(5, WIDTH)
     train(old, old_loss, images[few], labels[few])
     old_embeddings, old_gallery = embed(old, images), torch.nn.functional.normalize(embed(old, test_images))
     accuracy = CrossModelAccuracyCalculator(include=("precision_at_1", "mean_average_precision"))

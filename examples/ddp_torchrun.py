@@ -35,9 +35,9 @@ def main(device):
 
     torch.manual_seed(SEED)  # the same first weights on every rank, of the loss too
     model = network(channels=32).to(device)
-    task_loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=WIDTH, temperature=0.25)
+    task_loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=WIDTH)
     # Each image against its own old embedding, and against the old and new ones of every other digit in the batch.
-    loss_func = CompatibleLoss(task_loss, RACTLoss(temperature=0.1), weights=1.0).to(device)
+    loss_func = CompatibleLoss(task_loss, RACTLoss()).to(device)
     trained = DistributedDataParallel(model)  # ddp
     loss_func = DistributedDataParallel(GatheredLoss(loss_func))  # ddp
 
@@ -86,7 +86,7 @@ def what_you_already_have(images, labels):
     """Stand for the old model, which every rank loads: trained on 100 images of the digits 0 to 4."""
     torch.manual_seed(SEED)
     few = torch.cat([(labels == digit).nonzero()[:20, 0] for digit in range(5)])
-    model, loss_func = network(channels=8), NormalizedSoftmaxLoss(5, WIDTH, temperature=0.25)
+    model, loss_func = network(channels=8), NormalizedSoftmaxLoss(5, WIDTH)
     optimizer = torch.optim.Adam([*model.parameters(), *loss_func.parameters()], lr=2e-3)
     for _ in range(60):
         optimizer.zero_grad()

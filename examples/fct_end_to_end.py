@@ -46,7 +46,7 @@ def network(channels, width):
 
 
 def train(model, images, labels, epochs):
-    loss_func = NormalizedSoftmaxLoss(int(labels.max()) + 1, model[-1].out_features, temperature=0.25)
+    loss_func = NormalizedSoftmaxLoss(int(labels.max()) + 1, model[-1].out_features)
     optimizer = torch.optim.Adam([*model.parameters(), *loss_func.parameters()], lr=2e-3)
     for _ in range(epochs):
         for index in torch.randperm(len(images)).split(64):

@@ -64,7 +64,7 @@ def embed(model, inputs):
 
 
 def task_loss(classes, width):
-    return NormalizedSoftmaxLoss(classes, width, temperature=0.25)
+    return NormalizedSoftmaxLoss(classes, width)
 
 
 torch.manual_seed(0)

@@ -27,12 +27,11 @@ from pml_compat.trainers import CompatibleMetricLossOnly
 
 WIDTH, METRIC = 32, "mean_average_precision"
 GENERATIONS = {"v1": (8, 5, 20, 40), "v2": (16, 8, 40, 40), "v3": (32, 10, 90, 20)}  # channels, digits, images, epochs
-WEIGHTS = {"v2": {"v1": 2.0}, "v3": {"v2": 1.0, "v1": 0.5}}  # of the loss against each old model
 
 
 def loss_against(old_model):
     """Each image near its own old embedding, where few classes are old; near all old ones of its class, where many."""
-    return RACTLoss(temperature=0.1) if old_model == "v1" else CrossModelLoss(SupConLoss(temperature=0.1))
+    return RACTLoss() if old_model == "v1" else CrossModelLoss(SupConLoss())
 
 
 class Shifted(TensorDataset):
@@ -59,11 +58,11 @@ def train(generation, images, labels, old_models):
     few = torch.cat([(labels == digit).nonzero()[:images_per_digit, 0] for digit in range(digits)])
     torch.manual_seed(0)
     model = network(channels)
-    loss_func = NormalizedSoftmaxLoss(digits, WIDTH, temperature=0.25)
+    loss_func = NormalizedSoftmaxLoss(digits, WIDTH)
     trainer, options = MetricLossOnly, {}
     if old_models:
         terms = {name: loss_against(name) for name in old_models}
-        loss_func = CompatibleLoss(loss_func, terms, WEIGHTS[generation])
+        loss_func = CompatibleLoss(loss_func, terms)
         trainer, options = CompatibleMetricLossOnly, {"old_model": old_models}
     trained = {"trunk": model, "metric_loss": loss_func}
     trainer(

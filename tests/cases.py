@@ -5,6 +5,7 @@ same loss. A loss that needs the other model's embeddings of the same rows, ``re
 joins by one line in ``ALIGNED``; one that needs both ``ref_emb`` and labels, by one line in ``PAIRED``.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -47,6 +48,14 @@ def old_centers() -> ClassCenters:
 
 def measured_centers(width: int = OLD_WIDTH) -> ClassCenters:
     return ClassCenters(torch.randn(CLASSES, width), torch.arange(CLASSES), torch.full((CLASSES,), 0.8))
+
+
+@functools.cache
+def centers_of_embeddings(width: int = OLD_WIDTH) -> ClassCenters:
+    """The same for every seed: their directions are fitted, which takes a while, and losses copy them."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return ClassCenters.from_embeddings(torch.randn(40, width), torch.arange(40) % CLASSES)
 
 
 def halfway(loss_func: AdvBCTLoss) -> AdvBCTLoss:
@@ -110,29 +119,37 @@ LOSSES: dict[str, Callable[..., torch.nn.Module]] = {
     "bct_arcface": lambda **kwargs: BCTLoss(
         losses.ArcFaceLoss(CLASSES, WIDTH),
         FrozenClassifier.from_loss(losses.ArcFaceLoss(3, OLD_WIDTH)).extend(old_centers()),
+        1.0,
         **kwargs,
     ),
     "bct_linear": lambda **kwargs: BCTLoss(
-        classification(), FrozenClassifier.from_layer(torch.nn.Linear(OLD_WIDTH, 3)), **kwargs
+        classification(), FrozenClassifier.from_layer(torch.nn.Linear(OLD_WIDTH, 3)), 1.0, **kwargs
     ),
-    "bct_pairs": lambda **kwargs: BCTLoss(losses.ContrastiveLoss(), old_classifier(), **kwargs),
-    "bct_proxy_anchor": lambda **kwargs: BCTLoss(losses.ProxyAnchorLoss(CLASSES, WIDTH), old_classifier(), **kwargs),
-    "lce": lambda **kwargs: LCELoss(classification(), measured_centers(WIDTH), **kwargs),
+    "bct_pairs": lambda **kwargs: BCTLoss(losses.ContrastiveLoss(), old_classifier(), 1.0, **kwargs),
+    "bct_proxy_anchor": lambda **kwargs: BCTLoss(
+        losses.ProxyAnchorLoss(CLASSES, WIDTH), old_classifier(), 1.0, **kwargs
+    ),
+    "bct_default": lambda **kwargs: BCTLoss(classification(), old_classifier(), **kwargs),
+    "lce": lambda **kwargs: LCELoss(classification(), measured_centers(WIDTH), 100.0, 1.0, **kwargs),
     "lce_cosine": lambda **kwargs: LCELoss(
         losses.CosFaceLoss(CLASSES, WIDTH), measured_centers(WIDTH), 10.0, 2.0, "cosine", **kwargs
     ),
     "lce_both_ways": lambda **kwargs: LCELoss(
         losses.SubCenterArcFaceLoss(num_classes=CLASSES, embedding_size=WIDTH),
         measured_centers(),
+        100.0,
+        1.0,
         forward_transformation=LinearTransformation(OLD_WIDTH, WIDTH),
         backward_transformation=LinearTransformation(WIDTH, OLD_WIDTH),
         **kwargs,
     ),
-    "lce_pairs": lambda **kwargs: LCELoss(losses.ContrastiveLoss(), measured_centers(WIDTH), 0.0, **kwargs),
+    "lce_pairs": lambda **kwargs: LCELoss(losses.ContrastiveLoss(), measured_centers(WIDTH), 0.0, 1.0, **kwargs),
+    "lce_default": lambda **kwargs: LCELoss(classification(), centers_of_embeddings(WIDTH), **kwargs),
     "unibct": lambda **kwargs: UniBCTLoss(classification(), old_centers(), 0.5, **kwargs),
     "unibct_margin": lambda **kwargs: UniBCTLoss(
-        losses.ArcFaceLoss(CLASSES, WIDTH), old_centers(), scale=30.0, margin=0.3, **kwargs
+        losses.ArcFaceLoss(CLASSES, WIDTH), old_centers(), 1.0, scale=30.0, margin=0.3, **kwargs
     ),
+    "unibct_default": lambda **kwargs: UniBCTLoss(classification(), centers_of_embeddings(), **kwargs),
 }
 
 ALIGNED: dict[str, Callable[..., torch.nn.Module]] = {
@@ -152,11 +169,13 @@ ALIGNED: dict[str, Callable[..., torch.nn.Module]] = {
 
 PAIRED: dict[str, Callable[..., torch.nn.Module]] = {
     "compatible": lambda **kwargs: CompatibleLoss(classification(), FCTLoss(), 0.5, **kwargs),
+    "compatible_default": lambda **kwargs: CompatibleLoss(classification(), FCTLoss(), **kwargs),
     "advbct": lambda **kwargs: halfway(
-        AdvBCTLoss(torch.randn(3, WIDTH) / 8, torch.rand(3), [2, 0, 4], threshold=0.4, **kwargs)
+        AdvBCTLoss(torch.randn(3, WIDTH) / 8, torch.rand(3), [2, 0, 4], threshold=0.4, normalize=False, **kwargs)
     ),
+    "advbct_unit": lambda **kwargs: halfway(AdvBCTLoss(torch.randn(CLASSES, WIDTH) / 8, torch.rand(CLASSES), **kwargs)),
     "advbct_boundary": lambda **kwargs: AdvBCTLoss(
-        torch.randn(CLASSES, WIDTH) / 8, torch.rand(CLASSES), adversarial_weight=0.0, **kwargs
+        torch.randn(CLASSES, WIDTH) / 8, torch.rand(CLASSES), adversarial_weight=0.0, threshold=1.0, **kwargs
     ),
     "bt2": lambda **kwargs: BT2Loss(
         losses.NormalizedSoftmaxLoss(CLASSES, WIDTH - 2), basis(), measured_centers(WIDTH), match_weight=0.0, **kwargs
@@ -167,9 +186,13 @@ PAIRED: dict[str, Callable[..., torch.nn.Module]] = {
     "head_points": lambda **kwargs: CompatibleHeadOfRows(
         losses.ContrastiveLoss(), head(WIDTH - 3, 1, whitened=False), PointAlignmentLoss(), 0.5, **kwargs
     ),
-    "mixbct": lambda **kwargs: MixBCTLoss(classification(), **kwargs),
-    "nccl": lambda **kwargs: nccl(classification(), logit_weight=0.5, **kwargs),
-    "nccl_pairs": lambda **kwargs: nccl(losses.ContrastiveLoss(), logit_weight=0.0, temperature=0.1, **kwargs),
+    "mixbct": lambda **kwargs: MixBCTLoss(classification(), draw_weight=0.0, **kwargs),
+    "mixbct_default": lambda **kwargs: MixBCTLoss(classification(), **kwargs),
+    "nccl": lambda **kwargs: nccl(classification(), feature_weight=1.0, logit_weight=0.5, temperature=1.0, **kwargs),
+    "nccl_pairs": lambda **kwargs: nccl(
+        losses.ContrastiveLoss(), feature_weight=1.0, logit_weight=0.0, temperature=0.1, **kwargs
+    ),
+    "nccl_default": lambda **kwargs: nccl(classification(), **kwargs),
     "fastfill_classifier": lambda **kwargs: FastFillOfRows(
         FrozenClassifier(torch.randn(3, WIDTH), labels=[2, 0, 4]), 0.5, **kwargs
     ),
@@ -179,7 +202,7 @@ PAIRED: dict[str, Callable[..., torch.nn.Module]] = {
         FrozenClassifier(torch.randn(3, WIDTH), labels=[2, 0, 4]), kind="logits", **kwargs
     ),
     "ract": lambda **kwargs: RACTLoss(temperature=0.1, **kwargs),
-    "ract_hardest": lambda **kwargs: RACTLoss(top_k=3, **kwargs),
+    "ract_hardest": lambda **kwargs: RACTLoss(temperature=0.01, top_k=3, **kwargs),
     "ract_triplet": lambda **kwargs: RACTLoss(form="triplet", top_k=4, **kwargs),
     "ract_old_negatives": lambda **kwargs: RACTLoss(temperature=0.1, regression=False, **kwargs),
     "cross_model": lambda **kwargs: CrossModelLoss(losses.ContrastiveLoss(), **kwargs),
@@ -190,7 +213,9 @@ PAIRED: dict[str, Callable[..., torch.nn.Module]] = {
 }
 
 # Losses that draw at random, in train mode: other rows at the next call, and of the same rows in another order.
-RANDOM = {"mixbct"}
+RANDOM = {"mixbct", "mixbct_default"}
+# Losses whose terms have multipliers that are measured, and move from call to call.
+BALANCED = {name for name in LOSSES | PAIRED if name.endswith("_default")}
 
 
 def build(name: str, seed: int = 0, **kwargs: object) -> torch.nn.Module:

@@ -388,3 +388,53 @@ def within_class_whitening(embeddings, labels, shrinkage):
     scatter += shrinkage * sum(scatter[j][j] for j in range(width)) / width * np.eye(width)
     left, values, _ = np.linalg.svd(scatter)
     return sum(rows) / len(rows), sum(np.outer(u, u) / math.sqrt(v) for u, v in zip(left.T, values, strict=True))
+
+
+def gradient_balance(calls):
+    """Return the multiplier from pairs of gradients, the task's and the term's, one row a sample, of each call."""
+    task_length, term_length = 0.0, 0.0
+    for task, term in calls:
+        for own, other in zip(task, term, strict=True):
+            if any(x != 0 for x in other):
+                task_length += math.sqrt(sum(float(x) ** 2 for x in own))
+                term_length += math.sqrt(sum(float(x) ** 2 for x in other))
+    return task_length / term_length if task_length > 0 and term_length > 0 else 1.0
+
+
+def direction_losses(embeddings, labels, directions):
+    """1 - cos to the direction of its class, ``directions`` by label; samples of other labels do not count."""
+    losses = []
+    for embedding, label in zip(embeddings, labels, strict=True):
+        if label in directions:
+            length = np.linalg.norm(embedding) * np.linalg.norm(directions[label])
+            losses.append(1.0 - (float(embedding @ directions[label]) / length if length else 0.0))
+    return losses
+
+
+def mixbct_draws(new, old, labels, seen):
+    """1 - cos of each new row to the sum of the directions of its old row and of the old ones of its class so far.
+
+    ``seen`` are pairs of old rows and labels, of this call and of those before; None where classes are not known.
+    """
+    losses = []
+    for f, o, y in zip(new, old, labels, strict=True):
+        aim = unit(o)
+        if seen is not None:
+            own = [unit(row) for rows, classes in seen for row, c in zip(rows, classes, strict=True) if c == y]
+            aim = unit(aim + unit(sum(own)))
+        losses.append(1.0 - float(unit(f) @ aim))
+    return losses
+
+
+def found_by(queries, query_classes, gallery, classes):
+    """P@1 and mAP of queries with another row of their class to find; row i of the gallery is query i's own."""
+    first, average = [], []
+    for i, (query, wanted) in enumerate(zip(queries, query_classes, strict=True)):
+        others = sorted((j for j in range(len(gallery)) if j != i), key=lambda j: -float(query @ gallery[j]))
+        hits = [classes[j] == wanted for j in others]
+        if not any(hits):
+            continue
+        first.append(float(hits[0]))
+        precisions = [sum(hits[: k + 1]) / (k + 1) for k, hit in enumerate(hits) if hit]
+        average.append(sum(precisions) / len(precisions))
+    return sum(first) / max(1, len(first)), sum(average) / max(1, len(average))

@@ -11,7 +11,8 @@ In the open protocol the old model is trained on 40 classes, the new one on 80 w
 gallery are all images of the 20 others; the seed draws the classes, too.
 
 Every model is trained once, and its embeddings and measurements are kept in the folder: run it again, and it goes on
-where it stopped. ``DATA`` is where torchvision keeps, or shall put, CIFAR-100. Settings were chosen by ``search.py``.
+where it stopped. ``DATA`` is where torchvision keeps, or shall put, CIFAR-100. Every method
+runs as it is dropped in, with the library's defaults.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,12 @@ from data import SPLITS, Images, Upgrade, load, mix, open_split, open_upgrade
 from measuring import measure, report
 from methods import MAPS, OldSystem, networks_of
 from networks import WIDTH, WithBranch
-from profiles import PROFILES, WEIGHTS, Profile
-from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+from profiles import PROFILES, Profile
 from training import embed, task_loss, train, train_without_labels
 
 from pml_compat.frozen import ClassCenters, FrozenModel
 from pml_compat.heads import BasisTransformation, CompatibleHead
-from pml_compat.losses import AdvBCTLoss, FastFillLoss, FCTLoss, UniBCTLoss
+from pml_compat.losses import AdvBCTLoss, UniBCTLoss
 from pml_compat.transformations import (
     FastFillTransformation,
     FCTTransformation,
@@ -53,7 +53,6 @@ class Comparison:
         self.folder, self.seed = folder / f"seed_{seed}", seed
         self.folder.mkdir(parents=True, exist_ok=True)
         self.profile = profile
-        self.weights = dict(WEIGHTS)
         self.device = torch.device(device)
         self.train_set = upgrade.train.to(self.device)
         self.old_classes = upgrade.old_classes.to(self.device)
@@ -133,7 +132,7 @@ class Comparison:
         seen = self.train_set[torch.isin(self.train_set.labels, self.old_classes)]
         numbered = Images(seen.images, torch.searchsorted(self.old_classes, seen.labels))
         model = self._model()
-        loss = task_loss(len(self.old_classes), WIDTH, self.profile).to(self.device)
+        loss = task_loss(len(self.old_classes), WIDTH).to(self.device)
         train(model, loss, numbered, self.profile, f"seed {self.seed}: old")
         self._keep_model("old", model)
         self._keep_embedded("old", model, self.parts)
@@ -165,7 +164,7 @@ class Comparison:
 
     def _train_new(self, method: str, name: str) -> None:
         old, model = self._old_system(), self._model()
-        loss, reads, head, asks = networks_of(self.profile, self.weights, self.classes)[method](old)
+        loss, reads, head, asks = networks_of(self.classes)[method](old)
         loss.to(self.device)
         if head is not None:
             model = torch.nn.Sequential(WithBranch(model), head).to(self.device)
@@ -198,28 +197,10 @@ class Comparison:
             transformation: Transformation = LinearTransformation(WIDTH, WIDTH).fit(source[0], target[0])
         else:
             torch.manual_seed(self.seed)
-            widths = WIDTH, WIDTH, WIDTH if side else None, self.profile.fct_hidden
-            if method.startswith("fastfill"):
-                shared = method == "fastfill_likelihood"
-                transformation = FastFillTransformation(*widths, variance_gradient=shared)
-            else:
-                transformation = FCTTransformation(*widths)
-            transformation.to(self.device)
-            labels = self.train_set.labels.cpu()
-            if method.startswith("fct_instance"):
-                labels = torch.arange(len(labels))  # every image is its own class
-            fit_transformation(
-                transformation,
-                source,
-                target,
-                self._stored("side", "train") if side else None,
-                labels=labels,
-                loss=self._map_loss(method.removesuffix("_side").removesuffix("_mixtures")),
-                epochs=self.profile.fct_epochs,
-                lr=self.profile.fct_lr,
-                seed=self.seed,
-                autocast=torch.bfloat16 if self.profile.bfloat16 else None,
-            )
+            kind = FastFillTransformation if method.startswith("fastfill") else FCTTransformation
+            transformation = kind(WIDTH, WIDTH, WIDTH if side else None).to(self.device)
+            side_info = self._stored("side", "train") if side else None
+            fit_transformation(transformation, source, target, side_info, seed=self.seed)
         for part in self.parts.keys() - {"train"}:
             stored = self._stored("old", part), self._stored("side", part) if side else None
             if isinstance(transformation, FastFillTransformation):
@@ -238,27 +219,6 @@ class Comparison:
                 self._keep(name, part, embed(self._kept_model(name), images, self.profile))
             views.append(self._stored(name, part))
         return views
-
-    def _map_loss(self, method: str) -> Callable[..., torch.Tensor]:
-        likelihood = FastFillLoss(distance=LpDistance(p=2, power=2))  # of unit rows
-        if method == "fastfill_likelihood":
-            return likelihood
-        profile = self.profile
-        distance = None if profile.fct_squared else CosineSimilarity()
-        contrast = {
-            "fct_contrast": (profile.fct_contrast, profile.fct_temperature),
-            "fct_instance": (profile.fct_instance, profile.fct_instance_temperature),
-        }
-        alignment = FCTLoss(*contrast.get(method, ()), distance=distance)
-        if method.startswith("fct"):
-            return alignment
-
-        def both(
-            mapped: torch.Tensor, labels: torch.Tensor, *, ref_emb: torch.Tensor, log_var: torch.Tensor
-        ) -> torch.Tensor:
-            return alignment(mapped, ref_emb=ref_emb) + likelihood(mapped.detach(), ref_emb=ref_emb, log_var=log_var)
-
-        return both
 
 
 def write(path: Path, save: Any) -> None:
@@ -284,15 +244,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["all"])
     parser.add_argument("--protocol", choices=["closed", "open"], default="closed", help="test classes are trained on?")
     parser.add_argument("--split", choices=list(SPLITS), default="lexicographic", help="which classes are old; closed")
-    for name in ("epochs", "side_epochs", "fct_epochs"):
+    for name in ("epochs", "side_epochs"):
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=argparse.SUPPRESS, help="in place of the profile's")
     parser.add_argument("--float32", action="store_true", help="not bfloat16; for processors that do not have it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    given = {name: getattr(options, name) for name in ("epochs", "side_epochs", "fct_epochs") if name in options}
+    given = {name: getattr(options, name) for name in ("epochs", "side_epochs") if name in options}
     profile = dataclasses.replace(PROFILES[options.profile], bfloat16=not options.float32, **given)
-    known = ["old", *networks_of(profile, WEIGHTS, 100), *MAPS]
+    known = ["old", *networks_of(100), *MAPS]
     methods = known if options.methods == ["all"] else ["old", "independent", *options.methods]
     unknown = set(methods) - set(known)
     if unknown:

@@ -16,9 +16,9 @@ from pml_compat.frozen import FrozenModel
 EMBED_BATCH = 1000
 
 
-def task_loss(classes: int, width: int, profile: Profile) -> NormalizedSoftmaxLoss:
-    """The loss that all models learn their classes by."""
-    return NormalizedSoftmaxLoss(classes, width, temperature=profile.temperature)
+def task_loss(classes: int, width: int) -> NormalizedSoftmaxLoss:
+    """The loss that all models learn their classes by, with PML's own settings."""
+    return NormalizedSoftmaxLoss(classes, width)
 
 
 def train(

@@ -22,14 +22,14 @@ from data import Images, open_upgrade
 from glyphs import load_glyphs
 from measuring import report
 from methods import MAPS, networks_of
-from profiles import PROFILES, WEIGHTS
+from profiles import PROFILES
 
 from pml_compat.accuracy import open_classes
 
 
 def main() -> None:
     profile = dataclasses.replace(PROFILES["cpu"], flip=False)
-    known = [*networks_of(profile, WEIGHTS, 100), *MAPS]
+    known = [*networks_of(100), *MAPS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"), help="folder with fonts")
     parser.add_argument("--out", type=Path, required=True, help="folder for models, embeddings, results")

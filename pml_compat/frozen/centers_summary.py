@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .class_directions import Found, Prospects
+
 _BLOCK_ELEMENTS = 2**24  # cosines held at once
 _SHOWN = 10
 
@@ -22,6 +24,7 @@ class CentersSummary:
         boundaries: ``(C,)`` radians, None where none were measured.
         nearest_labels: ``(C,)`` label of the nearest other centre; -1 where there is no other.
         nearest_angles: ``(C,)`` radians to it; infinity where there is no other.
+        prospects: what new queries can expect to find among the old embeddings; None where these were not seen.
     """
 
     features: int
@@ -30,6 +33,7 @@ class CentersSummary:
     boundaries: torch.Tensor | None
     nearest_labels: torch.Tensor
     nearest_angles: torch.Tensor
+    prospects: Prospects | None = None
 
     @property
     def collapsed(self) -> torch.Tensor:
@@ -62,6 +66,8 @@ class CentersSummary:
             lines.append(
                 f"{len(labels)} of one sample, without a boundary: {', '.join(map(str, labels[:_SHOWN]))}{more}"
             )
+        if self.prospects is not None:
+            lines += _expectations(self.prospects)
         return "\n".join(lines)
 
     def _table(self) -> list[str]:
@@ -77,6 +83,19 @@ class CentersSummary:
         if len(worst) < int(self.collapsed.sum()):
             lines.append(f"{'...':>9}")
         return lines
+
+
+def _expectations(prospects: Prospects) -> list[str]:
+    def percent(found: Found) -> str:
+        return f"{100 * found.precision_at_1:.1f} / {100 * found.mean_average_precision:.1f}"
+
+    return [
+        "P@1 / mAP in percent among old embeddings that nothing was fitted to, of",
+        f"  the old model's queries {percent(prospects.old)}",
+        f"  queries on their class's mean {percent(prospects.at_means)}, on its direction "
+        f"{percent(prospects.at_directions)}",
+        f"  queries near their direction, as a trained model's: {percent(prospects.near_directions)}",
+    ]
 
 
 def nearest_centers(centers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,11 +11,14 @@ import torch
 
 from ..checks import as_tensor, check_embeddings, check_finite, check_labels, check_matrix
 from ..files import load_tensors, save_tensors
+from ..stored_rows import stored_rows
 from .centers_summary import CentersSummary, nearest_centers
+from .class_directions import Prospects, class_directions, fitting_scale
 from .label_map import LabelMap
 
 Boundary = Literal["max", "iqr"]
 _FORMAT = "pml_compat.ClassCenters/1"
+_SAMPLE_ROWS = 2**15  # of the embeddings, kept until directions are fitted to them
 _BATCH_ROWS = 8192  # from_embeddings reads its array in pieces, so that a memory map stays on disk
 
 
@@ -28,11 +31,18 @@ class ClassCenters(torch.nn.Module):
     Run the old model, in eval mode and without augmentation, over the *new* training set: then classes that the old
     model never saw have a centre too.
 
+    Made of embeddings (:meth:`from_embeddings`, :meth:`from_batches`), the centres also say where queries of each class
+    should stand to find these embeddings, ``directions``; see
+    :func:`~pml_compat.frozen.class_directions.class_directions`. They are fitted when they are first asked for, to
+    32,768 embeddings at most, in seconds.
+
     Args:
         centers: ``(C, D)``, any length but 0; kept as unit rows.
         labels: ``(C,)`` integers, 0 or more, no duplicates: the label of each row.
         boundaries: ``(C,)`` angles in radians, in [0, pi]; None where none were measured.
         counts: ``(C,)`` number of samples behind each row; None where it is not known.
+        directions: ``(C, D)`` where queries of each class should stand; kept as unit rows. None: on the centres.
+        scale: of cosines with the centres, see :attr:`scale`.
     Raises:
         ValueError: shapes that disagree, NaN or infinity, a centre of length 0, labels that repeat.
     Example:
@@ -49,8 +59,18 @@ class ClassCenters(torch.nn.Module):
     centers: torch.Tensor
     boundaries: torch.Tensor | None
     counts: torch.Tensor | None
+    fitted_directions: torch.Tensor | None
 
-    def __init__(self, centers: Any, labels: Any, boundaries: Any = None, counts: Any = None) -> None:
+    def __init__(
+        self,
+        centers: Any,
+        labels: Any,
+        boundaries: Any = None,
+        counts: Any = None,
+        *,
+        directions: Any = None,
+        scale: float | None = None,
+    ) -> None:
         super().__init__()
         centers = check_embeddings(centers, "centers").detach()
         check_labels(labels, length=len(centers))
@@ -70,6 +90,65 @@ class ClassCenters(torch.nn.Module):
                 raise ValueError(f"counts must be 1 or more, got {int(counts.min())}; leave the class out")
         self.register_buffer("boundaries", boundaries)
         self.register_buffer("counts", counts)
+        if directions is not None:
+            directions = check_embeddings(directions, "directions", self.centers.shape[1]).detach()
+            if len(directions) != len(centers):
+                raise ValueError(f"directions must be one a centre, {len(centers)}, got {len(directions)}")
+            directions = _unit_centers(directions, self.labels).to(self.centers)
+        self.register_buffer("fitted_directions", directions)
+        self._scale = None if scale is None else float(scale)
+        self._sample: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._prospects: Prospects | None = None
+        self.register_load_state_dict_pre_hook(_make_room)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether ``directions`` come from embeddings, and are not just the centres."""
+        return self.fitted_directions is not None or self._sample is not None
+
+    @property
+    def directions(self) -> torch.Tensor:
+        """The ``(C, D)`` unit rows on which queries of each class should stand; else the centres."""
+        self._measure()
+        return self.centers if self.fitted_directions is None else self.fitted_directions
+
+    @property
+    def scale(self) -> float | None:
+        """The scale of cosines with the centres at which their softmax fits the embeddings best, on rows left out."""
+        self._measure()
+        return self._scale
+
+    @property
+    def prospects(self) -> Prospects | None:
+        """What queries near these directions would find, known where the directions were fitted here."""
+        self._measure()
+        return self._prospects
+
+    def remember(self, embeddings: Any, labels: torch.Tensor) -> ClassCenters:
+        """Keep a sample of stored old embeddings, which the directions are then fitted to; return ``self``.
+
+        Args:
+            embeddings: ``(N, D)`` tensor, array, memory map or ``FrozenEmbeddings``.
+            labels: ``(N,)``, each one with a centre.
+        """
+        index = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:_SAMPLE_ROWS]
+        rows = _directions(stored_rows(embeddings, index, "embeddings")).float()
+        self._sample = rows, self.index_of(labels[index.to(labels.device)])
+        self.fitted_directions = self._scale = self._prospects = None
+        return self
+
+    def _measure(self) -> None:
+        """Fit the directions, once, and let go of the embeddings."""
+        if self._sample is None:
+            return
+        device = self.centers.device
+        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):  # wherever it is first asked for
+            rows, classes = (tensor.to(device) for tensor in self._sample)
+            centers = self.centers.float()
+            found, self._prospects = class_directions(rows, classes, centers)
+            self.fitted_directions = _unit_centers(found, self.labels).to(self.centers)
+            self._scale = fitting_scale(rows, classes, len(centers))
+        self._sample = None
 
     @property
     def labels(self) -> torch.Tensor:
@@ -131,29 +210,38 @@ class ClassCenters(torch.nn.Module):
                 "batches must be readable twice to measure boundaries, got a one-shot iterator; "
                 "pass a list or a DataLoader, or boundary=None for centres alone"
             )
-        sums, labels, counts, dtype = _sum_classes(batches, normalize)
+        sample = _Sample()
+        sums, labels, counts, dtype = _sum_classes(batches, normalize, sample)
         centers = _unit_centers(sums, labels)
         boundaries = None
         if boundary is not None:
             boundaries = measure_boundaries(batches, centers, LabelMap(labels), counts, boundary)
-        return cls(centers.to(dtype), labels, boundaries, counts)
+        found = cls(centers.to(dtype), labels, boundaries, counts)
+        rows, sampled_labels = sample.finish()
+        found._sample = rows, found.index_of(sampled_labels)
+        return found
 
     def summary(self) -> CentersSummary:
         """Audit the centres: ``print(centers.summary())`` names the classes that a training cannot keep apart.
 
         A class is collapsed where the nearest other centre lies inside its boundary: the old model mixed the two up,
-        and an embedding on the other's centre counts as inside. O(C^2 D) in blocks; nothing C x C is held.
+        and an embedding on the other's centre counts as inside. O(C^2 D) in blocks; nothing C x C is held. Where the
+        embeddings were there to see, it also says what new queries can expect to find among them.
         """
         rows, angles = nearest_centers(self.centers)
         nearest = torch.where(rows < 0, -1, self.labels[rows])
-        return CentersSummary(self.centers.shape[1], self.labels, self.counts, self.boundaries, nearest, angles)
+        return CentersSummary(
+            self.centers.shape[1], self.labels, self.counts, self.boundaries, nearest, angles, self.prospects
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write centres, labels, boundaries and counts to a safetensors file; it appears whole or not at all."""
+        """Write centres, labels, boundaries, counts and directions to a safetensors file, whole or not at all."""
+        self._measure()
         tensors = {"centers": self.centers, "labels": self.labels}
-        for name, tensor in (("boundaries", self.boundaries), ("counts", self.counts)):
-            if tensor is not None:
-                tensors[name] = tensor
+        optional = {"boundaries": self.boundaries, "counts": self.counts, "directions": self.fitted_directions}
+        tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+        if self._scale is not None:
+            tensors["scale"] = torch.tensor(self._scale, dtype=torch.float64)
         save_tensors(path, tensors, {"format": _FORMAT})
 
     @classmethod
@@ -165,7 +253,17 @@ class ClassCenters(torch.nn.Module):
             ValueError: a truncated file, or one that holds something else.
         """
         tensors, _ = load_tensors(path, _FORMAT, "ClassCenters.save")
-        return cls(**tensors)
+        scale = tensors.pop("scale", None)
+        return cls(**tensors, scale=None if scale is None else float(scale))
+
+
+def _make_room(centers: ClassCenters, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take directions that were fitted before a state was saved; keep those that are here where it has none."""
+    name = f"{prefix}fitted_directions"
+    if state.get(name) is not None:
+        centers.fitted_directions, centers._sample = torch.empty_like(state[name], device=centers.centers.device), None
+    elif centers.fitted_directions is not None:
+        state[name] = centers.fitted_directions
 
 
 def check_centers(centers: Any, name: str = "centers", width: int | None = None) -> None:
@@ -206,8 +304,39 @@ def _directions(embeddings: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(embeddings.double(), dim=1, eps=0.0).nan_to_num_(nan=0.0)
 
 
+class _Sample:
+    """Some of the embeddings that go by, each as likely as any other: those that drew the lowest numbers."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self.rows: list[torch.Tensor] = []
+        self.labels: list[torch.Tensor] = []
+        self.drawn: list[torch.Tensor] = []
+        self.held = 0
+
+    def add(self, rows: torch.Tensor, labels: torch.Tensor) -> None:
+        self.rows.append(rows.to(torch.float32))
+        self.labels.append(labels)
+        self.drawn.append(torch.rand(len(rows), generator=self.generator, dtype=torch.float64))
+        self.held += len(rows)
+        if self.held > 2 * _SAMPLE_ROWS:
+            self._drop()
+
+    def _drop(self) -> None:
+        drawn = torch.cat(self.drawn)
+        kept = drawn.argsort()[:_SAMPLE_ROWS].sort().values
+        on_device = kept.to(self.rows[0].device)
+        self.rows, self.labels = [torch.cat(self.rows)[on_device]], [torch.cat(self.labels)[on_device]]
+        self.drawn, self.held = [drawn[kept]], len(kept)
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sampled unit rows, ``(n, D)`` float32, and their labels."""
+        self._drop()
+        return self.rows[0], self.labels[0]
+
+
 def _sum_classes(
-    batches: Iterable[tuple[Any, Any]], normalize: bool
+    batches: Iterable[tuple[Any, Any]], normalize: bool, sample: _Sample
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype]:
     """One pass: the sum and the number of each class's embeddings, in label order. Sums are float64, so that the
     result does not depend on how the samples were batched."""
@@ -228,8 +357,9 @@ def _sum_classes(
             grow = max(len(rows), 2 * len(sums)) - len(sums)
             sums = torch.cat([sums, sums.new_zeros(grow, sums.shape[1])])
             counts = torch.cat([counts, counts.new_zeros(grow)])
-        values = _directions(embeddings) if normalize else embeddings.double()
-        sums.index_add_(0, row[inverse], values)
+        directions = _directions(embeddings)
+        sample.add(directions, labels)
+        sums.index_add_(0, row[inverse], directions if normalize else embeddings.double())
         counts.index_add_(0, row, n)
     if sums is None:
         raise ValueError("batches must not be empty, got none")

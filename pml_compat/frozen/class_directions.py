@@ -124,9 +124,7 @@ def fit_directions(
     return normalize(directions.detach(), dim=1)
 
 
-def found_by(
-    queries: torch.Tensor, query_classes: torch.Tensor, gallery: torch.Tensor, classes: torch.Tensor
-) -> Found:
+def found_by(queries: torch.Tensor, query_classes: torch.Tensor, gallery: torch.Tensor, classes: torch.Tensor) -> Found:
     """Return what queries find in a gallery of the same items, unit rows both; row i is left out of its own ranking."""
     first, precision, counted = torch.zeros(3, dtype=torch.float64, device=gallery.device)
     place = torch.arange(1, len(gallery) + 1, device=gallery.device)
@@ -141,6 +139,30 @@ def found_by(
         precision += ((hits.cumsum(1) / place[:-1] * hits).sum(1) / positives.clamp(min=1)).sum()
         counted += (positives > 0).sum()
     return Found(*(float(total / counted.clamp(min=1)) for total in (first, precision)))
+
+
+def fitting_scale(rows: torch.Tensor, classes: torch.Tensor, count: int) -> float | None:
+    """Return the scale at which a softmax over cosines with class means fits rows that were left out of the means.
+
+    Of the powers of two from 1 to 64, with halfway values; None where too few rows are there to tell.
+
+    Args:
+        rows: ``(N, D)`` unit rows.
+        classes: ``(N,)``.
+        count: of classes.
+    """
+    if len(rows) < 2 * count or count == 1:
+        return None
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(rows.device)
+    seen, judged = order[_JUDGED_ROWS:], order[:_JUDGED_ROWS]
+    if len(seen) < len(judged):
+        seen, judged = order.tensor_split(2)
+    sums = rows.new_zeros(count, rows.shape[1]).index_add_(0, classes[seen], rows[seen])
+    cosines = rows[judged] @ normalize(sums, dim=1).t()
+    scales = [2 ** (step / 2) for step in range(13)]
+    losses = [torch.nn.functional.cross_entropy(scale * cosines, classes[judged]) for scale in scales]
+    errors = [round(float(loss), 6) for loss in losses]  # where classes are far apart many scales fit
+    return scales[errors.index(min(errors))]
 
 
 def _differences(rows: torch.Tensor, classes: torch.Tensor, count: int) -> torch.Tensor:

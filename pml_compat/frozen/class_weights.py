@@ -63,6 +63,12 @@ def all_centers(loss: torch.nn.Module) -> torch.Tensor:
     )
 
 
+def class_weight_parameter(loss: torch.nn.Module) -> tuple[torch.Tensor, int]:
+    """Return the parameter that holds a loss's class weights, as it lies there, and its dimension of classes."""
+    rows = all_centers(unwrap_loss(loss))
+    return (rows, 0) if rows._base is None else (rows._base, 1)
+
+
 def sub_centers_of(loss: torch.nn.Module) -> int:
     """Return how many centres an unwrapped loss keeps for each class."""
     return int(getattr(loss, "sub_centers", getattr(loss, "centers_per_class", 1)))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from ..checks import check_embeddings, check_finite, check_labels, check_number, check_same_device
+from ..unit_rows import unit_rows
 from .class_centers import ClassCenters, check_centers
 from .class_weights import unwrap_loss
 from .heads import Head, SoftmaxHead, head_of
@@ -28,6 +29,9 @@ class FrozenClassifier(torch.nn.Module):
             are not listed are unknown to the old system.
         kind: ``"linear"`` or ``"cosine"``.
         scale: ``s``, above 0, for ``kind="cosine"`` alone; 16 by default.
+    Attributes:
+        directions: ``(C, D)`` unit rows, where queries of each class should stand; of the rows, unless centres of
+            stored old embeddings say more (:meth:`from_centers`, :meth:`extend`).
     Shape:
         - ``logits``: ``(N, D) -> (N, C)``
         - ``losses``: ``(N, D), (N,) -> (N,), (N,)``
@@ -47,6 +51,7 @@ class FrozenClassifier(torch.nn.Module):
 
     rows: torch.Tensor
     bias: torch.Tensor | None
+    directions: torch.Tensor
 
     def __init__(
         self,
@@ -92,6 +97,7 @@ class FrozenClassifier(torch.nn.Module):
         self.head = head
         self.register_buffer("rows", rows.contiguous().clone())
         self.register_buffer("bias", bias if bias is None else bias.clone())
+        self.register_buffer("directions", _class_directions(weight, head.centers_per_class))
         self.label_map = LabelMap(labels.to(weight.device))
 
     @classmethod
@@ -124,32 +130,43 @@ class FrozenClassifier(torch.nn.Module):
         return cls(layer.weight, layer.bias, labels=labels)
 
     @classmethod
-    def from_centers(cls, centers: ClassCenters, scale: float = DEFAULT_SCALE) -> FrozenClassifier:
+    def from_centers(cls, centers: ClassCenters, scale: float | None = None) -> FrozenClassifier:
         """A pseudo-classifier: class centres as cosine rows, for an old model that has no classifier.
 
         Args:
-            centers: of the old embeddings of the new training set; their labels become the rows' labels.
-            scale: of the cosines, above 0. Without it the softmax over cosines is nearly flat.
+            centers: of the old embeddings of the new training set; their labels become the rows' labels, and their
+                directions those of the classifier.
+            scale: of the cosines, above 0. None: the one that fits the old embeddings best (``ClassCenters.scale``),
+                16 where the centres come without embeddings.
         """
         check_centers(centers)
-        return cls(centers.centers, labels=centers.labels, kind="cosine", scale=scale)
+        scale = centers.scale if scale is None else scale
+        classifier = cls(centers.centers, labels=centers.labels, kind="cosine", scale=scale)
+        classifier.directions = centers.directions.to(classifier.directions, copy=True)
+        return classifier
 
     def extend(self, centers: ClassCenters) -> FrozenClassifier:
         """Add a pseudo row, in place, for every label of ``centers`` that this classifier lacks; return ``self``.
 
         The classes it knows keep their true rows. Where lengths matter (linear kinds) a pseudo row takes the mean
-        length of the true rows, and the mean bias.
+        length of the true rows, and the mean bias. ``directions`` become those of ``centers`` for all of their labels
+        where ``centers`` were measured on embeddings, else for those that this classifier lacks.
 
         Raises:
             ValueError: ``centers`` of another width.
         """
         check_centers(centers, width=self.in_features)
-        new = self.label_map(centers.labels) < 0
+        index = self.label_map(centers.labels).to(self.rows.device)
+        new = index < 0
+        if centers.is_measured:
+            given = centers.directions.to(self.directions)[~new]
+            self.directions = self.directions.index_copy(0, index[~new], given)
         if not bool(new.any()):
             return self
         rows = centers.centers[new.to(centers.centers.device)].to(self.rows)
         rows = rows * self.rows.norm(dim=1).mean()
         labels = torch.cat([self.labels, centers.labels.to(self.labels.device)[new.to(self.labels.device)]])
+        self.directions = torch.cat([self.directions, centers.directions.to(self.directions)[new]])
         if self.bias is not None:
             self.bias = torch.cat([self.bias, self.bias.mean().expand(len(rows))])
         self.rows = torch.cat([self.rows, rows.repeat_interleave(self.head.centers_per_class, 0)])
@@ -205,6 +222,20 @@ class FrozenClassifier(torch.nn.Module):
                 losses = losses.new_zeros(len(known)).index_copy(0, index, losses)
         return losses, known
 
+    def direction_losses(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""Return how far samples are from the direction of their class, :math:`1 - \cos(f, t_y)`, and which are known.
+
+        As :meth:`losses`, but O(N D) whatever the number of classes; a row of length 0 has loss 1 and no gradient.
+        """
+        embeddings = self._check(embeddings)
+        targets = self.label_map(check_labels(labels, length=len(embeddings)))
+        known = targets >= 0
+        with torch.autocast(embeddings.device.type, enabled=False):
+            precise = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+            own = self.directions.to(precise.dtype)[targets.clamp(min=0)]
+            losses = 1 - (unit_rows(precise, embeddings.dtype) * own).sum(1)
+            return torch.where(known, losses, 0.0).to(embeddings.dtype), known
+
     def _check(self, embeddings: torch.Tensor) -> torch.Tensor:
         embeddings = check_embeddings(embeddings, width=self.in_features)
         check_same_device(embeddings, "embeddings", self.rows, "the FrozenClassifier")
@@ -214,6 +245,21 @@ class FrozenClassifier(torch.nn.Module):
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         return embeddings.to(dtype), self.rows, self.bias
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Load what was saved before there were directions, too."""
+        if f"{prefix}rows" in state_dict:
+            rows = _class_directions(state_dict[f"{prefix}rows"], self.head.centers_per_class)
+            state_dict.setdefault(f"{prefix}directions", rows)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def extra_repr(self) -> str:
         """Show the sizes and the head, as torch's own modules do."""
         return f"classes={len(self.label_map)}, in_features={self.in_features}, head={self.head}"
+
+
+def _class_directions(rows: torch.Tensor, centers_per_class: int) -> torch.Tensor:
+    """Return one direction a class, ``(C, D)``: of several centres the mean; a row of length 0 has none."""
+    directions = torch.nn.functional.normalize(rows, dim=1)
+    if centers_per_class == 1:
+        return directions
+    return torch.nn.functional.normalize(directions.unflatten(0, (-1, centers_per_class)).mean(1), dim=1)

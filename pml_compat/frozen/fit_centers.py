@@ -62,10 +62,8 @@ def fit_centers(
         (torch.Size([3, 4]), tensor([0, 1, 2]))
 
     Reference:
-        Ours. Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020, take the mean
-        for a class that the old classifier lacks. With these directions BCT and LCE gained more top-1 and less mAP than
-        with means among 100 classes (``docs/cifar100.md``), and among 10 lost both at a scale of 16 and gained mAP at 4
-        (``benchmarks/influence_scale.py --fit``).
+        Ours. Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020, take the mean for a class
+        that the old classifier lacks.
     """
     scale = check_number(scale, "scale", minimum=0, exclusive=True)
     check_boundary(boundary)

@@ -105,7 +105,7 @@ def refine_prototypes(
                 weights = torch.stack([_iterate_weights(own, smoothing, temperature) for own in new])
             prototypes[rows] = (weights[:, None] @ old)[:, 0]
     dtype = torch.promote_types(as_tensor(old_embeddings[:1], "old_embeddings").dtype, torch.float32)
-    return ClassCenters(prototypes, classes, counts=counts).to(dtype)
+    return ClassCenters(prototypes, classes, counts=counts).to(dtype).remember(old_embeddings, labels)
 
 
 def _unit_rows(embeddings: Any, index: torch.Tensor, name: str) -> torch.Tensor:

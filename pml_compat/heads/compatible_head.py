@@ -21,18 +21,15 @@ class CompatibleHead(torch.nn.Module):
     :math:`\rho \cos(p, p') + (1 - \rho) \cos(f, f')` with an ``old_share`` :math:`\rho`, or at 0 by :math:`f` alone.
     Nothing of the old model holds :math:`f` back.
 
-    Every term that trains the compatible part has an own :math:`p^m`. One that repeats the old embedding and one that
-    tells the classes of the training set apart hinder each other in one vector: among classes that nobody trained on
-    the mean of two has the better top-1 (``docs/open_set.md``). Among those trained on an earlier form with one vector
-    did better (``docs/cifar100.md``).
+    With several parts every term that trains them has an own :math:`p^m`, and the query is their mean; one part serves
+    all terms.
 
     Train the head with :class:`~pml_compat.losses.CompatibleHeadLoss`, as the last layer of the model or as the
     ``embedder`` of a PML trainer. Old and new vectors side by side in one index:
     :class:`pml_compat.gallery.MixedGallery`.
 
     With ``whitening`` :math:`p` lives in the old space whitened by its scatter within classes, and :meth:`old_part`
-    leads back: the head aims at what tells classes apart. Beside a contrast with old embeddings, which does so too, it
-    made no difference in the measurements of ``docs/open_set.md``.
+    leads back: the head aims at what tells classes apart.
 
     For a model that is finished: hold its trunk in a :class:`~pml_compat.frozen.FrozenModel`, give its last layer as
     ``free=FrozenModel(layer, save=True)``, or None where its embeddings are the features themselves, and train the head
@@ -46,11 +43,10 @@ class CompatibleHead(torch.nn.Module):
         whitening: of the old model's embeddings of the new training set; None for the old space as it is.
         hidden_features: width of the hidden layer of the compatible parts.
         old_share: :math:`\rho`, the weight of :math:`p` between new vectors, in [0, 1). At 0 they are as narrow as
-            without the head, and compared as without it; the default gained 1.5 points of top-1 among classes that
-            nobody trained on, and lost 0.3 among those trained on (``docs/open_set.md``).
+            without the head, and compared as without it.
         trunk_gradient: how much of the gradient of :math:`p` reaches the features :math:`u`, in [0, 1]. Less of it
             leaves more of the trunk to the free part; at 0 the trunk is trained as without the head.
-        parts: :math:`k`, one for each term of the loss, two by default; 1 for one vector that serves all terms.
+        parts: :math:`k`, one for each term of the loss; 1 for one vector that serves all terms.
     Attributes:
         out_features: width of ``z``, ``parts * old_features + free_features``.
     Shape:
@@ -83,8 +79,8 @@ class CompatibleHead(torch.nn.Module):
         whitening: WithinClassWhitening | None = None,
         hidden_features: int = 512,
         old_share: float = 0.3,
-        trunk_gradient: float = 0.1,
-        parts: int = 2,
+        trunk_gradient: float = 0.6,
+        parts: int = 1,
     ) -> None:
         super().__init__()
         self.in_features = check_integer(in_features, "in_features", minimum=1)

@@ -17,6 +17,7 @@ from .mixbct_loss import MixBCTLoss
 from .nccl_loss import NCCLLoss
 from .point_alignment_loss import PointAlignmentLoss
 from .ract_loss import RACTLoss
+from .task_and_terms import shorten_class_weights
 from .unibct_loss import UniBCTLoss
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "PointAlignmentLoss",
     "RACTLoss",
     "UniBCTLoss",
+    "shorten_class_weights",
 ]

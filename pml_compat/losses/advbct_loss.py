@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from pytorch_metric_learning.reducers import AvgNonZeroReducer
 from pytorch_metric_learning.utils import common_functions as c_f
-from torch.nn.functional import cross_entropy, normalize, relu
+from torch.nn.functional import cross_entropy, relu
 
 from ..checks import as_tensor, check_embeddings, check_integer, check_labels, check_number, check_same_device
 from ..frozen.class_means import class_means
 from ..frozen.label_map import LabelMap
+from ..unit_rows import unit_rows
 from .named_terms import NamedTermsLoss
 from .old_rows import check_old_rows, check_row_labels
 from .task_and_terms import per_sample
@@ -33,8 +34,7 @@ class AdvBCTLoss(NamedTermsLoss):
     towards T, never past it. Samples of classes without a radius take no part in the second term.
 
     It is a term: add the task loss with :class:`CompatibleLoss`. Call :meth:`set_progress` as training goes on; at 0,
-    where it starts, the new model does not feel the discriminator. D sees embeddings as they are, not unit rows, so
-    ``ref_emb`` must be what the old model gives, not normalised, where the new model's are not.
+    where it starts, the new model does not feel the discriminator.
 
     What to watch (``collect_stats``): the boundary term can only ever push :math:`v_y` to where the boundary is
     widest, against nothing but weight decay. ``mean_radius_change`` near ``mean |T - r|`` means that, for r < T, the
@@ -46,8 +46,10 @@ class AdvBCTLoss(NamedTermsLoss):
         labels: ``(C,)`` the label, of the new training set, of each row; by default row i is label i.
         adversarial_weight: the multiplier :math:`\lambda_a`, 0 or more.
         boundary_weight: the multiplier :math:`\lambda_b`, 0 or more.
-        threshold: T, the radius that boundaries move to; 0 or more. Distances are at most 2.
+        threshold: T, the radius that boundaries move to; 0 or more. Distances are at most 2. The public code has 1.
         hidden_features: width of D's hidden layer.
+        normalize: show D unit rows. False, as in the paper, shows it embeddings as they are: then ``ref_emb`` must be
+            what the old model gives, not normalised, where the new model's are not.
         **kwargs: ``reducer`` (one loss a row; default ``AvgNonZeroReducer``, for the paper's mean over the samples
             outside), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats``
             both terms are recorded, ``discriminator_accuracy``, ``mean_radius_change`` (mean :math:`|r'_y - r_y|`
@@ -71,8 +73,11 @@ class AdvBCTLoss(NamedTermsLoss):
 
     Reference:
         Pan et al., "Boundary-Aware Backward-Compatible Representation via Adversarial Learning", CVPR 2023. With
-        p = (e - 1) / E in epoch e of E, 1 - p is the paper's (E - e + 1) / E. Differs from the paper in: new and old
-        rows go through D's batch norm together, in eval mode too, as each apart would hide a shift between them.
+        p = (e - 1) / E in epoch e of E, 1 - p is the paper's (E - e + 1) / E. Differs from the paper in: D sees
+        unit rows, as the length of an embedding, which its task loss leaves free, tells the two models apart and has no
+        part in a ranking by cosine; boundaries move inwards, as the radius of a class is mostly wider than the way to
+        the next class; new and old rows go through D's batch norm together, in eval mode too, as each apart would hide
+        a shift between them.
     """
 
     old_centers: torch.Tensor
@@ -87,11 +92,13 @@ class AdvBCTLoss(NamedTermsLoss):
         *,
         adversarial_weight: float = 1.0,
         boundary_weight: float = 1.0,
-        threshold: float = 1.0,
+        threshold: float = 0.0,
         hidden_features: int = 100,
+        normalize: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.normalize = normalize
         centers, radii = _check_balls(centers, radii)
         labels = check_labels(
             torch.arange(len(centers)) if labels is None else torch.as_tensor(labels), length=len(centers)
@@ -175,12 +182,13 @@ class AdvBCTLoss(NamedTermsLoss):
         check_row_labels(labels, ref_labels)
         terms = self.zero_losses()
         with torch.autocast(embeddings.device.type, enabled=False):
+            unit = unit_rows(new, embeddings.dtype)
             if self.adversarial_weight > 0:
-                terms["adversarial_loss"] = self._adversarial(new, old.to(new.dtype))
+                old = old.to(new.dtype)
+                shown = (unit, unit_rows(old, embeddings.dtype)) if self.normalize else (new, old)
+                terms["adversarial_loss"] = self._adversarial(*shown)
             if self.boundary_weight > 0:
-                # The slope at a zero row is 1 / eps, which has to be a number of the embeddings' dtype too.
-                eps = max(1e-12, torch.finfo(embeddings.dtype).tiny)
-                terms["boundary_loss"] = self._boundary(normalize(new, dim=1, eps=eps), labels)
+                terms["boundary_loss"] = self._boundary(unit, labels)
         return terms
 
     def _check_width(self, rows: torch.Tensor, name: str, fix: str) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_number, check_same_device
+from ..checks import check_same_device
 from ..frozen import FrozenClassifier
 from ..width import fit_width
-from .task_and_terms import TaskAndTermsLoss, per_sample
+from .task_and_terms import CLASS_WEIGHT_LENGTH, TaskAndTermsLoss, check_weight, per_sample
 
 
 class BCTLoss(TaskAndTermsLoss):
@@ -19,17 +20,21 @@ class BCTLoss(TaskAndTermsLoss):
     .. math:: L = L_{task}(f_n, y) + \lambda \operatorname{mean}_{i: y_i \text{ known}}
         \ell_{old}(\tau(f_{n,i}), y_i)
 
-    :math:`\ell_{old}` is the old classifier's own loss with its weights frozen, and :math:`\tau` fits the new
-    embedding to the old width: its first coordinates, or zeros appended (:func:`pml_compat.width.fit_width`).
+    :math:`\tau` fits the new embedding to the old width: its first coordinates, or zeros appended
+    (:func:`pml_compat.width.fit_width`). By default :math:`\ell_{old}(f, y) = 1 - \cos(f, t_y)` draws an embedding
+    onto the direction of its class in the old classifier (``FrozenClassifier.directions``), and :math:`\lambda` keeps
+    its gradient as strong as the task loss's (:class:`GradientBalance`). With an ``influence_weight`` it is the paper's
+    form: :math:`\ell_{old}` is the old classifier's own loss, with its weights frozen, its margin and its scale.
     Samples whose label the old classifier does not know take no part in the second term; give it pseudo rows for
     them with ``FrozenClassifier.extend``.
 
     Args:
         loss: the task loss, any PML loss; it keeps its own reducer and may have parameters, which are in
-            ``parameters()`` of this loss.
+            ``parameters()`` of this loss. Its class weights start short (:func:`shorten_class_weights`).
         old_classifier: the frozen classifier; its tensors are buffers.
-        influence_weight: the multiplier ``lambda``; 0 or more, no unit. 1 is what public code has. What is best depends
-            on the scales of both losses: beside a softmax over cosines on CIFAR-100 it was 10 (``docs/cifar100.md``).
+        influence_weight: None, or the multiplier ``lambda`` of the paper's form, 0 or more; 1 is what public code has.
+            An attribute that may be set at any time.
+        class_weight_length: of the task loss's class weights at construction, above 0; None leaves them as they are.
         **kwargs: ``reducer`` (for the influence term, one loss a known sample; default ``MeanReducer``),
             ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats`` both terms
             are recorded under their names, and the share of the batch that the old classifier knows as
@@ -38,8 +43,9 @@ class BCTLoss(TaskAndTermsLoss):
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set
         - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]`` and ``terms["influence_loss"]`` after the call
     Raises:
-        ValueError: ``influence_weight`` < 0; ``old_classifier`` no FrozenClassifier; embeddings empty, NaN, infinite
-            or on another device; labels missing, negative or past the task loss's classes.
+        ValueError: ``influence_weight`` < 0 or ``class_weight_length`` not above 0; ``old_classifier`` no
+            FrozenClassifier; embeddings empty, NaN, infinite or on another device; labels missing, negative or
+            past the task loss's classes.
     Example:
         >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
         >>> old_classifier = FrozenClassifier(torch.randn(5, 8), kind="cosine")  # old classes: labels 0 to 4
@@ -50,42 +56,60 @@ class BCTLoss(TaskAndTermsLoss):
 
     Reference:
         Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020. Differs from the
-        paper in: the label map is explicit and unknown labels are left out; the old loss's family, margin and scale
-        are kept, where the public implementations use a softmax over plain logits.
+        paper in: a softmax stops drawing once a class is told apart, and its multiplier has to fit the scales of
+        both losses, so the default draws onto directions, measured; the label map is explicit and unknown labels are
+        left out; with an ``influence_weight`` the old loss's family, margin and scale are kept, where the public
+        implementations use a softmax over plain logits.
     """
 
     def __init__(
         self,
         loss: torch.nn.Module,
         old_classifier: FrozenClassifier,
-        influence_weight: float = 1.0,
+        influence_weight: float | None = None,
+        *,
+        class_weight_length: float | None = CLASS_WEIGHT_LENGTH,
         **kwargs: Any,
     ) -> None:
-        super().__init__(loss, **kwargs)
+        super().__init__(loss, balanced=("influence_loss",), class_weight_length=class_weight_length, **kwargs)
         if not isinstance(old_classifier, FrozenClassifier):
             raise ValueError(
                 f"old_classifier must be a FrozenClassifier, got {type(old_classifier).__name__}; make one with "
                 "FrozenClassifier.from_loss(old_loss), .from_layer(old_linear) or .from_centers(class_centers)"
             )
         self.old_classifier = old_classifier
-        self.influence_weight = check_number(influence_weight, "influence_weight", minimum=0)
-        self.add_to_recordable_attributes(list_of_names=["influence_weight"], is_stat=False)
+        self.influence_weight = check_weight(influence_weight, "influence_weight")
+        self._by_old_loss = False  # whether the paper's form is taken without a weight, too
+        if self.influence_weight is not None:
+            self.add_to_recordable_attributes(list_of_names=["influence_weight"], is_stat=False)
         self.add_to_recordable_attributes(name="known_fraction", is_stat=True)
+        self.shorten()
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", "influence_loss"]
 
+    def balanced_terms(
+        self, task_loss: torch.Tensor, terms: Mapping[str, dict[str, Any]], embeddings: torch.Tensor
+    ) -> dict[str, Any]:
+        """Balance the influence where no weight was given."""
+        if self.influence_weight is not None:
+            return dict(terms)
+        return super().balanced_terms(task_loss, terms, embeddings)
+
     def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         """Return the influence, one loss a known sample."""
-        if self.influence_weight == 0:
+        weight = self.influence_weight
+        if weight == 0:
             return {"influence_loss": self.zero_loss()}
         check_same_device(embeddings, "embeddings", self.old_classifier.rows, "the loss")
         old_space = fit_width(embeddings, self.old_classifier.in_features)
-        losses, known = self.old_classifier.losses(old_space, labels)
+        by_old_loss = self._by_old_loss or weight is not None
+        judge = self.old_classifier.losses if by_old_loss else self.old_classifier.direction_losses
+        losses, known = judge(old_space, labels)
         if self.collect_stats:
             self.known_fraction = known.float().mean().item()
         index = known.nonzero()[:, 0]
         if len(index) == 0:
             return {"influence_loss": self.zero_loss()}
-        losses = losses[index] * self.influence_weight
+        losses = losses[index] if weight is None else losses[index] * weight
         return {"influence_loss": per_sample(losses, c_f.to_device(index, embeddings))}

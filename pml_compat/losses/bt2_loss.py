@@ -115,6 +115,7 @@ class BT2Loss(TaskAndTermsLoss):
         self.point_weight = check_number(point_weight, "point_weight", minimum=0)
         self.add_to_recordable_attributes(list_of_names=["match_weight", "class_weight", "point_weight"], is_stat=False)
         self.add_to_recordable_attributes(name="known_fraction", is_stat=True)
+        self.shorten()
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", "match_loss", "class_loss", "point_loss"]

@@ -9,26 +9,32 @@ import torch
 from pytorch_metric_learning.losses import SupConLoss
 
 from ..checks import check_embeddings, check_same_device
+from ..frozen import ClassCenters, FrozenClassifier
+from ..frozen.class_centers import check_centers
 from ..heads import CompatibleHead
-from .compatible_loss import CompatibleLoss
+from .compatible_loss import CompatibleLoss, check_old_losses
 from .cross_model_loss import CrossModelLoss
 from .point_alignment_loss import PointAlignmentLoss
 from .task_and_terms import check_task_width
+
+_WEIGHTS = {"point_loss": 10.0, "contrast_loss": 5.0}
+_WEIGHTS_WITH_CENTERS = {"point_loss": 10.0, "class_loss": 1.0, "contrast_loss": 3.0}
 
 
 class CompatibleHeadLoss(CompatibleLoss):
     r"""Train a :class:`~pml_compat.heads.CompatibleHead`: its free part by your own loss, the other part to fit.
 
-    .. math:: L = L_{task}(f, y) + \lambda_p \operatorname{mean}_i \lVert n(p^1_i) - t_i \rVert^2
+    .. math:: L = L_{task}(f, y) + \lambda_p \operatorname{mean}_i \lVert n(p_i) - t_i \rVert^2
+        + \lambda_k \operatorname{mean}_i \ell_{CE}(s \cos(p_i, T_c), y_i)
         - \lambda_c \operatorname{mean}_i \operatorname{mean}_{j: y_j = y_i}
-        \log \operatorname{softmax}_j \langle n(p^2_i), t_j \rangle / \tau
+        \log \operatorname{softmax}_j \langle n(p_i), t_j \rangle / \tau
 
     :math:`t = ` ``head.target(old_embeddings)`` is what the old model says of the items of the batch. The first added
     term (:class:`PointAlignmentLoss`, weight 10) teaches the head the old space itself, also where no training class
-    lies; the second (:class:`CrossModelLoss` of PML's ``SupConLoss``, weight 5, :math:`\tau = 0.1`) what of it tells
-    the classes of the batch apart (PML gives 0 for a batch of one class). Each trains a part of its own,
-    :math:`p^1` and :math:`p^2`, whose mean is the query; a head of one part serves both. Give ``old_losses`` for other
-    terms.
+    lies; the second (weight 1, scale 16) where queries of each class find the old embeddings, if ``centers`` say so;
+    the third (:class:`CrossModelLoss` of PML's ``SupConLoss``, weight 3, without ``centers`` 5,
+    :math:`\tau = 0.1`) what of the old space tells the classes of the batch apart (PML gives 0 for a batch of one
+    class). Give ``old_losses`` for other terms; a head of several parts has one for each term.
 
     The head belongs to the model. The loss refers to it and does not own it: ``loss.head`` is in neither
     ``parameters()`` nor ``state_dict()``. Copy or pickle the two in one go, ``copy.deepcopy((model, loss))``.
@@ -38,9 +44,11 @@ class CompatibleHeadLoss(CompatibleLoss):
             parameters are in ``parameters()`` of this loss.
         head: the model's.
         old_losses: as in :class:`CompatibleLoss`: each called with its compatible part, in the order of the mapping, or
-            all with the one of a head of one part; and with the targets as ``ref_emb``. None for the two above,
-            ``"point_loss"`` and ``"contrast_loss"``.
-        weights: their multipliers; None for 10 and 5, or with ``old_losses`` for 1.
+            all with the one of a head of one part; and with the targets as ``ref_emb``. None for the terms above,
+            ``"point_loss"``, ``"class_loss"`` and ``"contrast_loss"``.
+        weights: their multipliers; None for those above, or with ``old_losses`` for 1.
+        centers: of the old model's embeddings of the new training set, for the second term; needed where the old model
+            never saw most classes. None: there is no such term.
         **kwargs: ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``; each loss reduces by its own
             reducer.
     Shape:
@@ -56,13 +64,12 @@ class CompatibleHeadLoss(CompatibleLoss):
             classes.
     Example:
         >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
-        >>> from pml_compat.frozen import WithinClassWhitening
         >>> old, labels = torch.randn(40, 8), torch.arange(40) % 10
-        >>> head = CompatibleHead(12, 8, whitening=WithinClassWhitening.from_embeddings(old, labels))
-        >>> loss_func = CompatibleHeadLoss(NormalizedSoftmaxLoss(num_classes=10, embedding_size=12), head)
+        >>> head, task_loss = CompatibleHead(12, 8), NormalizedSoftmaxLoss(num_classes=10, embedding_size=12)
+        >>> loss_func = CompatibleHeadLoss(task_loss, head, centers=ClassCenters.from_embeddings(old, labels))
         >>> loss = loss_func(head(torch.randn(4, 12)), labels[:4], ref_emb=old[:4])
         >>> sorted(loss_func.terms)
-        ['contrast_loss', 'point_loss', 'task_loss']
+        ['class_loss', 'contrast_loss', 'point_loss', 'task_loss']
 
     Reference:
         Ours. The first term is the L2 baseline of Shen et al., "Towards Backward-Compatible Representation Learning",
@@ -78,23 +85,32 @@ class CompatibleHeadLoss(CompatibleLoss):
         head: CompatibleHead,
         old_losses: torch.nn.Module | Mapping[str, torch.nn.Module] | None = None,
         weights: float | Mapping[str, float] | None = None,
+        *,
+        centers: ClassCenters | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(head, CompatibleHead):
             raise ValueError(f"head must be the model's CompatibleHead, got {type(head).__name__}")
         check_task_width(loss, head.free_features, "head.free_features")
         if old_losses is None:
-            old_losses = {
+            terms: dict[str, torch.nn.Module] = {
                 "point_loss": PointAlignmentLoss(),
                 "contrast_loss": CrossModelLoss(SupConLoss(temperature=0.1)),
             }
-            weights = {"point_loss": 10.0, "contrast_loss": 5.0} if weights is None else weights
-        super().__init__(loss, old_losses, 1.0 if weights is None else weights, **kwargs)
-        if head.parts not in (1, len(self._names)):
+            default = _WEIGHTS
+            if centers is not None:
+                terms["class_loss"] = _ClassTerm(centers, head)
+                default = _WEIGHTS_WITH_CENTERS
+            old_losses, weights = terms, default if weights is None else weights
+        elif centers is not None:
+            raise ValueError("centers must be None with old_losses, got both; put a term for the classes among these")
+        count = len(check_old_losses(old_losses))
+        if head.parts not in (1, count):
             raise ValueError(
-                f"head must have a part for each of the {len(self._names)} old losses, or one for all, got "
-                f"{head.parts}; make it with parts={len(self._names)}"
+                f"head must have a part for each of the {count} old losses, or one for all, got {head.parts}; make it "
+                f"with parts={count}"
             )
+        super().__init__(loss, old_losses, 1.0 if weights is None else weights, **kwargs)
         # Past nn.Module's registration: it is the model's, and would be optimised and saved twice.
         self.__dict__["head"] = head
 
@@ -133,3 +149,18 @@ class CompatibleHeadLoss(CompatibleLoss):
         old = check_embeddings(old_embeddings, "ref_emb", self.head.old_features).detach()
         check_same_device(old, "ref_emb", next(self.head.compatible.parameters()), "the head")
         return self.head.target(old.to(torch.promote_types(old.dtype, torch.float32)))
+
+
+class _ClassTerm(torch.nn.Module):
+    """The softmax over the directions of the old classes, as a loss that is called like those of old embeddings."""
+
+    def __init__(self, centers: ClassCenters, head: CompatibleHead) -> None:
+        super().__init__()
+        check_centers(centers, width=head.old_features)
+        rows = head.target(centers.directions)
+        self.classifier = FrozenClassifier(rows, labels=centers.labels, kind="cosine")
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor, **references: Any) -> torch.Tensor:
+        """Return the mean over the samples whose class has a direction."""
+        losses, known = self.classifier.losses(embeddings, labels)
+        return losses.sum() / known.sum().clamp(min=1)

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_number
-from .task_and_terms import TaskAndTermsLoss, reduced
+from .task_and_terms import TaskAndTermsLoss, check_weight, reduced
 
 _NAME = "old_loss"
 
@@ -24,7 +23,10 @@ class CompatibleLoss(TaskAndTermsLoss):
         loss: the task loss, any PML loss; it keeps its own reducer, and its parameters are in ``parameters()``.
         old_losses: a loss called as ``old_loss(embeddings, labels, ref_emb=old_embeddings)``; or, for several old
             models, a mapping of names to losses.
-        weights: the multipliers :math:`w_m`, one number for all or a mapping with the same names; 0 or more.
+        weights: None, the default, for multipliers :math:`w_m` that keep the gradient of each old loss as strong as the
+            task loss's (:class:`GradientBalance`); or one number for all, 0 or more; or a mapping with the same names.
+        class_weight_length: of the task loss's class weights at construction, above 0; see
+            :func:`shorten_class_weights`. None leaves them as they are.
         **kwargs: ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``; each loss reduces by its own
             reducer.
     Shape:
@@ -50,20 +52,17 @@ class CompatibleLoss(TaskAndTermsLoss):
         self,
         loss: torch.nn.Module,
         old_losses: torch.nn.Module | Mapping[str, torch.nn.Module],
-        weights: float | Mapping[str, float] = 1.0,
+        weights: float | Mapping[str, float | None] | None = None,
         **kwargs: Any,
     ) -> None:
-        named = old_losses if isinstance(old_losses, Mapping) else {_NAME: old_losses}
-        if not named or "task_loss" in named:
-            raise ValueError(f"old_losses must have one loss or more, none of them named task_loss, got {list(named)}")
-        for name, old_loss in named.items():
-            if not isinstance(old_loss, torch.nn.Module):
-                raise ValueError(f"old_losses must be PML loss objects, got {old_loss!r} for {name!r}")
+        named = check_old_losses(old_losses)
         self._names = list(named)  # before PML's __init__, which asks for the names of the terms
-        super().__init__(loss, **kwargs)
-        self.old_losses = torch.nn.ModuleDict(named)
         given = _by_name(weights, self._names, "weights")
-        self.weights = {name: check_number(value, f"weights[{name!r}]", minimum=0) for name, value in given.items()}
+        balanced = tuple(name for name in self._names if given[name] is None)
+        super().__init__(loss, balanced=balanced, **kwargs)
+        self.old_losses = torch.nn.ModuleDict(named)
+        self.weights = {name: check_weight(given[name], f"weights[{name!r}]") for name in self._names}
+        self.shorten()
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", *self._names]
@@ -90,14 +89,16 @@ class CompatibleLoss(TaskAndTermsLoss):
         indices_tuple, references, ref_labels = indices_tuple
         precise = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         own, compared = self.parts(precise)
-        found = super().compute_loss(own, labels, indices_tuple, own, labels)
+        task_loss = self.loss(own, labels, indices_tuple)
+        found: dict[str, Any] = {}
         for name, old_loss in self.old_losses.items():
             if self.weights[name] == 0:
                 found[name] = self.zero_loss()
                 continue
             value = old_loss(compared[name], labels, ref_emb=self.target(references[name]), ref_labels=ref_labels)
-            found[name] = reduced(value * self.weights[name])
-        return found
+            weight = self.weights[name]
+            found[name] = reduced(value if weight is None else value * weight)
+        return {"task_loss": reduced(task_loss), **self.balanced_terms(task_loss, found, precise)}
 
     def parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return what the task loss sees, and by name what each old loss sees: all of it."""
@@ -110,6 +111,17 @@ class CompatibleLoss(TaskAndTermsLoss):
     def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         """Return nothing more: the old losses are no terms of the embeddings and labels alone."""
         return {}
+
+
+def check_old_losses(old_losses: Any) -> Mapping[str, torch.nn.Module]:
+    """Return the losses by name; raise a ValueError where there are none, or other things than losses."""
+    named = old_losses if isinstance(old_losses, Mapping) else {_NAME: old_losses}
+    if not named or "task_loss" in named:
+        raise ValueError(f"old_losses must have one loss or more, none of them named task_loss, got {list(named)}")
+    for name, old_loss in named.items():
+        if not isinstance(old_loss, torch.nn.Module):
+            raise ValueError(f"old_losses must be PML loss objects, got {old_loss!r} for {name!r}")
+    return named
 
 
 def _by_name(value: Any, names: list[str], argument: str) -> dict[str, Any]:

@@ -10,13 +10,14 @@ import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import mse_loss, normalize, relu
 
-from ..checks import check_number, check_same_device
+from ..checks import check_same_device
 from ..frozen import ClassCenters, class_weights
 from ..frozen.class_centers import check_centers
-from ..frozen.heads import rescale_class_weights_
+from ..frozen.class_weights import class_weight_parameter
 from ..transformations import Transformation
+from ..unit_rows import unit_rows
 from .direction_error import direction_error
-from .task_and_terms import TaskAndTermsLoss, per_sample, reduced
+from .task_and_terms import CLASS_WEIGHT_LENGTH, TaskAndTermsLoss, check_weight, per_sample, reduced
 
 Boundary = Literal["angle", "cosine"]
 _NEAR_ONE = 1 - 1e-6  # arccos has an infinite slope at 1
@@ -39,30 +40,26 @@ class LCELoss(TaskAndTermsLoss):
     After training, queries by the new model search the old gallery as they are (direct), mapped by
     ``backward_transformation``, or as they are in a gallery mapped by ``forward_transformation``.
 
-    Which knob governs it: the class weights must get to the centres, and they turn the slower the longer they are.
-    PML draws their entries from N(0, 1), so they are sqrt(d) long, and an optimizer such as Adam, whose steps do not
-    depend on the size of the gradient, leaves them where they are: on scikit-learn's digits, in the setting of
-    ``pml-compat demo``, they end 61 degrees from the centres, and new/old P@1 / mAP is 61.5 / 48.3 % against
-    91.9 / 63.1 % old/old, whatever the weights of the terms. This loss therefore gives them length 0.1 once, which
-    changes nothing in a task loss that only uses their directions; with the same weights of the terms they end
-    5 degrees from the centres, and new/old is 96.8 / 82.3 %. With ArcFace (scale 16, margin 0.1 rad) it is
-    94.7 / 76.8 % instead of 36.9 / 36.5 % (``python benchmarks/lce_settings.py``, mean of seeds 10 to 12).
-    The boundary term seldom acts: the largest angle of a class is mostly wider than the way to the next centre (see
-    :meth:`ClassCenters.summary`).
+    By default the class weights and the embeddings are drawn onto the directions at which queries of each class find
+    the old embeddings (``ClassCenters.directions``) in place of the centres, the embeddings by
+    :math:`1 - \cos(f_n, t_y)` in place of the boundary's hinge, and both terms draw as strongly as the task loss does
+    (:class:`GradientBalance`). A weight that is given makes its term the paper's. With a ``forward_transformation``
+    :math:`T_f` maps the centres, as it will map the gallery.
 
     Args:
         loss: the task loss, a PML loss with class weights (any PML loss with ``align_weight=0``). It keeps its own
             reducer, and its parameters are in ``parameters()`` of this loss.
         centers: centres and boundaries of the old model's embeddings of the new training set; copied, as buffers.
-        align_weight: the multiplier ``lambda_a``, 0 or more. 100, the paper's code's, belongs to the mean over all C d
-            entries; beside a softmax over cosines on CIFAR-100 1000 to 10000 were best (``docs/cifar100.md``).
-        boundary_weight: the multiplier ``lambda_b``, 0 or more.
-        boundary: ``"angle"``, in radians; or ``"cosine"``, the hinge ``max(0, cos(theta) - cos(f_n, c))``.
+        align_weight: None, or the multiplier ``lambda_a`` of the paper's term, 0 or more. 100, its public code's,
+            belongs to the mean over all C d entries.
+        boundary_weight: None, or the multiplier ``lambda_b`` of the paper's term, 0 or more; 1 in its public code.
+        boundary: of the paper's term: ``"angle"``, in radians; or ``"cosine"``, the hinge
+            ``max(0, cos(theta) - cos(f_n, c))``.
         forward_transformation: old space to new, one of :mod:`pml_compat.transformations`; it is trained with this
             loss, and then maps the stored gallery.
         backward_transformation: new space to old; it then maps the queries.
-        class_weight_length: the length that the class weights are given at construction, in place, where their
-            lengths do not enter the task loss; above 0. None leaves them as they are, as the paper does.
+        class_weight_length: of the task loss's class weights at construction, above 0; see
+            :func:`shorten_class_weights`. None leaves them as they are, as the paper does.
         **kwargs: ``reducer`` (for the boundary term, one loss for each sample whose class has a boundary; default
             ``MeanReducer``), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With
             ``collect_stats`` all terms are recorded under their names, ``bounded_fraction``, the share of the batch
@@ -87,49 +84,58 @@ class LCELoss(TaskAndTermsLoss):
         ['align_loss', 'boundary_loss', 'task_loss']
 
     Reference:
-        Meng et al., "Learning Compatible Embeddings", ICCV 2021. Differs from the paper in: class weights start at
-        length 0.1; classes without a centre or a boundary are left out of the terms that need it.
+        Meng et al., "Learning Compatible Embeddings", ICCV 2021. Differs from the paper in: where no weights are
+        given, directions stand for centres and every embedding is drawn, as the largest angle of a class is mostly
+        wider than the way to the next centre, so that the paper's boundary seldom acts; class weights start
+        shorter than PML's, as long ones do not get to the centres; classes without a centre or a boundary are left out
+        of the terms that need it.
     """
 
     def __init__(
         self,
         loss: torch.nn.Module,
         centers: ClassCenters,
-        align_weight: float = 100.0,
-        boundary_weight: float = 1.0,
+        align_weight: float | None = None,
+        boundary_weight: float | None = None,
         boundary: Boundary = "angle",
         forward_transformation: Transformation | None = None,
         backward_transformation: Transformation | None = None,
         *,
-        class_weight_length: float | None = 0.1,
+        class_weight_length: float | None = CLASS_WEIGHT_LENGTH,
         **kwargs: Any,
     ) -> None:
-        super().__init__(loss, **kwargs)
+        weights = {"align_loss": align_weight, "boundary_loss": boundary_weight}
+        balanced = tuple(name for name, weight in weights.items() if weight is None)
+        super().__init__(loss, balanced=balanced, class_weight_length=class_weight_length, **kwargs)
         check_centers(centers)
-        self.align_weight = check_number(align_weight, "align_weight", minimum=0)
-        self.boundary_weight = check_number(boundary_weight, "boundary_weight", minimum=0)
+        self.align_weight = check_weight(align_weight, "align_weight")
+        self.boundary_weight = check_weight(boundary_weight, "boundary_weight")
         self.boundary = check_boundary(boundary, centers, "centers", self.boundary_weight)
-        if class_weight_length is not None:
-            check_number(class_weight_length, "class_weight_length", minimum=0, exclusive=True)
         self.forward_transformation = forward_transformation
         self.backward_transformation = backward_transformation
+        if balanced and forward_transformation is None:
+            centers.directions  # noqa: B018 (fitted once, for the copy too)
         self.old_centers = copy.deepcopy(centers)
         self.register_buffer("old_bounded", with_boundary(centers))
         if self.num_classes is None:
             self._check_without_class_weights(centers)
         else:
             self._check_class_weights(centers)
-            if class_weight_length is not None:
-                rescale_class_weights_(loss, class_weight_length)
+        self.register_load_state_dict_post_hook(_derive)
+        _derive(self)
         self._report_left_out()
-        self.add_to_recordable_attributes(list_of_names=["align_weight", "boundary_weight"], is_stat=False)
+        given = [name for name in ("align_weight", "boundary_weight") if getattr(self, name) is not None]
+        self.add_to_recordable_attributes(list_of_names=given, is_stat=False)
         self.add_to_recordable_attributes(list_of_names=["bounded_fraction", "outside_fraction"], is_stat=True)
+        self.shorten()
 
     def _check_without_class_weights(self, centers: ClassCenters) -> None:
+        if self.align_weight is None:
+            self.align_weight = 0.0
         if self.align_weight > 0:
             raise ValueError(
                 f"loss must have class weights to align, {type(self.loss).__name__} has none; take a classification or "
-                "proxy loss, or pass align_weight=0 to keep the boundary term alone"
+                "proxy loss, or leave align_weight out, or pass 0, to keep the boundary term alone"
             )
         _check_widths(self.forward_transformation, self.backward_transformation, centers.centers.shape[1], None)
 
@@ -148,16 +154,11 @@ class LCELoss(TaskAndTermsLoss):
             # A copy that lies in memory as the weights do, (D, C), for the alignment that goes through both whole; the
             # boundary term picks rows, which would miss the cache there the more, the more classes there are.
             self.register_buffer("old_columns", None, persistent=False)
-            self.register_load_state_dict_post_hook(_copy_columns)
-            _copy_columns(self)
-        self._aligns_all = centers.labels.equal(torch.arange(len(weights), device=centers.labels.device))
 
     def _report_left_out(self) -> None:
         """Say once, loudly, which classes a term does without."""
         labels = self.old_centers.labels
         self.classes_without_boundary = labels[~self.old_bounded].tolist()
-        every = range(self.num_classes or 0)
-        self.classes_without_center = sorted(set(every) - set(labels.tolist()))
         said = [
             f"{len(found)} {what}: {', '.join(map(str, found[:10]))}{', ...' if len(found) > 10 else ''}"
             for found, what in (
@@ -179,64 +180,92 @@ class LCELoss(TaskAndTermsLoss):
         check_same_device(embeddings, "embeddings", centers, "the loss")
         _check_widths(self.forward_transformation, self.backward_transformation, centers.shape[1], embeddings.shape[1])
         with torch.autocast(embeddings.device.type, enabled=False):
-            centers = centers.to(embeddings.dtype)
-            forward = self.forward_transformation
-            mapped = centers if forward is None else forward(centers)
             terms = {"align_loss": self.zero_loss(), "boundary_loss": self.zero_loss()}
-            if self.align_weight > 0:
-                terms["align_loss"] = reduced(self.align_weight * self._alignment(centers, mapped))
-            if self.boundary_weight > 0:
-                terms["boundary_loss"] = self._boundary(embeddings, labels, centers, mapped)
+            if self.align_weight is None:
+                terms["align_loss"] = reduced(self._alignment(self._aims(embeddings.dtype)))
+            elif self.align_weight > 0:
+                terms["align_loss"] = reduced(self.align_weight * self._alignment(centers.to(embeddings.dtype)))
+            if self.boundary_weight is None:
+                terms["boundary_loss"] = self._draw(embeddings, labels, self._aims(embeddings.dtype))
+            elif self.boundary_weight > 0:
+                boundary = self._boundary(embeddings, labels, centers.to(embeddings.dtype), self.boundary_weight)
+                terms["boundary_loss"] = boundary
         return terms
 
-    def _alignment(self, centers: torch.Tensor, mapped: torch.Tensor) -> torch.Tensor:
-        weights = class_weights(self.loss).to(centers.dtype)
-        if not self._aligns_all:
+    def drawn_by(self, name: str, embeddings: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Return the class weights for the alignment, which does not touch the embeddings."""
+        return class_weight_parameter(self.loss) if name == "align_loss" else (embeddings, 0)
+
+    def _aims(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return where classes are drawn in the old space; what a map of the gallery is trained on is the gallery's."""
+        old = self.old_centers
+        return (old.directions if self.forward_transformation is None else old.centers).to(dtype)
+
+    def _alignment(self, aims: torch.Tensor) -> torch.Tensor:
+        weights = class_weights(self.loss).to(aims.dtype)
+        if self.classes_without_center or not self._in_order:
             weights = weights[self.old_centers.labels]
         if self.forward_transformation is None and self.backward_transformation is None:
             columns = getattr(self, "old_columns", None)
-            return direction_error(weights, centers if columns is None else columns.t().to(centers.dtype))
+            return direction_error(weights, aims if columns is None else columns.t().to(aims.dtype))
         directions = normalize(weights, dim=1)
         errors = []
         if self.forward_transformation is not None:
-            errors.append(mse_loss(directions, mapped))
+            errors.append(mse_loss(directions, self.forward_transformation(aims)))
         if self.backward_transformation is not None:
-            errors.append(mse_loss(self.backward_transformation(directions), centers))
+            errors.append(mse_loss(self.backward_transformation(directions), aims))
         return torch.stack(errors).mean()
 
+    def _draw(self, embeddings: torch.Tensor, labels: torch.Tensor, aims: torch.Tensor) -> dict[str, Any]:
+        rows = self.old_centers.index_of(labels)
+        return self._of_known(1 - self._cosines(embeddings, rows.clamp(min=0), aims), rows >= 0)
+
     def _boundary(
-        self, embeddings: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor, mapped: torch.Tensor
+        self, embeddings: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor, weight: float
     ) -> dict[str, Any]:
         rows = self.old_centers.index_of(labels)
-        index = ((rows >= 0) & self.old_bounded[rows]).nonzero()[:, 0]
-        if self.collect_stats:
-            self.bounded_fraction, self.outside_fraction = len(index) / len(rows), 0.0
-        if len(index) == 0:
-            return self.zero_loss()
-        rows = rows[index]
-        directions = normalize(embeddings[index], dim=1)
-        if self.backward_transformation is not None:
-            own, directions = centers[rows], normalize(self.backward_transformation(directions), dim=1)
-        else:
-            own = normalize(mapped[rows], dim=1)
+        bounded = (rows >= 0) & self.old_bounded[rows]
+        cosines = self._cosines(embeddings, rows.clamp(min=0), centers)
         boundaries = self.old_centers.boundaries
         assert boundaries is not None  # seen to at construction
-        cosines = (directions * own).sum(1)
-        outside = outside_boundary(cosines, boundaries[rows].to(cosines.dtype), self.boundary)
+        outside = outside_boundary(cosines, boundaries[rows.clamp(min=0)].to(cosines.dtype), self.boundary)
+        return self._of_known(weight * outside, bounded)
+
+    def _cosines(self, embeddings: torch.Tensor, rows: torch.Tensor, aims: torch.Tensor) -> torch.Tensor:
+        """Return each embedding's cosine with the aim of its class, ``(N,)``, in the space that is searched."""
+        directions = unit_rows(embeddings, embeddings.dtype)
+        if self.backward_transformation is not None:
+            return (normalize(self.backward_transformation(directions), dim=1) * aims[rows]).sum(1)
+        if self.forward_transformation is not None:
+            aims = normalize(self.forward_transformation(aims), dim=1)
+        return (directions * aims[rows]).sum(1)
+
+    def _of_known(self, losses: torch.Tensor, known: torch.Tensor) -> dict[str, Any]:
+        index = known.nonzero()[:, 0]
+        losses = losses[index]
         if self.collect_stats:
-            self.outside_fraction = (outside > 0).float().mean().item()
-        return per_sample(outside * self.boundary_weight, c_f.to_device(index, embeddings))
+            self.bounded_fraction = len(index) / len(known)
+            self.outside_fraction = (losses > 0).float().mean().item() if len(index) else 0.0
+        if len(index) == 0:
+            return self.zero_loss()
+        return per_sample(losses, c_f.to_device(index, losses))
 
 
-def _copy_columns(loss: LCELoss, _: Any = None) -> None:
-    loss.old_columns = loss.old_centers.centers.t().contiguous()
+def _derive(loss: LCELoss, _: Any = None) -> None:
+    """Make anew what follows from the centres, which may have been loaded."""
+    labels = loss.old_centers.labels
+    loss.classes_without_center = sorted(set(range(loss.num_classes or 0)) - set(labels.tolist()))
+    loss._in_order = labels.equal(torch.arange(len(labels), device=labels.device))
+    if hasattr(loss, "old_columns"):
+        aims = loss.old_centers.directions if loss.align_weight is None else loss.old_centers.centers
+        loss.old_columns = aims.t().contiguous()
 
 
-def check_boundary(boundary: Boundary, centers: ClassCenters, name: str, weight: float) -> Boundary:
+def check_boundary(boundary: Boundary, centers: ClassCenters, name: str, weight: float | None) -> Boundary:
     """Return ``boundary``; raise a ValueError where it is unknown, or has a weight and ``centers`` no boundaries."""
     if boundary not in ("angle", "cosine"):
         raise ValueError(f"boundary must be 'angle' or 'cosine', got {boundary!r}")
-    if weight > 0 and centers.boundaries is None:
+    if weight and centers.boundaries is None:
         raise ValueError(
             f"{name} must have boundaries, got none; measure them with boundary='max' or 'iqr', "
             "or pass boundary_weight=0"

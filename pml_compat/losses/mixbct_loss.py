@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
-from torch.nn.functional import normalize
 
 from ..checks import check_integer, check_number
+from ..frozen import class_weights
+from ..unit_rows import unit_rows
 from .old_rows import check_old_rows, check_row_labels
-from .task_and_terms import TaskAndTermsLoss
+from .task_and_terms import TaskAndTermsLoss, check_weight, per_sample, reduced
 
 
 class MixBCTLoss(TaskAndTermsLoss):
@@ -23,6 +24,12 @@ class MixBCTLoss(TaskAndTermsLoss):
     alone: the new model learns from a batch that is smaller by ``share``. In eval mode nothing is drawn: the loss is
     the task loss of the new embeddings, and ``ref_emb`` may be left out.
 
+    By default the new embeddings are also drawn to where old ones of their class lie, and to their own:
+    :math:`+ \lambda \operatorname{mean}_i (1 - \cos(f_{n,i}, \hat m_{y_i} + \hat f_{o,i}))`, with :math:`\hat m` the
+    direction of the class's old embeddings in the calls so far, and :math:`\lambda` such that it draws as strongly as
+    the task loss (:class:`GradientBalance`). A classifier that is satisfied once classes are told apart, as one with a
+    large scale is, leaves the two kinds of embeddings apart.
+
     Old rows come in at length 1 and new ones as they are, so the task loss has to judge directions alone, as PML's
     losses do by default (all but ``LargeMarginSoftmaxLoss`` and ``SphereFaceLoss``, which count lengths).
 
@@ -34,6 +41,8 @@ class MixBCTLoss(TaskAndTermsLoss):
         loss: the task loss, any PML loss; it keeps its own reducer, and its parameters are in ``parameters()``.
         share: of the batch that is replaced, in [0, 1]; rounded down, so that a batch of 3 has none at 0.3.
         seed: of the draw, 0 or more.
+        draw_weight: None, or a constant for :math:`\lambda`, 0 or more; 0 is the paper's loss.
+        class_weight_length: of the task loss's class weights at construction, above 0; None leaves them as they are.
         **kwargs: ``embedding_regularizer`` (on the new embeddings, before any is replaced), ``embedding_reg_weight``,
             ``collect_stats``, which records ``task_loss`` and ``mixed_fraction``, the share that was replaced.
     Shape:
@@ -43,9 +52,10 @@ class MixBCTLoss(TaskAndTermsLoss):
         - ref_labels ``(N,)``: the same labels, or -1 at rows that are not credible, which reaches the loss through
           PML's wrappers too
         - credible ``(N,)`` bool: the rows that may be replaced; all by default
-        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]`` after the call
+        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]`` and ``["draw_loss"]`` after the call
     Raises:
-        ValueError: ``share`` outside [0, 1]; ``ref_emb`` missing in train mode, or not shaped like ``embeddings``;
+        ValueError: ``draw_weight`` < 0; ``share`` outside [0, 1]; ``ref_emb`` missing in train mode, or not shaped like
+            ``embeddings``;
             ``credible`` not bool or of another length; ``ref_labels`` neither the labels nor -1; embeddings empty,
             NaN, infinite or on another device; labels missing, negative or past the task loss's classes.
     Example:
@@ -59,20 +69,35 @@ class MixBCTLoss(TaskAndTermsLoss):
 
     Reference:
         Liang et al., "MixBCT: Towards Self-Adapting Backward-Compatible Training", 2023. Differs from the public code
-        in: nothing is written in place; fewer credible rows than wanted are no error; the draw is seeded.
+        in: the paper has no term that draws; nothing is written in place; fewer credible rows than wanted are no error;
+        the draw is seeded.
     """
 
-    def __init__(self, loss: torch.nn.Module, *, share: float = 0.3, seed: int = 0, **kwargs: Any) -> None:
-        super().__init__(loss, **kwargs)
+    old_sums: torch.Tensor | None
+
+    def __init__(
+        self,
+        loss: torch.nn.Module,
+        *,
+        share: float = 0.3,
+        seed: int = 0,
+        draw_weight: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(loss, balanced=("draw_loss",) if draw_weight is None else (), **kwargs)
+        self.draw_weight = check_weight(draw_weight, "draw_weight")
+        sums = None if self.num_classes is None else torch.zeros_like(class_weights(loss).detach())
+        self.register_buffer("old_sums", sums)
         self.share = check_number(share, "share", minimum=0)
         if self.share > 1:
             raise ValueError(f"share must be at most 1, got {share!r}")
         self._generator = torch.Generator().manual_seed(check_integer(seed, "seed", minimum=0))
         self.add_to_recordable_attributes(list_of_names=["share"], is_stat=False)
         self.add_to_recordable_attributes(name="mixed_fraction", is_stat=True)
+        self.shorten()
 
     def _sub_loss_names(self) -> list[str]:
-        return ["task_loss"]
+        return ["task_loss", "draw_loss"]
 
     def forward(
         self,
@@ -93,19 +118,38 @@ class MixBCTLoss(TaskAndTermsLoss):
     ) -> dict[str, Any]:
         """Return the task loss of the mixed batch, which has reduced itself."""
         indices_tuple, credible = indices_tuple
-        if self.training:
-            new, old = check_old_rows(embeddings, ref_emb)
-            credible = _check_credible(credible, labels, ref_labels)
-            chosen = self._draw(credible)
-            if self.collect_stats:
-                self.mixed_fraction = chosen.float().mean().item()
-            with torch.autocast(embeddings.device.type, enabled=False):
-                embeddings = torch.where(chosen[:, None], normalize(old.to(new.dtype), dim=1), new)
-        return super().compute_loss(embeddings, labels, indices_tuple, embeddings, labels)
+        if not self.training:
+            found = super().compute_loss(embeddings, labels, indices_tuple, embeddings, labels)
+            return {**found, "draw_loss": self.zero_loss()}
+        new, old = check_old_rows(embeddings, ref_emb)
+        credible = _check_credible(credible, labels, ref_labels)
+        chosen = self._draw(credible)
+        if self.collect_stats:
+            self.mixed_fraction = chosen.float().mean().item()
+        with torch.autocast(embeddings.device.type, enabled=False):
+            old = unit_rows(old.to(new.dtype), new.dtype)
+            mixed = torch.where(chosen[:, None], old, new)
+            task_loss = self.loss(mixed, labels, indices_tuple)
+            found = {"draw_loss": self.zero_loss()}
+            if self.draw_weight != 0:
+                found["draw_loss"] = self._drawn(new, old, labels)
+        return {"task_loss": reduced(task_loss), **self.balanced_terms(task_loss, found, new)}
 
     def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-        """Return nothing more: the mixed batch is all there is."""
+        """Return nothing more: the added term needs the old embeddings too."""
         return {}
+
+    def _drawn(self, new: torch.Tensor, old: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        """Return how far each new embedding is from its class's old ones and its own, whatever is mixed."""
+        aims = old
+        if self.old_sums is not None:
+            sums = self.old_sums.index_add(0, labels, old.to(self.old_sums))
+            self.old_sums = sums
+            aims = unit_rows(old + unit_rows(sums, new.dtype)[labels].to(new.dtype), new.dtype)
+        losses = 1 - (unit_rows(new, new.dtype) * aims).sum(1)
+        if self.draw_weight is not None:
+            losses = losses * self.draw_weight
+        return per_sample(losses, c_f.torch_arange_from_size(new))
 
     def _draw(self, credible: torch.Tensor) -> torch.Tensor:
         """Return which rows are replaced, without asking the device how many are credible."""

@@ -12,7 +12,7 @@ from ..checks import check_embeddings, check_integer, check_labels, check_matrix
 from ..frozen import class_weights
 from ..width import fit_width
 from .old_rows import check_old_rows, check_row_labels
-from .task_and_terms import TaskAndTermsLoss, per_sample
+from .task_and_terms import TaskAndTermsLoss, check_weight, per_sample, reduced
 
 
 class NCCLLoss(TaskAndTermsLoss):
@@ -41,8 +41,9 @@ class NCCLLoss(TaskAndTermsLoss):
             ``logit_weight=0``. It keeps its own reducer, and its parameters are in ``parameters()``.
         queue_size: 1 or more. A larger batch takes part whole, and its last rows are kept.
         embedding_size: the width of the old embeddings.
-        feature_weight: the multiplier ``alpha``; 0 or more.
-        logit_weight: the multiplier ``beta``; 0 or more.
+        feature_weight: the multiplier ``alpha``, 0 or more, the paper's is 1; None: the term draws as strongly as the
+            task loss (:class:`GradientBalance`).
+        logit_weight: the multiplier ``beta``, likewise; the paper's is 0.01.
         temperature: ``tau``, of cosines; above 0. At the paper's 1 the softmax is nearly flat.
         **kwargs: ``reducer`` (for both terms, one loss a sample; default ``MeanReducer``), ``embedding_regularizer``,
             ``embedding_reg_weight``, ``collect_stats``.
@@ -82,18 +83,20 @@ class NCCLLoss(TaskAndTermsLoss):
         queue_size: int = 8192,
         *,
         embedding_size: int,
-        feature_weight: float = 1.0,
-        logit_weight: float = 0.01,
-        temperature: float = 1.0,
+        feature_weight: float | None = None,
+        logit_weight: float | None = 0.0,
+        temperature: float = 0.1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(loss, **kwargs)
+        weights = {"feature_loss": feature_weight, "logit_loss": logit_weight}
+        balanced = tuple(name for name, weight in weights.items() if weight is None)
+        super().__init__(loss, balanced=balanced, **kwargs)
         queue_size = check_integer(queue_size, "queue_size", minimum=1)
         embedding_size = check_integer(embedding_size, "embedding_size", minimum=1)
-        self.feature_weight = check_number(feature_weight, "feature_weight", minimum=0)
-        self.logit_weight = check_number(logit_weight, "logit_weight", minimum=0)
+        self.feature_weight = check_weight(feature_weight, "feature_weight")
+        self.logit_weight = check_weight(logit_weight, "logit_weight")
         self.temperature = check_number(temperature, "temperature", minimum=0, exclusive=True)
-        if self.logit_weight > 0 and self.num_classes is None:
+        if self.logit_weight != 0 and self.num_classes is None:
             raise ValueError(
                 f"logit_weight must be 0 with a task loss without class weights, got {logit_weight!r} and "
                 f"{type(loss).__name__}; pass logit_weight=0, or take a classification or proxy loss"
@@ -102,9 +105,9 @@ class NCCLLoss(TaskAndTermsLoss):
         self.register_buffer("old_queue_labels", torch.full((queue_size,), -1))
         self.register_buffer("old_queue_position", torch.tensor(0))
         self.register_buffer("old_queue_count", torch.tensor(0))
-        self.add_to_recordable_attributes(
-            list_of_names=["feature_weight", "logit_weight", "temperature"], is_stat=False
-        )
+        given = [name for name in ("feature_weight", "logit_weight") if getattr(self, name) is not None]
+        self.add_to_recordable_attributes(list_of_names=[*given, "temperature"], is_stat=False)
+        self.shorten()
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", "feature_loss", "logit_loss"]
@@ -134,8 +137,8 @@ class NCCLLoss(TaskAndTermsLoss):
         check_matrix(ref_emb, "ref_emb", self.old_queue.shape[1])
         check_row_labels(labels, ref_labels)
         check_same_device(embeddings, "embeddings", self.old_queue, "the loss")
-        found = super().compute_loss(embeddings, labels, indices_tuple, embeddings, labels)  # the task loss alone
-        found |= {"feature_loss": self.zero_loss(), "logit_loss": self.zero_loss()}
+        task_loss = self.loss(new, labels, indices_tuple)
+        found: dict[str, Any] = {"feature_loss": self.zero_loss(), "logit_loss": self.zero_loss()}
         with torch.autocast(embeddings.device.type, enabled=False):
             old = normalize(old.to(new.dtype), dim=1)
             queue, queue_labels, filled, position = self._enqueued(old, labels)
@@ -146,16 +149,16 @@ class NCCLLoss(TaskAndTermsLoss):
             there = torch.arange(len(queue), device=filled.device) < filled
             shares = _shares(old, labels, queue, queue_labels)
             index = c_f.torch_arange_from_size(embeddings)
-            if self.feature_weight > 0:
+            if self.feature_weight != 0:
                 similarities = normalize(fit_width(new, old.shape[1]), dim=1) @ queue.t()
                 losses = self._contrast(similarities, shares, there)
-                found["feature_loss"] = per_sample(losses * self.feature_weight, index)
-            if self.logit_weight > 0:
+                found["feature_loss"] = per_sample(_times(losses, self.feature_weight), index)
+            if self.logit_weight != 0:
                 weights = normalize(class_weights(self.loss).to(new.dtype), dim=1)
                 similarities = _logit_cosines(new, fit_width(queue, new.shape[1]), weights)
                 losses = self._contrast(similarities, shares, there)
-                found["logit_loss"] = per_sample(losses * self.logit_weight, index)
-        return found
+                found["logit_loss"] = per_sample(_times(losses, self.logit_weight), index)
+        return {"task_loss": reduced(task_loss), **self.balanced_terms(task_loss, found, new)}
 
     def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         """Return nothing more: the terms need the old embeddings too."""
@@ -187,6 +190,10 @@ class NCCLLoss(TaskAndTermsLoss):
     ) -> None:
         self.old_queue = queue.to(self.old_queue.dtype)
         self.old_queue_labels, self.old_queue_count, self.old_queue_position = queue_labels, count, position
+
+
+def _times(losses: torch.Tensor, weight: float | None) -> torch.Tensor:
+    return losses if weight is None else losses * weight
 
 
 def _shares(old: torch.Tensor, labels: torch.Tensor, queue: torch.Tensor, queue_labels: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ class RACTLoss(BaseMetricLossFunction):
 
     def __init__(
         self,
-        temperature: float = 0.01,
+        temperature: float = 0.1,
         *,
         top_k: int | None = None,
         regression: bool = True,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ..checks import check_embeddings, check_labels
+from ..checks import check_embeddings, check_labels, check_number
 from ..frozen import class_weights
+from ..frozen.heads import rescale_class_weights_
+from .gradient_balance import GradientBalance
 from .named_terms import NamedTermsLoss
+
+CLASS_WEIGHT_LENGTH = 1.0
 
 
 class TaskAndTermsLoss(NamedTermsLoss):
@@ -16,18 +21,36 @@ class TaskAndTermsLoss(NamedTermsLoss):
 
     Args:
         loss: the task loss, any PML loss; it keeps its own reducer, and its parameters are in ``parameters()``.
+        balanced: the names of the terms that :class:`GradientBalance` gives their multipliers.
+        class_weight_length: see :func:`shorten_class_weights`; None leaves the class weights as they are.
         **kwargs: see PML's ``BaseMetricLossFunction``; ``reducer`` is that of the added terms.
     Raises:
-        ValueError: ``loss`` is no module; in a call: embeddings empty, NaN or infinite, labels missing, negative or
-            past the task loss's classes.
+        ValueError: ``loss`` is no module, ``class_weight_length`` not above 0; in a call: embeddings empty, NaN or
+            infinite, labels missing, negative or past the task loss's classes.
     """
 
-    def __init__(self, loss: torch.nn.Module, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        loss: torch.nn.Module,
+        *,
+        balanced: tuple[str, ...] = (),
+        class_weight_length: float | None = CLASS_WEIGHT_LENGTH,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if not isinstance(loss, torch.nn.Module):
             raise ValueError(f"loss must be a PML loss object, got {loss!r}")
         self.loss = loss
         self.num_classes = _count_classes(loss)
+        if class_weight_length is not None:
+            check_number(class_weight_length, "class_weight_length", minimum=0, exclusive=True)
+        self._class_weight_length = class_weight_length
+        self.balance = GradientBalance(balanced) if balanced else None
+
+    def shorten(self) -> None:
+        """Shorten the class weights: last in every ``__init__``, as what is refused leaves a user's loss as it was."""
+        if self._class_weight_length is not None:
+            shorten_class_weights(self.loss, self._class_weight_length)
 
     def forward(
         self,
@@ -57,11 +80,62 @@ class TaskAndTermsLoss(NamedTermsLoss):
         precise = _at_least_float32(embeddings)
         reference = () if ref_emb is embeddings else (_at_least_float32(ref_emb), ref_labels)
         task_loss = self.loss(precise, labels, indices_tuple, *reference)
-        return {"task_loss": reduced(task_loss), **self.compute_terms(precise, labels)}
+        terms = self.compute_terms(precise, labels)
+        return {"task_loss": reduced(task_loss), **self.balanced_terms(task_loss, terms, precise)}
+
+    def balanced_terms(
+        self, task_loss: torch.Tensor, terms: Mapping[str, dict[str, Any]], embeddings: torch.Tensor
+    ) -> dict[str, Any]:
+        """Return terms, those that are balanced multiplied so that they draw as strongly as the task loss does."""
+        balance = self.balance
+        names = [name for name in terms if balance is not None and name in balance.names and _acts(terms[name])]
+        if balance is None or not names:
+            return dict(terms)
+        if (self.training or balance.is_new) and torch.is_grad_enabled():
+            compared = {name: (terms[name]["losses"].mean(), *self.drawn_by(name, embeddings)) for name in names}
+            balance.measure(task_loss, compared)
+        found = dict(terms)
+        for name in names:
+            losses = terms[name]["losses"]
+            found[name] = {**terms[name], "losses": losses * balance.weight(name).to(losses)}
+        return found
+
+    def drawn_by(self, name: str, embeddings: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Return the tensor on which a term's gradient is compared with the task loss's, and its dimension of rows."""
+        return embeddings, 0
 
     def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         """Return the added terms, as PML's ``compute_loss`` does; embeddings are float32 or float64."""
         raise NotImplementedError
+
+
+def shorten_class_weights(loss: torch.nn.Module, length: float = CLASS_WEIGHT_LENGTH) -> torch.nn.Module:
+    """Give the class weights of a PML loss one length, in place, where it reads their directions alone; return it.
+
+    PML draws their entries from N(0, 1), so they are sqrt(d) long, and the longer a class weight is, the slower it
+    turns. Much shorter ones overshoot under SGD at the large scale of PML's margin losses. Every loss of this package
+    that wraps a task loss shortens its class weights. Train the model that they are compared with, the independent one,
+    from short class weights too.
+
+    Args:
+        loss: any PML loss, or a loss that wraps one; those without class weights, whose class weights' lengths count
+            (``LargeMarginSoftmaxLoss``) or that regularise them are left as they are.
+        length: above 0.
+    Raises:
+        ValueError: ``length`` is not above 0.
+    Example:
+        >>> from pytorch_metric_learning.losses import ArcFaceLoss
+        >>> loss_func = shorten_class_weights(ArcFaceLoss(num_classes=10, embedding_size=16))
+        >>> loss_func.W.norm(dim=0).max().round(decimals=4).item()
+        1.0
+    """
+    rescale_class_weights_(loss, check_number(length, "class_weight_length", minimum=0, exclusive=True))
+    return loss
+
+
+def _acts(term: dict[str, Any]) -> bool:
+    """A term that has nothing to learn from is a plain 0."""
+    return isinstance(term["losses"], torch.Tensor)
 
 
 def reduced(loss: torch.Tensor) -> dict[str, Any]:
@@ -72,6 +146,11 @@ def reduced(loss: torch.Tensor) -> dict[str, Any]:
 def per_sample(losses: torch.Tensor, index: torch.Tensor) -> dict[str, Any]:
     """Return the entry of a term with one loss for each of the samples ``index``."""
     return {"losses": losses, "indices": index, "reduction_type": "element", "divisor": len(index)}
+
+
+def check_weight(value: Any, name: str) -> float | None:
+    """Return a term's multiplier, 0 or more, or None, which stands for one that is measured."""
+    return None if value is None else check_number(value, name, minimum=0)
 
 
 def check_task_width(loss: torch.nn.Module, width: int, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,21 +27,25 @@ class UniBCTLoss(BCTLoss):
     as in :class:`BCTLoss`. :meth:`update_prototypes` estimates them anew, from the stored old embeddings and the
     new model's of the same items (:func:`pml_compat.frozen.refine_prototypes`).
 
+    By default :math:`\theta` is taken to the directions near the prototypes at which queries of each class find the old
+    embeddings, the term is :math:`1 - \cos \theta_{i y_i}`, and :math:`\lambda` is measured, as in :class:`BCTLoss`.
+
     The paper's schedule: no influence until epoch 10, and prototypes refined after epochs 10 and 20. To follow it,
     start with ``influence_weight=0``, and set the attribute when the prototypes are first refined; plain class means
     are good prototypes to start with too. The attribute is in no ``state_dict``: set it again after a resume. ::
 
         if epoch in (10, 20):
             loss_func.update_prototypes(old_embeddings, embed(model, train_set), labels)
-            loss_func.influence_weight = 1.0
 
     Args:
         loss: the task loss, any PML loss; it keeps its own reducer, and its parameters are in ``parameters()``.
         prototypes: of the old embeddings of the new training set: ``ClassCenters.from_embeddings`` or
             ``refine_prototypes``. Copied, as buffers; samples of other labels take no part in the influence.
-        influence_weight: the multiplier ``lambda``; 0 or more, no unit. An attribute that may be set at any time.
-        scale: ``s`` of the cosines, above 0.
-        margin: ``m`` on the angle with the own prototype, in radians, in [0, pi]; 0, the default, is a softmax.
+        influence_weight: None, or the multiplier ``lambda`` of the paper's form, 0 or more. An attribute that may be
+            set at any time.
+        scale: ``s`` of the cosines in the paper's form, above 0; None: the one that fits the old embeddings best.
+        margin: ``m`` on the angle with the own prototype in the paper's form, in radians, in [0, pi]; 0 is a softmax.
+            A scale or a margin makes it the paper's form without an ``influence_weight``, too.
         **kwargs: as for :class:`BCTLoss`.
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set
@@ -65,9 +70,9 @@ class UniBCTLoss(BCTLoss):
         self,
         loss: torch.nn.Module,
         prototypes: ClassCenters,
-        influence_weight: float = 1.0,
+        influence_weight: float | None = None,
         *,
-        scale: float = DEFAULT_SCALE,
+        scale: float | None = None,
         margin: float = 0.0,
         **kwargs: Any,
     ) -> None:
@@ -77,8 +82,10 @@ class UniBCTLoss(BCTLoss):
             raise ValueError(f"margin must be in radians, in [0, pi], got {margin!r}; PML's ArcFaceLoss takes degrees")
         classifier = FrozenClassifier.from_centers(prototypes, scale)
         if margin > 0:
-            classifier.head = SoftmaxHead(float(scale), margin_type="angle", margin=margin)
+            head = SoftmaxHead(prototypes.scale or DEFAULT_SCALE if scale is None else float(scale))
+            classifier.head = replace(head, margin_type="angle", margin=margin)
         super().__init__(loss, classifier, influence_weight, **kwargs)
+        self._by_old_loss = scale is not None or margin > 0
 
     def update_prototypes(self, old_embeddings: Any, new_embeddings: Any, labels: Any, **refinement: Any) -> None:
         """Put refined prototypes in the place of those of the classes in ``labels``; the others stay.
@@ -101,5 +108,8 @@ class UniBCTLoss(BCTLoss):
                 f"labels must be among those of the prototypes that the loss was made with, got {label}; "
                 "make it with prototypes of every class of the new training set"
             )
-        # A new tensor: a graph that holds the one before can still be gone back through.
+        # New tensors: a graph that holds the ones before can still be gone back through.
         self.old_classifier.rows = rows.index_copy(0, index, prototypes.centers.to(rows))
+        if not self.influence_weight and not self._by_old_loss:  # 0 may be followed by None
+            directions = prototypes.directions.to(rows)
+            self.old_classifier.directions = self.old_classifier.directions.index_copy(0, index, directions)

@@ -19,7 +19,7 @@ from .training_run import History, TrainingRun
 
 _BATCHES = 8  # of a small data set, at least
 _SMALLEST_BATCH, _LARGEST_BATCH = 32, 1024
-_STEPS = 1000
+_STEPS = 500
 _FEWEST_EPOCHS = 10
 
 
@@ -69,7 +69,7 @@ def fit_transformation(
             start at the closed form :class:`pml_compat.transformations.alignment.Alignment` (the paper's is
             ``FCTLoss()``), for FastFill's :class:`pml_compat.losses.FastFillLoss`, for others the mean squared error
             over all entries.
-        epochs: passes over the data, 1 or more. None: as many as make 1,000 steps, and 10 at least.
+        epochs: passes over the data, 1 or more. None: as many as make 500 steps, and 10 at least.
         batch_size: rows a step, at most: an epoch is split into steps of equal size. None: an eighth of the rows,
             between 32 and 1,024.
         lr: the highest learning rate.
@@ -87,7 +87,8 @@ def fit_transformation(
             same result as without the interruption.
         progress: show a progress bar.
     Returns:
-        ``{"train_loss": [...], "validation_loss": [...], "lr": [...], "best_epoch": int}``, one entry an epoch;
+        ``{"train_loss": [...], "validation_loss": [...], "lr": [...], "best_epoch": int, "steps": int}``, one
+        entry an epoch, steps of all epochs;
         ``best_epoch`` is -1 where the closed form was kept. Where retrieval was judged ``validation_score``, too, of
         the start and of each epoch: see :func:`pml_compat.transformations.selection.retrieval_scores`.
     Raises:

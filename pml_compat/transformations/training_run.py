@@ -123,6 +123,8 @@ class TrainingRun:
             self.transformation.load_state_dict(self.first)
         best_epoch = -1 if keeps_start else best_epoch
         self.history["best_epoch"] = best_epoch
+        steps = math.ceil(len(self.training) / self.settings["batch_size"])
+        self.history["steps"] = steps * len(self.history["train_loss"])
         self.transformation.eval()
         return self.history
 

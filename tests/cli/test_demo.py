@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import signal
@@ -24,13 +25,18 @@ MODELS += ("fct_gallery", "fct_side_gallery")
 
 
 def short(patch):
-    for name, epochs in {"OLD": 2, "NEW": 1, "SIDE": 1, "FCT": 1}.items():
+    for name, epochs in {"OLD": 2, "NEW": 1, "SIDE": 1}.items():
         patch.setattr(demo_models, f"{name}_EPOCHS", epochs)
+    patch.setattr(demo_models, "fit_transformation", functools.partial(demo_models.fit_transformation, epochs=1))
 
 
 def untrained(patch):
+    def unfitted(transformation, *args, **kwargs):
+        transformation.eval()
+        return {"steps": 1}
+
     patch.setattr(demo_models, "train", lambda *args: None)
-    patch.setattr(demo_models, "fit_transformation", lambda transformation, *args, **kwargs: transformation.eval())
+    patch.setattr(demo_models, "fit_transformation", unfitted)
     patch.setattr(demo_models, "train_without_labels", lambda *args: None)
 
 

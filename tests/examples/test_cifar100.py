@@ -1,6 +1,5 @@
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +56,7 @@ assert 150 < (flipped[:, 0, 31] < flipped[:, 0, 0]).sum() < 250
 
 @pytest.mark.slow
 def test_every_method_goes_through_and_nothing_is_done_twice(data, tmp_path):
-    arguments = ["--data", data, "--out", tmp_path, "--epochs", 2, "--side-epochs", 1, "--fct-epochs", 2]
+    arguments = ["--data", data, "--out", tmp_path, "--epochs", 2, "--side-epochs", 1]
     printed = run("compare.py", *arguments)
     found = json.loads((tmp_path / "results.json").read_text())
     rows = [line.split("|")[1].strip() for line in printed.splitlines()[2:]]
@@ -75,10 +74,6 @@ def test_every_method_goes_through_and_nothing_is_done_twice(data, tmp_path):
             assert one["backfill"]["values"]["precision_at_1"][-1] == one["new_to_new"]["precision_at_1"]
     assert (tmp_path / "trade_off.png").stat().st_size > 10_000 < (tmp_path / "backfill.png").stat().st_size
     assert all((tmp_path / "seed_0" / f"{model}_mixture_2.npy").exists() for model in ("old", "independent"))
-    maps = [
-        found[method][0]["new_to_old"]["mean_average_precision"] for method in ("fct", "fct_mixtures", "fct_instance")
-    ]
-    assert len(set(maps)) == 3  # each is trained in its own way
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "seed_0").iterdir()}
     for name in ("bct.json", "bct_test.npy", "fct.json"):  # as if the run had been stopped there
         (tmp_path / "seed_0" / name).unlink()
@@ -94,7 +89,7 @@ def test_every_method_goes_through_and_nothing_is_done_twice(data, tmp_path):
 @pytest.mark.slow
 def test_open_protocol_calibrates_mixed_galleries(data, tmp_path):
     methods = ["bct", "head", "bt2", "fct", "lce_backward"]
-    arguments = ["--protocol", "open", "--epochs", 2, "--fct-epochs", 2, "--methods", *methods]
+    arguments = ["--protocol", "open", "--epochs", 2, "--methods", *methods]
     run("compare.py", "--data", data, "--out", tmp_path, *arguments)
     found = json.loads((tmp_path / "results.json").read_text())
     assert len(np.load(tmp_path / "seed_0" / "head_test.npy")) == 20 * 11  # all images of the unseen classes
@@ -106,28 +101,14 @@ def test_open_protocol_calibrates_mixed_galleries(data, tmp_path):
             assert mixed == pytest.approx(one[pair]["mean_average_precision"], abs=1e-4)
 
 
-@pytest.mark.slow
-def test_open_search_is_on_classes_that_are_never_tested(data, tmp_path):
-    arguments = ["--protocol", "open", "--epochs", 2, "--methods", "head", "--per-class", 2]
-    run("search.py", "--data", data, "--out", tmp_path, *arguments)
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert len(found) == 2 + 7  # old, independent, and the settings of the head
-    splits = "(open_split(torch.arange(200) % 100, seed) for seed in range(5))"
-    code = f"from data import *; print(*(split.test_classes.tolist() for split in {splits}))"
+def test_settings_are_chosen_on_classes_that_are_never_tested():
+    code = """
+from data import *
+print(*SEARCH_CLASSES)
+splits = (open_split(torch.arange(200) % 100, seed) for seed in range(5))
+print(*(label for split in splits for label in split.test_classes.tolist()))
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    code = "from data import SEARCH_CLASSES; print(*SEARCH_CLASSES)"
-    kept = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE, capture_output=True, text=True, env=ENVIRONMENT)
-    tested = {int(number) for number in re.findall(r"\d+", done.stdout)}
-    assert len(tested) > 50 and not tested & {int(number) for number in kept.stdout.split()}
-
-
-@pytest.mark.slow
-def test_the_search_leaves_the_test_images_alone(data, tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train").symlink_to(data / "train")  # and no test images
-    run(
-        "search.py", "--data", tmp_path / "data", "--out", tmp_path, "--epochs", 1, "--methods", "lce", "--per-class", 2
-    )
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert set(found) == {"old", "independent", "lce (lce 100)", "lce (lce 1000)", "lce (lce 10000)"}
+    kept, tested = (set(line.split()) for line in done.stdout.splitlines())
+    assert len(tested) > 50 and len(kept) == 16 and not tested & kept

@@ -31,6 +31,18 @@ def test_by_hand():
     ]
 
 
+def test_says_what_new_queries_can_expect_where_embeddings_were_seen():
+    rows = torch.eye(4)[torch.arange(24) % 4] + 0.01 * torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    summary = ClassCenters.from_embeddings(rows, torch.arange(24) % 4).summary()
+    assert str(summary).splitlines()[-4:] == [
+        "P@1 / mAP in percent among old embeddings that nothing was fitted to, of",
+        "  the old model's queries 100.0 / 100.0",
+        "  queries on their class's mean 100.0 / 100.0, on its direction 100.0 / 100.0",
+        "  queries near their direction, as a trained model's: 100.0 / 100.0",
+    ]
+    assert summary.prospects.old.precision_at_1 == 1.0
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("elements", [1, 40, 2**24])
 def test_nearest_matches_naive_loop(seed, elements, monkeypatch):

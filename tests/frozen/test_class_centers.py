@@ -143,6 +143,62 @@ def test_save_and_load(tmp_path, boundary):
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["centers.safetensors"]
 
 
+@pytest.mark.parametrize("directions", [True, False])
+def test_directions_and_scale_are_saved(tmp_path, directions):
+    rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    given = {"directions": 3 * rows.flip(0), "scale": 2**0.5} if directions else {}
+    centers = ClassCenters(rows, torch.tensor([8, 3, 5, 0]), **given)
+    centers.save(tmp_path / "centers.safetensors")
+    loaded = ClassCenters.load(tmp_path / "centers.safetensors")
+    assert loaded.is_measured == centers.is_measured == directions
+    assert loaded.scale == centers.scale == given.get("scale") and loaded.prospects is None
+    torch.testing.assert_close(loaded.directions, centers.directions, rtol=0, atol=1e-6)
+    expected = rows.flip(0) if directions else rows  # the centres, where there are none
+    torch.testing.assert_close(loaded.directions, torch.nn.functional.normalize(expected, dim=1))
+
+
+def test_measured_directions_are_saved_though_nobody_asked_for_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("pml_compat.frozen.class_directions._STEPS", 20)
+    embeddings, labels = data(dtype=torch.float32)
+    ClassCenters.from_embeddings(embeddings, labels).save(tmp_path / "centers.safetensors")
+    loaded, expected = (
+        ClassCenters.load(tmp_path / "centers.safetensors"),
+        ClassCenters.from_embeddings(embeddings, labels),
+    )
+    torch.testing.assert_close(loaded.directions, expected.directions, rtol=0, atol=1e-6)
+    assert loaded.is_measured and loaded.scale == expected.scale is not None
+
+
+def test_files_from_before_there_were_directions_load(tmp_path):
+    rows, labels = torch.nn.functional.normalize(torch.randn(3, 4), dim=1), torch.tensor([4, 0, 2])
+    save_file(
+        {"centers": rows, "labels": labels}, tmp_path / "old.safetensors", {"format": "pml_compat.ClassCenters/1"}
+    )
+    loaded = ClassCenters.load(tmp_path / "old.safetensors")
+    assert not loaded.is_measured and loaded.scale is None and loaded.prospects is None
+    torch.testing.assert_close(loaded.directions, rows)
+
+
+def test_what_was_asked_of_centres_does_not_keep_their_state_from_loading():
+    """An audit in the middle of a training, say: the next one has to go on from its state."""
+    first, second = (ClassCenters.from_embeddings(*data(dtype=torch.float32)) for _ in range(2))
+    first.summary()
+    second.load_state_dict(first.state_dict())
+    torch.testing.assert_close(second.directions, first.directions)
+
+
+def test_directions_follow_to():
+    centers = ClassCenters(torch.eye(3), torch.arange(3), directions=torch.eye(3).flip(0))
+    assert centers.double().directions.dtype == torch.float64
+    assert centers.to("meta").directions.device.type == "meta"
+
+
+def test_directions_that_are_not_measured_are_the_centres():
+    centers = ClassCenters(torch.randn(3, 4), torch.arange(3))
+    assert centers.directions is centers.centers and not centers.is_measured
+    assert centers.scale is None and centers.prospects is None
+
+
 def test_state_dict_restores_the_label_lookup():
     source = ClassCenters(torch.eye(2), torch.tensor([8, 3]))
     target = ClassCenters(torch.eye(2), torch.tensor([0, 1]))
@@ -190,6 +246,20 @@ LABELS = torch.tensor([0, 1])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         ClassCenters(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("directions", "message"),
+    [
+        (torch.eye(3), r"directions must be 2 wide, got width 3"),
+        (torch.eye(2)[:1], r"directions must be one a centre, 2, got 1"),
+        (torch.tensor([[1.0, torch.nan], [0.0, 1.0]]), r"directions must be finite, row 0"),
+        (torch.tensor([[1.0, 0.0], [0.0, 0.0]]), r"must not be 0"),
+    ],
+)
+def test_bad_directions(directions, message):
+    with pytest.raises(ValueError, match=message):
+        ClassCenters(torch.eye(2), LABELS, directions=directions)
 
 
 @pytest.mark.parametrize(

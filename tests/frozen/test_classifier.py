@@ -267,7 +267,7 @@ def test_is_frozen_and_independent_of_its_source(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_and_state_dict(kind):
     classifier, (embeddings, labels) = make(kind), batch()
-    expected = classifier.losses(embeddings, labels)[0]
+    expected, drawn = classifier.losses(embeddings, labels)[0], classifier.direction_losses(embeddings, labels)[0]
     other = FrozenClassifier._with_head(
         classifier.head, torch.randn_like(classifier.rows), classifier.bias, torch.arange(C).flip(0)
     )
@@ -276,12 +276,25 @@ def test_copies_and_state_dict(kind):
     other.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
     for twin in (copy.deepcopy(classifier), pickle.loads(pickle.dumps(classifier)), other):
         assert twin.losses(embeddings, labels)[0].equal(expected)
+        assert twin.direction_losses(embeddings, labels)[0].equal(drawn)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_from_before_there_were_directions_load(kind):
+    source = make(kind)
+    state = {name: tensor for name, tensor in source.state_dict().items() if name != "directions"}
+    target = FrozenClassifier._with_head(source.head, torch.randn_like(source.rows), source.bias, torch.arange(C))
+    target.load_state_dict(state)
+    torch.testing.assert_close(target.directions, source.directions)
+    assert "directions" not in state  # the user's own
+    loss_func = torch.nn.ModuleDict({"classifier": target})  # with a prefix
+    loss_func.load_state_dict({f"classifier.{name}": tensor for name, tensor in state.items()})
 
 
 def test_follows_to():
     classifier = make("linear").float()
     assert classifier.rows.dtype == classifier.bias.dtype == torch.float32
-    assert classifier.to("meta").rows.device.type == "meta"
+    assert classifier.to("meta").rows.device.type == classifier.directions.device.type == "meta"
 
 
 def test_from_layer():
@@ -320,10 +333,121 @@ def test_extend_adds_rows_for_the_labels_it_lacks(kind):
         torch.testing.assert_close(classifier.bias[C:], classifier.bias[:C].mean().expand(2))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_directions_are_those_of_the_rows(kind):
+    """Of several centres the mean direction, as class_weights has it."""
+    classifier = make(kind)
+    rows = [reference.unit(row) for row in classifier.rows.numpy()]
+    k = classifier.head.centers_per_class
+    expected = [reference.unit(sum(rows[start : start + k])) for start in range(0, len(rows), k)]
+    np.testing.assert_allclose(classifier.directions, expected, rtol=1e-9)
+    assert not classifier.directions.requires_grad
+
+
+def with_directions(labels, seed=5, scale=None):
+    rows, directions = torch.randn(2, len(labels), D, generator=torch.Generator().manual_seed(seed)).double()
+    return ClassCenters(rows, torch.tensor(labels), directions=directions, scale=scale)
+
+
+def test_from_centers_takes_their_directions_and_the_scale_that_fits_best():
+    centers = with_directions([7, 1, 4], scale=3.0)
+    classifier = FrozenClassifier.from_centers(centers)
+    assert classifier.head.scale == 3.0 and classifier.directions.equal(centers.directions)
+    torch.testing.assert_close(classifier.rows, centers.centers)
+    assert FrozenClassifier.from_centers(centers, scale=5.0).head.scale == 5.0
+    classifier.directions.zero_()  # its own: the centres' stay
+    assert centers.directions.norm() > 1
+    measured = ClassCenters.from_embeddings(torch.randn(30, D), torch.arange(30) % 3)
+    assert FrozenClassifier.from_centers(measured).head.scale == measured.scale
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extend_takes_directions_of_measured_centres_for_known_labels_too(kind):
+    classifier, centers = make(kind), with_directions([50, 2, 40, 5])
+    rows, directions = classifier.rows.clone(), classifier.directions.clone()
+    classifier.extend(centers)
+    assert classifier.labels.tolist() == [*range(C), 50, 40]
+    torch.testing.assert_close(classifier.directions[[C, 2, C + 1, 5]], centers.directions)
+    untouched = [0, 1, 3, 4, 6]
+    assert classifier.directions[untouched].equal(directions[untouched])
+    torch.testing.assert_close(classifier.rows[: len(rows)], rows)  # the true rows stay
+    again = make(kind).extend(with_directions([5, 2]))  # with nothing new
+    torch.testing.assert_close(again.directions[[5, 2]], with_directions([5, 2]).directions)
+    assert len(again.labels) == C
+
+
+@pytest.mark.parametrize("kind", ["cosine", "sub_center_arcface"])
+def test_extend_keeps_the_directions_of_known_labels_where_centres_were_not_measured(kind):
+    classifier = make(kind)
+    directions = classifier.directions.clone()
+    centers = ClassCenters(torch.randn(3, D, dtype=torch.float64), torch.tensor([50, 2, 40]))
+    classifier.extend(centers)
+    assert classifier.directions[:C].equal(directions)
+    torch.testing.assert_close(classifier.directions[C:], centers.centers[[0, 2]])
+
+
 def test_extend_with_nothing_new():
     classifier = make("cosine")
     rows = classifier.rows
     assert classifier.extend(ClassCenters(torch.randn(2, D), torch.tensor([0, 1]))).rows is rows
+
+
+# How far a sample is from the direction of its class.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_direction_losses_match_naive_loop(kind, seed):
+    classifier, (embeddings, labels) = make(kind), batch(seed)
+    labels[3] = 99
+    losses, known = classifier.direction_losses(embeddings, labels)
+    directions = dict(enumerate(classifier.directions.numpy()))
+    expected = reference.direction_losses(embeddings.detach().numpy(), labels.tolist(), directions)
+    assert known.tolist() == [label != 99 for label in labels.tolist()] and losses[3] == 0
+    np.testing.assert_allclose(losses.detach()[known], expected, rtol=1e-12)
+
+
+def test_direction_losses_by_hand():
+    classifier = FrozenClassifier(torch.tensor([[0.0, 7.0], [-2.0, 0.0]]), labels=[4, 9])
+    embeddings = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.0], [-1.0, 0.0]])
+    losses, known = classifier.direction_losses(embeddings, torch.tensor([4, 9, 4, 9]))
+    torch.testing.assert_close(losses, torch.tensor([0.2, 1.6, 1.0, 0.0]))
+    assert known.all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "soft_triple"])
+def test_gradcheck_of_direction_losses(kind):
+    classifier, (embeddings, labels) = make(kind), batch(n=4)
+    labels[0] = 99
+    assert torch.autograd.gradcheck(lambda e: classifier.direction_losses(e, labels)[0], (embeddings,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dtypes_and_corners_of_direction_losses(dtype, autocast):
+    classifier = make("cosine", dtype=torch.float32)
+    exact = torch.cat([classifier.directions, -classifier.directions, torch.zeros(C, D)])
+    embeddings, labels = exact.to(dtype).requires_grad_(), torch.arange(C).repeat(3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses, _ = classifier.direction_losses(embeddings, labels)
+    losses.sum().backward()
+    expected = torch.tensor([0.0, 2.0, 1.0]).repeat_interleave(C).to(dtype)
+    torch.testing.assert_close(losses.detach(), expected, rtol=0, atol=1e-2 if dtype.itemsize == 2 else 1e-6)
+    assert torch.isfinite(embeddings.grad).all() and embeddings.grad[-C:].abs().sum() == 0
+    assert classifier.directions.dtype == torch.float32 and not classifier.directions.requires_grad
+
+
+def test_bad_calls_of_direction_losses():
+    classifier, (embeddings, labels) = make("cosine"), batch()
+    for rows, targets, message in [
+        (embeddings[:, 1:], labels, rf"embeddings must be {D} wide, got width {D - 1}"),
+        (embeddings * torch.nan, labels, r"embeddings must be finite, row 0"),
+        (embeddings, labels[1:], rf"labels must have one entry a row: expected {N}, got {N - 1}"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            classifier.direction_losses(rows, targets)
+    with pytest.raises(ValueError, match=r"embeddings must be on the device of the FrozenClassifier: got cpu and meta"):
+        classifier.to("meta").direction_losses(embeddings, labels)
 
 
 @pytest.mark.parametrize("name", ALL_LOSSES)

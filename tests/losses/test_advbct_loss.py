@@ -45,14 +45,17 @@ def expected_rows(loss_func, seed, threshold, progress):
     balls = {label: ball[:2] for label, ball in reference.class_balls(*(t.numpy() for t in stored(seed))).items()}
     elasticity = dict(zip(loss_func.old_label_map.labels.tolist(), loss_func.elasticity.tolist(), strict=True))
     state = {name: value.detach().numpy() for name, value in loss_func.discriminator.state_dict().items()}
-    adversarial = reference.advbct_adversarial(new, old, state, progress)
+    shown = [[reference.unit(row) for row in rows] for rows in (new, old)] if loss_func.normalize else (new, old)
+    adversarial = reference.advbct_adversarial(*shown, state, progress)
     return adversarial, reference.advbct_boundary(new, labels, balls, elasticity, threshold)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("threshold", "progress"), [(1.0, 0.0), (0.0, 0.3), (0.5, 0.75)])
-def test_matches_naive_loop(seed, threshold, progress):
-    loss_func = loss_of(seed, progress, threshold=threshold, adversarial_weight=0.7, boundary_weight=3.0)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_matches_naive_loop(seed, threshold, progress, normalize):
+    options = {"threshold": threshold, "normalize": normalize}
+    loss_func = loss_of(seed, progress, **options, adversarial_weight=0.7, boundary_weight=3.0)
     adversarial, boundary = expected_rows(loss_func, seed, threshold, progress)
     new, labels, old = batch(seed)
     outside = [value for value in boundary.values() if value > 0]
@@ -62,7 +65,7 @@ def test_matches_naive_loop(seed, threshold, progress):
     assert loss_func.terms["boundary_loss"].item() == pytest.approx(3 * np.mean(outside), rel=1e-6)
     assert loss.item() == pytest.approx(0.7 * np.mean(adversarial) + 3 * np.mean(outside), rel=1e-6)
 
-    loss_func = loss_of(seed, progress, threshold=threshold, reducer=reducers.DoNothingReducer())
+    loss_func = loss_of(seed, progress, **options, reducer=reducers.DoNothingReducer())
     terms = loss_func(new, labels, ref_emb=old)
     torch.testing.assert_close(terms["adversarial_loss"]["losses"].tolist(), adversarial, rtol=1e-6, atol=1e-9)
     assert terms["adversarial_loss"]["indices"].tolist() == list(range(9))
@@ -126,9 +129,10 @@ def test_classes_of_one_sample_are_left_out():
 
 
 @pytest.mark.parametrize(("progress", "alpha"), [(0.0, 0.0), (0.1, math.tanh(0.5)), (0.5, math.tanh(2.5))])
-def test_gradient_is_reversed_before_the_discriminator(progress, alpha):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradient_is_reversed_before_the_discriminator(progress, alpha, normalize):
     """Against finite differences: D goes down the loss, the new model up, by 2 / (1 + exp(-10 p)) - 1 = tanh(5 p)."""
-    loss_func = loss_of(progress=progress, boundary_weight=0)
+    loss_func = loss_of(progress=progress, boundary_weight=0, normalize=normalize)
     new, labels, old = batch()
     loss_func(new, labels, ref_emb=old).backward()
 
@@ -157,11 +161,12 @@ def test_reverse_gradient():
     assert result.tolist() == [1, -2] and values.grad.tolist() == [-0.75, -0.75]
 
 
-def test_adversarial_training_brings_the_two_models_together():
+@pytest.mark.parametrize("normalize", [False, True])
+def test_adversarial_training_brings_the_two_models_together(normalize):
     """Old embeddings lie off to one side; the new ones get there, by what the discriminator gives away alone."""
     torch.manual_seed(0)
     old = torch.randn(64, WIDTH) + 3
-    loss_func = AdvBCTLoss(torch.zeros(1, WIDTH), torch.ones(1), boundary_weight=0)
+    loss_func = AdvBCTLoss(torch.zeros(1, WIDTH), torch.ones(1), boundary_weight=0, normalize=normalize)
     loss_func.set_progress(0.5)
     shift = torch.zeros(WIDTH, requires_grad=True)
     optimizer = torch.optim.Adam([{"params": [shift], "lr": 0.05}, {"params": loss_func.parameters(), "lr": 0.01}])
@@ -228,10 +233,13 @@ def test_progress_is_saved_and_rules_the_weight():
     assert loss == 0 and torch.isfinite(new.grad).all()
 
 
-def test_the_discriminator_sees_lengths():
-    loss_func = loss_of(boundary_weight=0)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_discriminator_sees_lengths_where_it_is_asked_to(normalize):
+    loss_func = loss_of(boundary_weight=0, normalize=normalize)
     new, labels, old = batch()
-    assert loss_func(new, labels, ref_emb=old) != loss_func(new, labels, ref_emb=torch.nn.functional.normalize(old))
+    loss = loss_func(new, labels, ref_emb=old)
+    same = torch.isclose(loss_func(new * 3, labels, ref_emb=torch.nn.functional.normalize(old)), loss)
+    assert bool(same) == normalize
 
 
 def test_discriminator_accuracy():
@@ -271,8 +279,9 @@ def test_dtypes(dtype, loss_dtype, autocast):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("case", ["equal", "zero", "on the centre"])
-def test_finite_gradient_at_corners(dtype, case):
-    loss_func = loss_of(dtype=torch.float32)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_finite_gradient_at_corners(dtype, case, normalize):
+    loss_func = loss_of(dtype=torch.float32, normalize=normalize)
     new, labels, old = batch(dtype=dtype)
     with torch.no_grad():
         if case == "equal":

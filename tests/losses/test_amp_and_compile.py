@@ -4,16 +4,18 @@ import pytest
 import torch
 
 from pml_compat.checks import check_embeddings
-from tests.cases import ALIGNED, LOSSES, PAIRED, WIDTH, batch, build, references
+from tests.cases import ALIGNED, BALANCED, LOSSES, PAIRED, WIDTH, batch, build, references
 
 NAMES = [*LOSSES, *ALIGNED, *PAIRED]
 every_loss = pytest.mark.parametrize("name", NAMES)
 # Losses that torch.compile takes in one graph. The others cut it, mostly where they pick the rows that a term is for,
-# whose number is a value of the batch, or where the task loss, which is PML's, does.
+# whose number is a value of the batch, where the task loss, which is PML's, does, or where a multiplier is measured,
+# which takes gradients of its own.
 STARTS = ("fct", "lwf", "point_alignment", "focal_distillation", "ract", "compatible")
-WHOLE = [name for name in NAMES if name.startswith(STARTS) or name == "nccl"]
+WHOLE = [name for name in NAMES if (name.startswith(STARTS) or name == "nccl") and name not in BALANCED]
 IN_PARTS = {name.split("_")[0]: name for name in reversed(NAMES) if name not in WHOLE}  # one of each kind
 IN_PARTS["mined"] = "cross_model_mined"
+IN_PARTS |= {f"{name.split('_')[0]} balanced": name for name in sorted(BALANCED)}
 
 
 @every_loss

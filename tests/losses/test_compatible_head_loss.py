@@ -28,13 +28,13 @@ PARTS = slice(OLD), slice(OLD, 2 * OLD)  # of the two terms, in a head that has 
 every_space = pytest.mark.parametrize("whitened", [True, False])
 
 
-def build_head(dtype=torch.float64, whitened=True, **kwargs):
+def build_head(dtype=torch.float64, whitened=True, parts=2, **kwargs):
     torch.manual_seed(0)
     old = torch.randn(40, OLD) * torch.linspace(0.3, 1.5, OLD)
     whitening = WithinClassWhitening.from_embeddings(old, torch.arange(40) % 4) if whitened else None
-    return CompatibleHead(IN, OLD, torch.nn.Linear(IN, FREE), whitening=whitening, hidden_features=7, **kwargs).to(
-        dtype
-    )
+    free = torch.nn.Linear(IN, FREE)
+    head = CompatibleHead(IN, OLD, free, whitening=whitening, hidden_features=7, parts=parts, **kwargs)
+    return head.to(dtype)
 
 
 def task(dtype=torch.float64):

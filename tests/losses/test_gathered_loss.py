@@ -53,7 +53,7 @@ CASES = {
     "several_old_models": several_old_models,
     "miner": with_miner,
 }
-WRAPPED = ["bct", "lce", "compatible"]  # also with the loss itself in DDP
+WRAPPED = ["bct", "lce", "compatible", "bct_default", "lce_default"]  # also with the loss itself in DDP
 
 
 def make_model():

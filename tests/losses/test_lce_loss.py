@@ -19,6 +19,7 @@ from pml_compat.transformations import (
 from tests import reference
 
 OLD, NEW, CLASSES = 5, 7, 6
+every_form = pytest.mark.parametrize("weights", [(None, None), (100.0, 1.0)])  # drawn onto directions; the paper's
 
 TASKS = {
     "arcface": lambda width: losses.ArcFaceLoss(CLASSES, width),
@@ -160,7 +161,7 @@ def test_sub_centre_class_weight_by_hand():
     with torch.no_grad():  # class 0: along x and along y, of lengths 5 and 1; class 1: twice along -x
         loss.W.copy_(torch.tensor([[5.0, 0.0, -1.0, -3.0], [0.0, 1.0, 0.0, 0.0]]))
     old = ClassCenters(torch.tensor([[1.0, 1.0], [-1.0, 0.0]]), torch.arange(2))
-    loss_func = LCELoss(loss, old, boundary_weight=0.0)
+    loss_func = LCELoss(loss, old, 100.0, boundary_weight=0.0)
     loss_func(torch.ones(1, 2), torch.tensor([0]))
     assert loss_func.terms["align_loss"].item() == pytest.approx(0.0, abs=1e-4)
 
@@ -278,7 +279,7 @@ def test_class_weights_start_short(name):
     parameters = list(task_loss.parameters())
     LCELoss(task_loss, centers())
     if name != "sub_center_arcface":
-        torch.testing.assert_close(lengths(task_loss), torch.full((CLASSES,), 0.1, dtype=torch.float64))
+        torch.testing.assert_close(lengths(task_loss), torch.ones(CLASSES, dtype=torch.float64))
     assert all(one is other for one, other in zip(parameters, task_loss.parameters(), strict=True))
 
 
@@ -311,7 +312,7 @@ def test_short_weights_turn_to_the_centres():
         embeddings, labels = batch(n=64, width=64, dtype=torch.float32)
         old = ClassCenters(torch.randn(CLASSES, 64), torch.arange(CLASSES))
         task_loss = losses.NormalizedSoftmaxLoss(CLASSES, 64, temperature=1.0)
-        loss_func = LCELoss(task_loss, old, boundary_weight=0.0, class_weight_length=length)
+        loss_func = LCELoss(task_loss, old, 100.0, boundary_weight=0.0, class_weight_length=length)
         optimizer = torch.optim.Adam(loss_func.parameters(), lr=2e-3)
         for _ in range(300):
             optimizer.zero_grad()
@@ -347,7 +348,7 @@ def test_stats():
     embeddings, labels = batch(n=12)
     labels = torch.tensor([0, 1, 2, 3] * 3)
     with pytest.warns(UserWarning):
-        loss_func = LCELoss(task(), centers(labels=[0, 1, 2], counts=[5, 1, 5]), collect_stats=True)
+        loss_func = LCELoss(task(), centers(labels=[0, 1, 2], counts=[5, 1, 5]), 100.0, 1.0, collect_stats=True)
     loss_func(embeddings, labels)
     assert loss_func.bounded_fraction == pytest.approx(6 / 12)
     losses_outside = naive_outside(embeddings, labels, loss_func)
@@ -365,10 +366,11 @@ def naive_outside(embeddings, labels, loss_func):
     ]
 
 
-def test_a_batch_without_a_bounded_class():
+@every_form
+def test_a_batch_without_a_bounded_class(weights):
     embeddings, _ = batch()
     with pytest.warns(UserWarning):
-        loss_func = LCELoss(task(), centers(labels=[0, 1]))
+        loss_func = LCELoss(task(), centers(labels=[0, 1]), *weights)
     loss_func(embeddings, torch.full((12,), 5)).backward()
     assert loss_func.terms["boundary_loss"] == 0 and loss_func.terms["align_loss"] > 0
     assert torch.isfinite(embeddings.grad).all()
@@ -380,14 +382,14 @@ def test_a_batch_without_a_bounded_class():
 def test_pair_losses_with_the_boundary_alone():
     embeddings, labels = batch()
     task_loss, old = losses.ContrastiveLoss(), centers(labels=range(100, 106))
-    loss_func = LCELoss(task_loss, old, align_weight=0.0)
+    loss_func = LCELoss(task_loss, old, align_weight=0.0, boundary_weight=1.0)
     loss = loss_func(embeddings, labels + 100)
     boundaries = {int(label): float(b) for label, b in zip(old.labels, old.boundaries, strict=True)}
     rows = {int(label): old.centers[i].numpy() for i, label in enumerate(old.labels)}
     boundary = reference.lce_boundary(embeddings.detach().numpy(), (labels + 100).tolist(), rows, boundaries, "angle")
     assert loss.item() == pytest.approx(task_loss(embeddings, labels).item() + boundary, rel=1e-9)
     with pytest.raises(ValueError, match=r"loss must have class weights to align, ContrastiveLoss has none"):
-        LCELoss(task_loss, old)
+        LCELoss(task_loss, old, 100.0)
     with pytest.raises(ValueError, match=r"centers must be 9 wide like the new embeddings, got width 7"):
         loss_func(torch.ones(2, 9), labels[:2] + 100)
 
@@ -413,10 +415,10 @@ def test_transformations_follow_mode_device_and_state_dict():
     assert {p.device.type for p in loss_func.to("meta").forward_transformation.parameters()} == {"meta"}
 
 
-def test_batch_norm_in_a_transformation_trains_with_one_sample():
-    loss_func = LCELoss(
-        task().float(), centers(OLD), backward_transformation=ResidualBottleneckTransformation(NEW, OLD)
-    )
+@every_form
+def test_batch_norm_in_a_transformation_trains_with_one_sample(weights):
+    transformation = ResidualBottleneckTransformation(NEW, OLD)
+    loss_func = LCELoss(task().float(), centers(OLD), *weights, backward_transformation=transformation)
     embeddings, labels = batch(n=1, dtype=torch.float32)
     loss_func.train()(embeddings, labels).backward()
     assert torch.isfinite(embeddings.grad).all()
@@ -461,7 +463,7 @@ def test_dtypes_stay_what_they_are(mode, dtype, autocast):
         (lambda: ((task(), torch.ones(6, 7)), {}), r"centers must be a ClassCenters, got Tensor; make one with"),
         (lambda: ((losses.ArcFaceLoss, centers()), {}), r"loss must be a PML loss object"),
         (
-            lambda: ((task(), ClassCenters(torch.randn(6, 7), torch.arange(6))), {}),
+            lambda: ((task(), ClassCenters(torch.randn(6, 7), torch.arange(6)), 100.0, 1.0), {}),
             r"centers must have boundaries, got none; measure them with boundary='max' or 'iqr', or pass bound",
         ),
         (

@@ -18,9 +18,10 @@ def batch(seed=0, n=20, dtype=torch.float64):
     return new.requires_grad_(), torch.arange(n) % CLASSES, old * 3 + 1
 
 
-def loss_of(weights=0, dtype=torch.float64, **kwargs):
+def loss_of(weights=0, dtype=torch.float64, draw_weight=0.0, **kwargs):
     torch.manual_seed(weights)
-    return MixBCTLoss(losses.NormalizedSoftmaxLoss(CLASSES, WIDTH, temperature=0.2).to(dtype), **kwargs)
+    task_loss = losses.NormalizedSoftmaxLoss(CLASSES, WIDTH, temperature=0.2).to(dtype)
+    return MixBCTLoss(task_loss, draw_weight=draw_weight, **kwargs)
 
 
 def mixed_rows(loss_func, n=20, **kwargs):
@@ -41,14 +42,14 @@ def test_matches_naive_loop(seed, share):
     expected = reference.cosine_losses(rows, loss_func.loss.W.detach().t().numpy(), 5.0, labels.tolist())
     loss = loss_func(new, labels, ref_emb=old)
     assert loss.item() == pytest.approx(sum(expected) / 20, rel=1e-12)
-    assert loss_func.terms == {"task_loss": loss.detach()}
+    assert loss_func.terms == {"task_loss": loss.detach(), "draw_loss": 0}
     loss.backward()
     assert loss_func.loss.W.grad.abs().sum() > 0
 
 
 def test_by_hand():
     """All rows replaced: the new embeddings count for nothing, and the old ones at length 1."""
-    loss_func = MixBCTLoss(losses.ContrastiveLoss(pos_margin=0, neg_margin=0), share=1)
+    loss_func = MixBCTLoss(losses.ContrastiveLoss(pos_margin=0, neg_margin=0), share=1, draw_weight=0.0)
     new = torch.tensor([[9.0, 1.0], [-7.0, 2.0]], requires_grad=True)
     loss = loss_func(new, torch.tensor([0, 0]), ref_emb=torch.tensor([[5.0, 0.0], [0.0, 0.1]]))
     loss.backward()
@@ -61,7 +62,7 @@ def test_old_rows_come_in_at_length_one():
             return embeddings.norm(dim=1).sum()
 
     new, labels, old = batch()
-    loss_func = MixBCTLoss(Lengths(), share=0.5)
+    loss_func = MixBCTLoss(Lengths(), share=0.5, draw_weight=0.0)
     replaced = mixed_rows(copy.deepcopy(loss_func))
     expected = torch.where(replaced, torch.ones(20, dtype=torch.float64), new.norm(dim=1)).sum()
     torch.testing.assert_close(loss_func(new, labels, ref_emb=old), expected)
@@ -111,7 +112,7 @@ def test_eval_mode_is_the_task_loss_and_draws_nothing():
 
 def test_pairs_go_to_the_task_loss():
     new, labels, old = batch()
-    loss_func = MixBCTLoss(losses.TripletMarginLoss(), share=0.4)
+    loss_func = MixBCTLoss(losses.TripletMarginLoss(), share=0.4, draw_weight=0.0)
     chosen = mixed_rows(copy.deepcopy(loss_func))
     triplets = torch.tensor([0, 1]), torch.tensor([4, 5]), torch.tensor([2, 3])
     mixed = torch.where(chosen[:, None], torch.nn.functional.normalize(old), new)
@@ -126,7 +127,7 @@ def test_the_draw_is_its_own():
     mixed_rows(loss_func)
     assert torch.get_rng_state().equal(state)
     torch.manual_seed(99)
-    draws = [mixed_rows(MixBCTLoss(loss_func.loss, seed=seed)) for seed in (0, 0, 1)]
+    draws = [mixed_rows(MixBCTLoss(loss_func.loss, seed=seed, draw_weight=0.0)) for seed in (0, 0, 1)]
     assert draws[0].equal(draws[1]) and not draws[0].equal(draws[2])
 
 
@@ -205,7 +206,7 @@ def test_the_term_is_kept_with_any_reducer(reducer):
     loss_func = loss_of(reducer=reducer)
     assert loss_func.terms == {}
     loss = loss_func(new, labels, ref_emb=old)
-    assert loss_func.terms == {"task_loss": loss.detach()}
+    assert loss_func.terms == {"task_loss": loss.detach(), "draw_loss": 0}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def batch(seed=0, n=6, old=OLD, new=NEW, dtype=torch.float64):
 
 
 def nccl(queue_size=20, old=OLD, new=NEW, **kwargs):
-    return NCCLLoss(task(new), queue_size, embedding_size=old, **{"logit_weight": 0.5, "temperature": 0.3} | kwargs)
+    given = {"feature_weight": 1.0, "logit_weight": 0.5, "temperature": 0.3} | kwargs
+    return NCCLLoss(task(new), queue_size, embedding_size=old, **given)
 
 
 class NaiveQueue:
@@ -102,7 +103,7 @@ def test_matches_naive_loop_over_several_calls(seed, old, new, temperature, queu
 )
 def test_any_head(loss):
     torch.manual_seed(0)
-    loss_func = NCCLLoss(loss().double(), embedding_size=OLD, logit_weight=1.0)
+    loss_func = NCCLLoss(loss().double(), embedding_size=OLD, feature_weight=1.0, logit_weight=1.0, temperature=1.0)
     embeddings, labels, old = batch()
     loss_func(embeddings, labels, ref_emb=old).backward()
     naive = NaiveQueue(100)
@@ -119,7 +120,7 @@ def test_by_hand():
     old row, at 0 degrees: 1, 1/2, 0.
     """
     total = math.log(math.e + 1 + 1 / math.e)
-    loss_func = NCCLLoss(losses.ContrastiveLoss(), 8, embedding_size=2, logit_weight=0)
+    loss_func = NCCLLoss(losses.ContrastiveLoss(), 8, embedding_size=2, feature_weight=1.0, temperature=1.0)
     loss_func.fill(torch.tensor([[0.0, 3.0], [-2.0, 0.0]]), torch.tensor([5, 6]))
     loss = loss_func(torch.tensor([[4.0, 0.0]]), torch.tensor([5]), ref_emb=torch.tensor([[0.5, 0.0]]))
     assert loss.item() == pytest.approx((1 * (total - 1) + 0.5 * total) / 2, rel=1e-6)
@@ -134,7 +135,7 @@ def test_logits_by_hand():
     task_loss = losses.NormalizedSoftmaxLoss(2, 3)
     with torch.no_grad():
         task_loss.W.copy_(torch.tensor([[2.0, 0.0], [0.0, 5.0], [0.0, 0.0]]))
-    loss_func = NCCLLoss(task_loss, 8, embedding_size=3, feature_weight=0, logit_weight=1.0)
+    loss_func = NCCLLoss(task_loss, 8, embedding_size=3, feature_weight=0, logit_weight=1.0, temperature=1.0)
     loss_func.fill(torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([1]))
     loss_func(torch.tensor([[1.0, 0.0, 7.0]]), torch.tensor([0]), ref_emb=torch.tensor([[3.0, 0.0, 4.0]]))
     assert loss_func.terms["logit_loss"].item() == pytest.approx(math.log(math.e + 1) - 1, rel=1e-5)
@@ -248,7 +249,8 @@ def test_a_resumed_training_goes_on_bit_for_bit(stop):
     file = io.BytesIO()
     torch.save((loss_func.state_dict(), optimizer.state_dict()), file)
 
-    resumed = NCCLLoss(task(seed=5).float(), 10, embedding_size=OLD, logit_weight=0.5, temperature=0.3)
+    resumed = nccl(10).float()
+    resumed.loss = task(seed=5).float()
     optimizer = torch.optim.Adam(resumed.parameters(), lr=0.1)
     states = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     resumed.load_state_dict(states[0])
@@ -332,7 +334,7 @@ def test_old_rows_in_which_no_class_has_a_part():
     directions = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
     with torch.no_grad():
         task_loss.W.copy_(directions[:, :2])
-    loss_func = NCCLLoss(task_loss, n, embedding_size=64, logit_weight=1.0)
+    loss_func = NCCLLoss(task_loss, n, embedding_size=64, feature_weight=1.0, logit_weight=1.0, temperature=1.0)
     embeddings = torch.randn(n, 64, requires_grad=True)
     old = torch.randn(n, 62) @ directions[:, 2:].t()
     loss_func(embeddings, torch.arange(n) % 2, ref_emb=old).backward()
@@ -348,7 +350,7 @@ def test_pair_losses_and_miner_tuples():
     embeddings, labels, old = batch(n=16)
     task_loss = losses.TripletMarginLoss()
     tuples = miners.BatchHardMiner()(embeddings, labels)
-    loss_func = NCCLLoss(task_loss, embedding_size=OLD, logit_weight=0)
+    loss_func = NCCLLoss(task_loss, embedding_size=OLD, feature_weight=1.0, logit_weight=0)
     loss_func(embeddings, labels, tuples, ref_emb=old)
     torch.testing.assert_close(loss_func.terms["task_loss"], task_loss(embeddings, labels, tuples).detach())
     assert loss_func.terms["feature_loss"] > 0 and loss_func.terms["logit_loss"] == 0
@@ -359,7 +361,7 @@ def test_the_task_loss_sees_new_embeddings_alone(distance):
     embeddings, labels, old = batch(n=16, new=OLD)
     positive, negative = (0.8, 0.1) if distance.is_inverted else (0.1, 0.8)
     task_loss = losses.ContrastiveLoss(positive, negative, distance=distance)
-    loss_func = NCCLLoss(task_loss, embedding_size=OLD, logit_weight=0)
+    loss_func = NCCLLoss(task_loss, embedding_size=OLD, feature_weight=1.0, logit_weight=0)
     loss_func(embeddings, labels, ref_emb=old)
     torch.testing.assert_close(loss_func.terms["task_loss"], task_loss(embeddings, labels).detach())
 
@@ -428,7 +430,7 @@ def test_old_embeddings_may_have_another_dtype():
         (lambda: nccl(temperature=0), r"temperature must be .* above 0, got 0"),
         (lambda: NCCLLoss(losses.ArcFaceLoss, embedding_size=OLD), r"loss must be a PML loss object"),
         (
-            lambda: NCCLLoss(losses.TripletMarginLoss(), embedding_size=OLD),
+            lambda: NCCLLoss(losses.TripletMarginLoss(), embedding_size=OLD, logit_weight=0.01),
             r"logit_weight must be 0 with a task loss without class weights, got 0.01 and TripletMarginLoss; pass",
         ),
     ],

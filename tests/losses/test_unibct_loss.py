@@ -11,6 +11,7 @@ from pml_compat.losses import UniBCTLoss
 from tests import reference
 
 OLD, NEW, CLASSES = 5, 8, 6
+every_form = pytest.mark.parametrize("weight", [None, 1.0])  # drawn onto directions, measured; the paper's
 
 
 def task(width=NEW):
@@ -69,7 +70,7 @@ def test_matches_naive_loop(seed, width, scale, margin, weight):
 def test_by_hand():
     centers = ClassCenters(torch.eye(2), torch.arange(2))
     for margin, value in ((0.0, math.log(1 + math.exp(-2))), (math.pi / 3, math.log(1 + math.exp(-1)))):
-        loss_func = UniBCTLoss(losses.ArcFaceLoss(2, 2), centers, scale=2.0, margin=margin)
+        loss_func = UniBCTLoss(losses.ArcFaceLoss(2, 2), centers, 1.0, scale=2.0, margin=margin)
         loss_func(torch.tensor([[3.0, 0.0]]), torch.tensor([0]))  # cosines 1 and 0; cos(pi / 3) = 1/2
         assert loss_func.terms["influence_loss"].item() == pytest.approx(value, rel=1e-5)
 
@@ -83,9 +84,10 @@ def test_gradcheck(margin):
 
 @pytest.mark.parametrize("embeddings", [torch.zeros(4, OLD), prototypes(dtype=torch.float32).centers[:4]])
 @pytest.mark.parametrize("margin", [0.0, 0.3])
-def test_gradient_is_finite_at_zero_rows_and_at_the_prototypes(embeddings, margin):
+@every_form
+def test_gradient_is_finite_at_zero_rows_and_at_the_prototypes(embeddings, margin, weight):
     embeddings = embeddings.clone().requires_grad_()
-    loss_func = UniBCTLoss(task(OLD).float(), prototypes(dtype=torch.float32), margin=margin)
+    loss_func = UniBCTLoss(task(OLD).float(), prototypes(dtype=torch.float32), weight, margin=margin)
     loss_func(embeddings, torch.arange(4)).backward()
     assert torch.isfinite(embeddings.grad).all()
 
@@ -95,7 +97,7 @@ def test_gradient_is_finite_at_zero_rows_and_at_the_prototypes(embeddings, margi
 
 def test_an_update_puts_the_refined_prototypes_in_place():
     embeddings, labels = batch()
-    loss_func = UniBCTLoss(task(), prototypes())
+    loss_func = UniBCTLoss(task(), prototypes(), 1.0)
     old, new, stored_labels = stored()
     loss_func.update_prototypes(old, new, stored_labels)
     refined = refine_prototypes(old, new, stored_labels)
@@ -125,9 +127,10 @@ def test_an_update_of_some_classes_in_any_order_leaves_the_others():
     assert after[[0, 2]].equal(before[[0, 2]])
 
 
-def test_an_update_between_a_loss_and_its_backward():
+@every_form
+def test_an_update_between_a_loss_and_its_backward(weight):
     embeddings, labels = batch()
-    first, second = (UniBCTLoss(task(), prototypes()) for _ in range(2))
+    first, second = (UniBCTLoss(task(), prototypes(), weight) for _ in range(2))
     held, before = first.old_classifier.rows, first.old_classifier.rows.clone()
     loss = first(embeddings, labels)
     first.update_prototypes(*stored())
@@ -161,7 +164,7 @@ def test_the_papers_schedule():
 @pytest.mark.parametrize("updated", [False, True])
 def test_state_dict_carries_the_prototypes(updated):
     embeddings, labels = batch()
-    source, target = UniBCTLoss(task(), prototypes()), UniBCTLoss(task(), prototypes(seed=8))
+    source, target = UniBCTLoss(task(), prototypes(), 1.0), UniBCTLoss(task(), prototypes(seed=8), 1.0)
     if updated:
         source.update_prototypes(*stored())
     file = io.BytesIO()
@@ -174,9 +177,10 @@ def test_state_dict_carries_the_prototypes(updated):
     assert copy.deepcopy(source)(embeddings, labels) == target(embeddings, labels)
 
 
-def test_the_prototypes_are_no_parameters_and_get_no_gradient():
+@every_form
+def test_the_prototypes_are_no_parameters_and_get_no_gradient(weight):
     embeddings, labels = batch()
-    loss_func = UniBCTLoss(task(), prototypes())
+    loss_func = UniBCTLoss(task(), prototypes(), weight)
     old, new, stored_labels = stored()
     loss_func.update_prototypes(old.requires_grad_(), new.requires_grad_(), stored_labels)
     loss_func(embeddings, labels).backward()
@@ -186,9 +190,10 @@ def test_the_prototypes_are_no_parameters_and_get_no_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_dtypes_stay_what_they_are(dtype, autocast):
+@every_form
+def test_dtypes_stay_what_they_are(dtype, autocast, weight):
     embeddings, labels = batch(dtype=torch.float32)
-    loss_func = UniBCTLoss(task().float(), prototypes(dtype=torch.float32))
+    loss_func = UniBCTLoss(task().float(), prototypes(dtype=torch.float32), weight)
     low = embeddings.detach().to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss_func.update_prototypes(*stored(dtype=dtype))
@@ -249,7 +254,7 @@ def test_gpu_gives_what_the_cpu_gives():
     embeddings, labels = batch(dtype=torch.float32)
     results = []
     for device in ("cpu", "cuda"):
-        loss_func = UniBCTLoss(task().float(), prototypes(dtype=torch.float32)).to(device)
+        loss_func = UniBCTLoss(task().float(), prototypes(dtype=torch.float32), 1.0).to(device)
         old, new, stored_labels = stored(dtype=torch.float32)
         loss_func.update_prototypes(old, new.to(device), stored_labels)  # stored ones may stay on the CPU
         results.append(loss_func(embeddings.to(device), labels.to(device)).item())

@@ -164,7 +164,8 @@ def test_the_trainer_goes_on_from_the_end_of_an_epoch(tmp_path, sampler):
     again.train(start_epoch=progress.epoch + 1, num_epochs=4)
     assert found == expected[:13] and more == expected[10:] and len(expected) == 20
     names = torch.load(tmp_path / "last.pt", weights_only=True)["states"]["modules"]
-    assert set(names) == {"trunk", "embedder", "metric_loss"} and list(names["metric_loss"]) == ["loss.W"]
+    assert set(names) == {"trunk", "embedder", "metric_loss"}
+    assert list(names["metric_loss"]) == ["loss.W", "balance.task_lengths", "balance.term_lengths", "balance.calls"]
 
 
 # One file

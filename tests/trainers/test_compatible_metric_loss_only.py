@@ -344,7 +344,7 @@ def test_three_epochs_with_hooks_and_the_cross_model_tester(tmp_path):
     assert not [path for path in saved if "old" in path.name]
     assert set(trainer.models) == {"trunk", "embedder"}
     names = torch.load(tmp_path / "models" / "metric_loss_3.pth", weights_only=True)
-    assert list(names) == ["loss.W"]
+    assert list(names) == ["loss.W", "balance.task_lengths", "balance.term_lengths", "balance.calls"]
     optimised = {id(p) for o in trainer.optimizers.values() for g in o.param_groups for p in g["params"]}
     assert not optimised & {id(p) for p in old.model.parameters()}
     after = old.model.state_dict()

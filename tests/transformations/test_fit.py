@@ -594,7 +594,7 @@ def test_history_and_mode(validation):
     transformation.side_branch[0].weight.requires_grad_(False)
     frozen = transformation.side_branch[0].weight.clone()
     history = fit(transformation, *fct_data(), epochs=3, batch_size=8, validation=validation)
-    assert list(history) == ["train_loss", "validation_loss", "lr", "best_epoch"]
+    assert list(history) == ["train_loss", "validation_loss", "lr", "best_epoch", "steps"]
     assert len(history["train_loss"]) == len(history["lr"]) == 3
     assert len(history["validation_loss"]) == (3 if validation else 0)
     assert validation or history["best_epoch"] == 2

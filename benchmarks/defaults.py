@@ -1,0 +1,367 @@
+"""Does every method meet the criterion as it is dropped in, with nothing but its required arguments?
+
+Each method is trained on each upgrade of ``upgrades.py`` as a user would: PML's task loss with its own defaults, our
+loss around it with nothing set. One table a protocol: P@1 / mAP by cosine, in percent, mean of the seeds; in how many
+of them new queries find more in the old gallery than old ones do (P@1 and mAP both); new/new beside the independent
+model, which starts from class weights as short as the methods'.
+
+    python benchmarks/defaults.py --out runs/defaults --cifar data/cifar100
+    python benchmarks/defaults.py --out runs/defaults --protocols digits digits_sgd --print
+
+A run is kept in a file of its own and never made twice. ``--held-out`` takes its test images from the training set, to
+choose settings by; such runs are kept apart. Without ``--cifar`` torchvision downloads CIFAR-100 to ``data/cifar100``;
+Fashion-MNIST is Debian's ``dataset-fashion-mnist``, the fonts' packages are named by ``examples/open_set/glyphs.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import upgrades
+from pytorch_metric_learning import losses as pml_losses
+from upgrades import PROTOCOLS, Problem, Protocol
+
+from pml_compat.accuracy import CrossModelAccuracyCalculator
+from pml_compat.frozen import ClassCenters, FrozenClassifier, FrozenModel
+from pml_compat.heads import CompatibleHead
+from pml_compat.losses import (
+    AdvBCTLoss,
+    BCTLoss,
+    CompatibleHeadLoss,
+    CompatibleLoss,
+    CrossModelLoss,
+    FocalDistillationLoss,
+    LCELoss,
+    LwFLoss,
+    MixBCTLoss,
+    NCCLLoss,
+    PointAlignmentLoss,
+    RACTLoss,
+    UniBCTLoss,
+    shorten_class_weights,
+)
+from pml_compat.transformations import (
+    FCTTransformation,
+    LinearTransformation,
+    OrthogonalTransformation,
+    fit_transformation,
+)
+
+TASKS: dict[str, Callable[[int, int], torch.nn.Module]] = {
+    "NormalizedSoftmax": pml_losses.NormalizedSoftmaxLoss,
+    "ArcFace": pml_losses.ArcFaceLoss,
+    "CosFace": pml_losses.CosFaceLoss,
+    "SubCenterArcFace": lambda classes, width: pml_losses.SubCenterArcFaceLoss(
+        num_classes=classes, embedding_size=width
+    ),
+    "ProxyAnchor": pml_losses.ProxyAnchorLoss,
+    "MultiSimilarity": lambda classes, width: pml_losses.MultiSimilarityLoss(),
+    "Triplet": lambda classes, width: pml_losses.TripletMarginLoss(),
+}
+WITH_CLASS_WEIGHTS = list(TASKS)[:5]
+FEW_TASKS = ("NormalizedSoftmax", "ArcFace")
+METRICS = ("precision_at_1", "mean_average_precision")
+Accuracies = list[float]
+
+
+@dataclass
+class Old:
+    """What is left of the old system: network, its task loss, and its embeddings of the new training set."""
+
+    network: torch.nn.Module
+    loss: torch.nn.Module
+    labels: list[int]
+    embeddings: torch.Tensor
+    new_labels: torch.Tensor
+    width: int
+
+    def centers(self) -> ClassCenters:
+        """Return the classes' centres."""
+        return ClassCenters.from_embeddings(self.embeddings, self.new_labels)
+
+    def classifier(self) -> FrozenClassifier:
+        """The old classifier where there is one, with a row for every class; else class centres."""
+        try:
+            found = FrozenClassifier.from_loss(self.loss, labels=self.labels)
+        except ValueError:
+            return FrozenClassifier.from_centers(self.centers())
+        return found.extend(self.centers())
+
+
+@dataclass
+class Training:
+    """How a new model is trained.
+
+    Args:
+        loss: built of the task loss and the old system.
+        reads: ``"stored"`` old embeddings, those of the ``"views"`` in the batch, or nothing.
+        needs_class_weights: whether pair losses cannot be its task loss.
+    """
+
+    loss: Callable[[torch.nn.Module, Old], torch.nn.Module]
+    reads: str = ""
+    needs_class_weights: bool = False
+
+
+def beside(old_loss: Callable[[Old], torch.nn.Module]) -> Training:
+    return Training(lambda task, old: CompatibleLoss(task, old_loss(old)), "stored")
+
+
+METHODS = {
+    "BCT": Training(lambda task, old: BCTLoss(task, old.classifier())),
+    "BCT, centres": Training(lambda task, old: BCTLoss(task, FrozenClassifier.from_centers(old.centers()))),
+    "LCE": Training(lambda task, old: LCELoss(task, old.centers()), needs_class_weights=True),
+    "LCE, backward": Training(
+        lambda task, old: LCELoss(
+            task, old.centers(), backward_transformation=OrthogonalTransformation(old.width, old.width)
+        ),
+        needs_class_weights=True,
+    ),
+    "UniBCT": Training(lambda task, old: UniBCTLoss(task, old.centers())),
+    "MixBCT": Training(lambda task, old: MixBCTLoss(task), "stored", True),
+    "CrossModel(SupCon)": beside(lambda old: CrossModelLoss(pml_losses.SupConLoss())),
+    "RACT": beside(lambda old: RACTLoss()),
+    "PointAlignment": beside(lambda old: PointAlignmentLoss()),
+    "LwF": beside(lambda old: LwFLoss(FrozenClassifier.from_centers(old.centers()))),
+    "FocalDistillation": beside(lambda old: FocalDistillationLoss(old.centers())),
+    "NCCL": Training(lambda task, old: NCCLLoss(task, embedding_size=old.width), "stored"),
+    "AdvBCT": beside(lambda old: AdvBCTLoss.from_embeddings(old.embeddings, old.new_labels)),
+}
+HEAD = "CompatibleHead"
+MAPS = ("linear map", "FCT", "FCT, side-information")
+CLOSED_METHODS = [*METHODS, HEAD, *MAPS]
+OPEN_METHODS = ["BCT", "LCE", "UniBCT", "PointAlignment", HEAD, *MAPS]
+
+
+def measure(queries: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor) -> Accuracies:
+    """Return P@1 and mAP by cosine, each image left out of its own ranking."""
+    calculator = CrossModelAccuracyCalculator(include=METRICS)
+    queries, gallery = (torch.nn.functional.normalize(rows, dim=1) for rows in (queries, gallery))
+    found = calculator.get_accuracy(queries, labels, gallery, labels, ref_includes_query=True)
+    return [found[metric] for metric in METRICS]
+
+
+class Runs:
+    """All runs of one protocol, task loss and seed; what is trained is kept in ``folder``."""
+
+    def __init__(self, folder: Path, protocol: str, task: str, seed: int, held_out: bool) -> None:
+        self.protocol: Protocol = PROTOCOLS[protocol]
+        self.folder = folder / protocol / task / f"{seed}{'_held_out' if held_out else ''}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.task, self.seed, self.held_out = TASKS[task], seed, held_out
+        self._problem: Problem | None = None
+
+    @property
+    def problem(self) -> Problem:
+        """The data, read when they are first needed."""
+        if self._problem is None:
+            self._problem = self.protocol.problem(self.seed, self.held_out)
+        return self._problem
+
+    def run(self, method: str) -> None:
+        """Measure a method, where that has not been done."""
+        path = self.folder / f"{method}.json"
+        if path.exists():
+            return
+        start = time.perf_counter()
+        found = self.measure(method)
+        path.with_suffix(".part").write_text(json.dumps(found | {"seconds": time.perf_counter() - start}))
+        path.with_suffix(".part").rename(path)
+        print(path.relative_to(self.folder.parents[2]), {k: _percent(v) for k, v in found.items() if v}, flush=True)
+
+    def measure(self, method: str) -> dict[str, Accuracies]:
+        """Return new/old and new/new; for the independent model old/old too."""
+        old, labels = self.embeddings("old"), self.problem.test_labels
+        if method == "independent":
+            new = self.embeddings("independent")
+            return {
+                "old/old": measure(old, old, labels),
+                "new/old": measure(new, old, labels),
+                "new/new": measure(new, new, labels),
+            }
+        if method in MAPS:
+            new = self.embeddings("independent")
+            return {"new/old": measure(new, self.mapped(method), labels), "new/new": measure(new, new, labels)}
+        queries, new = self.new(method)
+        return {"new/old": measure(queries, old, labels), "new/new": measure(new, new, labels)}
+
+    def embeddings(self, which: str, part: str = "test") -> torch.Tensor:
+        """Return a base model's embeddings of the test or the training images; it is trained where it is not there."""
+        path = self.folder / f"{which}.pt"
+        if not path.exists():
+            model, extra = self._base(which)
+            problem, embed = self.problem, self.protocol.embed
+            saved = {"test": embed(model, problem.test_images), "train": embed(model, problem.images)}
+            torch.save(saved | {"model": model.state_dict()} | extra, path)
+        return torch.load(path, weights_only=True)[part]
+
+    def _base(self, which: str) -> tuple[torch.nn.Module, dict[str, Any]]:
+        problem, protocol = self.problem, self.protocol
+        torch.manual_seed(self.seed)
+        network = protocol.network()
+        if which == "side":
+            upgrades.train_without_labels(protocol, network, problem.images[problem.old_rows])
+            return network, {}
+        rows = problem.old_rows if which == "old" else torch.arange(len(problem.labels))
+        classes, labels = torch.unique(problem.labels[rows], return_inverse=True)
+        loss = self.task(len(classes), protocol.width)
+        protocol.train(network, loss if which == "old" else shorten_class_weights(loss), problem.images[rows], labels)
+        return network, {"loss": loss.state_dict(), "labels": classes}
+
+    def old(self) -> Old:
+        """Return the old system."""
+        embeddings = self.embeddings("old", "train")
+        saved = torch.load(self.folder / "old.pt", weights_only=True)
+        network, loss = self.protocol.network(), self.task(len(saved["labels"]), self.protocol.width)
+        network.load_state_dict(saved["model"])
+        loss.load_state_dict(saved["loss"])
+        labels = saved["labels"].tolist()
+        return Old(network.eval(), loss, labels, embeddings, self.problem.labels, self.protocol.width)
+
+    def new(self, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train a new model; return its test images as queries of the old gallery and as gallery of its own."""
+        old, problem, protocol = self.old(), self.problem, self.protocol
+        torch.manual_seed(self.seed)
+        if method == HEAD:
+            return self._with_head(old)
+        training = METHODS[method]
+        network = protocol.network()
+        loss = training.loss(self.task(problem.classes, protocol.width), old)
+
+        def after_epoch(epoch: int) -> None:
+            if method == "UniBCT" and epoch in (protocol.epochs // 3, 2 * protocol.epochs // 3):
+                loss.update_prototypes(old.embeddings, protocol.embed(network, problem.images), problem.labels)
+            if method == "AdvBCT":
+                loss.old_losses["old_loss"].set_progress(epoch / protocol.epochs)
+
+        stored = old.embeddings if training.reads == "stored" else None
+        protocol.train(network, loss, problem.images, problem.labels, stored, after_epoch=after_epoch)
+        new = protocol.embed(network, problem.test_images)
+        with torch.no_grad():
+            return loss.backward_transformation(new) if method == "LCE, backward" else new, new
+
+    def _with_head(self, old: Old) -> tuple[torch.Tensor, torch.Tensor]:
+        problem, protocol = self.problem, self.protocol
+        network = protocol.network(CompatibleHead(protocol.features, old.width, protocol.last_layer(), protocol.width))
+        head = network[-1]
+        loss = CompatibleHeadLoss(self.task(problem.classes, protocol.width), head, centers=old.centers())
+        protocol.train(network, loss, problem.images, problem.labels, old_model=FrozenModel(old.network))
+        new = protocol.embed(network, problem.test_images)
+        with torch.no_grad():
+            return head.old_part(new), head.whole(new)
+
+    def mapped(self, method: str) -> torch.Tensor:
+        """Return the old gallery in the independent model's space."""
+        source, target, test = self.embeddings("old", "train"), self.embeddings("independent", "train"), None
+        old, width = self.embeddings("old"), self.protocol.width
+        side = None
+        if method == "linear map":
+            return LinearTransformation(width, width).fit(source, target)(old).detach()
+        if method == "FCT, side-information":
+            side, test = self.embeddings("side", "train"), self.embeddings("side")
+        torch.manual_seed(self.seed)
+        transformation = FCTTransformation(width, width, None if side is None else width)
+        fit_transformation(transformation, source, target, side, seed=self.seed, progress=False)
+        with torch.no_grad():
+            return transformation(old, test)
+
+
+def applicable(protocol: str, task: str) -> Iterable[str]:
+    """Return the methods of a protocol that can be built on a task loss."""
+    for method in OPEN_METHODS if PROTOCOLS[protocol].open else CLOSED_METHODS:
+        if method in METHODS and METHODS[method].needs_class_weights and task not in WITH_CLASS_WEIGHTS:
+            continue
+        yield method
+
+
+def _percent(values: Any) -> Any:
+    return values if isinstance(values, float) else " / ".join(f"{100 * value:.1f}" for value in values)
+
+
+def report(folder: Path, protocols: list[str], tasks: list[str], seeds: list[int], held_out: bool) -> str:
+    """Return the tables of what has been measured."""
+    lines = []
+    for protocol in protocols:
+        for task in tasks:
+            runs = [folder / protocol / task / f"{seed}{'_held_out' if held_out else ''}" for seed in seeds]
+            rows = _table(runs, [*CLOSED_METHODS])
+            if rows:
+                lines += [f"\n**{protocol}, {task}**, {rows.pop(0)}\n"]
+                lines += ["| method | new/old | criterion | gain | new/new |", "| --- | ---: | ---: | ---: | ---: |"]
+                lines += rows
+    return "\n".join(lines)
+
+
+def _table(runs: list[Path], methods: list[str]) -> list[str]:
+    base = {run: json.loads(path.read_text()) for run in runs if (path := run / "independent.json").exists()}
+    if not base:
+        return []
+    mean = {pair: _mean([found[pair] for found in base.values()]) for pair in ("old/old", "new/new")}
+    rows = [f"old/old {_percent(mean['old/old'])}, independent {_percent(mean['new/new'])}"]
+    for method in methods:
+        found = {run: json.loads(path.read_text()) for run in base if (path := run / f"{method}.json").exists()}
+        if not found:
+            continue
+        met = sum(
+            all(a > b for a, b in zip(f["new/old"], base[run]["old/old"], strict=True)) for run, f in found.items()
+        )
+        gains = [
+            _mean(
+                [_gain(f["new/old"][i], base[run]["old/old"][i], base[run]["new/new"][i]) for run, f in found.items()]
+            )
+            for i in range(2)
+        ]
+        new = "as independent" if method in MAPS else _percent(_mean([f["new/new"] for f in found.values()]))
+        rows.append(
+            f"| {method} | {_percent(_mean([f['new/old'] for f in found.values()]))} | {met} of {len(found)} | "
+            f"{gains[0]:.2f} / {gains[1]:.2f} | {new} |"
+        )
+    return rows
+
+
+def _gain(reached: float, old: float, new: float) -> float:
+    return (reached - old) / (new - old) if new > old else float("nan")
+
+
+def _mean(values: Any) -> Any:
+    if isinstance(values[0], float):
+        return statistics.fmean(values)
+    return [statistics.fmean(column) for column in zip(*values, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: all on digits, two elsewhere")
+    parser.add_argument("--methods", nargs="+", choices=["independent", *CLOSED_METHODS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--held-out", action="store_true", help="test on held-out training images")
+    parser.add_argument("--cifar", type=Path, default=upgrades.DATA["cifar"])
+    parser.add_argument("--fonts", type=Path, default=upgrades.DATA["fonts"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--print", action="store_true", help="only print what is there")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    upgrades.DATA.update(cifar=options.cifar, fonts=options.fonts)
+    for seed in () if options.print else options.seeds:
+        for protocol in options.protocols:
+            for task in options.tasks or (TASKS if protocol.startswith("digits") else FEW_TASKS):
+                runs = Runs(options.out, protocol, task, seed, options.held_out)
+                wanted = [*applicable(protocol, task)]
+                for method in dict.fromkeys(["independent", *(options.methods or wanted)]):
+                    if method == "independent" or method in wanted:
+                        runs.run(method)
+    print(report(options.out, options.protocols, options.tasks or list(TASKS), options.seeds, options.held_out))
+
+
+if __name__ == "__main__":
+    main()
