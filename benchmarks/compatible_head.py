@@ -21,9 +21,10 @@ from frozen_classifier import hardware
 from torch.nn.functional import normalize
 
 from pml_compat.frozen import ClassCenters, WithinClassWhitening
-from pml_compat.gallery import MixedGallery, backfill_scores
+from pml_compat.gallery import backfill_scores
 from pml_compat.heads import CompatibleHead
 from pml_compat.losses import CompatibleHeadLoss
+from pml_compat.serving import MixedGallery
 
 WIDTH, CLASSES = 512, 1000
 

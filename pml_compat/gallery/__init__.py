@@ -1,6 +1,8 @@
 """Stored galleries, while their old embeddings are replaced by new ones."""
 
+from ..moved import moved
 from .backfill_order import backfill_scores
-from .mixed_gallery import MixedGallery
 
-__all__ = ["MixedGallery", "backfill_scores"]
+__all__ = ["backfill_scores"]
+
+__getattr__ = moved(__name__, {"MixedGallery": "pml_compat.serving"})

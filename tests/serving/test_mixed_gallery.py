@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize
 
 from pml_compat.accuracy import CrossModelAccuracyCalculator
-from pml_compat.gallery import MixedGallery
+from pml_compat.serving import MixedGallery
 
 CALIBRATIONS = (9.0, -4.0), (14.0, -11.0)
 

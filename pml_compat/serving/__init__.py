@@ -1,0 +1,19 @@
+"""What happens at query time, while an old gallery is still served."""
+
+from ..width import fit_width
+from .mixed_gallery import MixedGallery
+from .query_blend import QueryBlend, alignability
+from .two_stage import depth_for_gain, two_stage_accuracy
+from .two_stage_search import TwoStageSearch
+from .vector_cache import VectorCache
+
+__all__ = [
+    "MixedGallery",
+    "QueryBlend",
+    "TwoStageSearch",
+    "VectorCache",
+    "alignability",
+    "depth_for_gain",
+    "fit_width",
+    "two_stage_accuracy",
+]
