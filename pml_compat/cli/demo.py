@@ -13,6 +13,11 @@ Or the new model stays ``independent``, and the stored old gallery is mapped int
 - ``fct_side``: the same, given side-information that was stored beside them: the embeddings of a small network that
   learned from the images without any labels.
 
+Or nothing is trained or mapped, and both models answer at query time:
+
+- ``blended``: the independent model's query, rotated into the old space, blended with the old one;
+- ``two_stage``: the old query's ten nearest, whose new vectors are made then, in the independent model's order.
+
 More methods, all those of the library, are compared on request.
 
 Then queries by one model search the other's gallery: the held-out images, all ten digits, each image left out of its
@@ -48,10 +53,12 @@ from ..report import (
     verdict,
 )
 from ..report.results import COSTS, CROSS_PAIRS, METRICS
+from ..serving import two_stage_accuracy
 from ..width import fit_width
-from .demo_models import MAPS, METHODS, OLD_CLASSES, OLD_IMAGES_PER_CLASS, count_epochs, split_in_half, upgrade
+from .demo_models import MAPS, METHODS, OLD_CLASSES, OLD_IMAGES_PER_CLASS, SERVED, count_epochs, split_in_half, upgrade
 
 _EXAMPLES, _DEPTH = 3, 5
+_CANDIDATES = 10  # of a search in two stages
 
 
 def run_demo(out: Path, seeds: Sequence[int], methods: Sequence[str] = METHODS) -> Results:
@@ -94,9 +101,16 @@ def run_demo(out: Path, seeds: Sequence[int], methods: Sequence[str] = METHODS) 
             found = upgrade(images[train], labels[train], images[test], seed, progress, methods)
             models = found.embeddings
             for method, pair, query, gallery in searches(methods, models):
-                accuracies = calculator.get_accuracy(
-                    models[query], labels[test], models[gallery], labels[test], ref_includes_query=True
-                )
+                if method == "two_stage":
+                    rows = models["old"], models["independent"]
+                    both = (labels[test],) * 2
+                    accuracies = two_stage_accuracy(*rows, *rows, *both, depth=_CANDIDATES, same_items=True)[
+                        _CANDIDATES
+                    ]
+                else:
+                    accuracies = calculator.get_accuracy(
+                        models[query], labels[test], models[gallery], labels[test], ref_includes_query=True
+                    )
                 results.add(method, pair, accuracies)
             if set(methods) - set(METHODS):
                 for method in methods:
@@ -126,6 +140,9 @@ def searches(methods: Sequence[str], embeddings: Iterable[str]) -> list[tuple[st
         if method in MAPS:
             found.append((method, "new_to_transformed_old", "independent", f"{method}_gallery"))
             continue
+        if method in SERVED:
+            found.append((method, "new_to_old", "old" if method == "two_stage" else method, "old"))
+            continue
         query = f"{method}_query" if f"{method}_query" in embeddings else method
         found += [(method, "new_to_old", query, "old"), (method, "new_to_new", method, method)]
     return found
@@ -143,7 +160,12 @@ def _examples(
     for method, pair, query_name, gallery in searches(methods, embeddings):
         if pair in CROSS_PAIRS:
             narrow = fit_width(embeddings[query_name][queries], embeddings[gallery].shape[1])
-            found[method] = torch.cat(list(nearest(narrow, embeddings[gallery], itself, _DEPTH)))
+            depth = _CANDIDATES if method == "two_stage" else _DEPTH
+            found[method] = torch.cat(list(nearest(narrow, embeddings[gallery], itself, depth)))
+            if method == "two_stage":
+                new = embeddings["independent"]
+                distances = torch.linalg.vector_norm(new[found[method]] - new[queries][:, None], dim=2)
+                found[method] = found[method].gather(1, distances.argsort(1))[:, :_DEPTH]
     return [
         RetrievalExample(
             images[query].numpy(),

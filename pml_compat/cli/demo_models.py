@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..extras import import_extra
 from ..frozen import ClassCenters, FrozenClassifier
+from ..serving import QueryBlend
 from ..transformations import FCTTransformation, fit_transformation
 from .demo_methods import CLASSES, NETWORKS, NEW_WIDTH, OLD_WIDTH, OldSystem, task_loss
 
@@ -26,8 +27,9 @@ PROTOTYPE_EPOCHS = (10, 20)  # after which UniBCT refines its prototypes
 SIDE_CHANNELS, SIDE_WIDTH, SIDE_EPOCHS, SIDE_BATCH, SIDE_TEMPERATURE = 16, 32, 10, 32, 0.2
 FCT_HIDDEN = 512  # for speed; the library's own width is the paper's, 2048
 MAPS = ("fct", "fct_side")  # of the old gallery, for the independent new model
-METHODS = ("independent", "bct", "lce", "lce_backward", *MAPS)  # of the three papers
-ALL_METHODS = (*NETWORKS, *MAPS)
+SERVED = ("blended", "two_stage")  # at query time, by the old model and the independent one
+METHODS = ("independent", *SERVED, "bct", "lce", "lce_backward", *MAPS)
+ALL_METHODS = (*NETWORKS, *SERVED, *MAPS)
 
 
 def count_epochs(methods: Sequence[str]) -> int:
@@ -89,6 +91,11 @@ def upgrade(
                 target = embed(model, images)
             if method == "lce_backward":
                 found.embeddings["lce_backward_query"] = embed(loss.backward_transformation, found.embeddings[method])
+        for method in (name for name in methods if name in SERVED):
+            found.milliseconds[method] = found.held_mib[method] = 0.0
+        if "blended" in methods:
+            blend = QueryBlend().fit(stored, target, labels, seed=seed)
+            found.embeddings["blended"] = blend.query_rows(found.embeddings["old"], found.embeddings["independent"])
         side_info = None
         if "fct_side" in methods:
             torch.manual_seed(seed)

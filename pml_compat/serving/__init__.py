@@ -2,6 +2,7 @@
 
 from ..width import fit_width
 from .mixed_gallery import MixedGallery
+from .numpy_query_blend import NumpyQueryBlend
 from .query_blend import QueryBlend, alignability
 from .two_stage import depth_for_gain, two_stage_accuracy
 from .two_stage_search import TwoStageSearch
@@ -9,6 +10,7 @@ from .vector_cache import VectorCache
 
 __all__ = [
     "MixedGallery",
+    "NumpyQueryBlend",
     "QueryBlend",
     "TwoStageSearch",
     "VectorCache",

@@ -41,7 +41,10 @@ class MixedGallery:
     length 1: any index serves them, by inner product, cosine or Euclidean distance. Within a kind the ranking is that
     of its cosine.
 
-    One embedding may serve both kinds (BCT, LCE, or a gallery that FCT transformed): then there is no second part.
+    :math:`p` may come from any model that finds the old vectors: a head's ``old_part``; or of two finished models the
+    old model's own query, or better the blended one (:class:`QueryBlend`), as old vectors are then found as well before
+    a row is new as the blend finds them. One embedding may serve both kinds (BCT, LCE, or a gallery that FCT
+    transformed): then there is no second part.
 
     Args:
         old_features: width of the old vectors and of :math:`p`.
@@ -82,23 +85,23 @@ class MixedGallery:
         cls,
         old_part: Any,
         old_embeddings: Any,
-        labels: Any,
+        labels: Any = None,
         embeddings: Any = None,
         *,
         max_rows: int = 4096,
         seed: int = 0,
     ) -> MixedGallery:
-        """Fit both calibrations on labelled items that both models embedded.
+        """Fit both calibrations on items that both models embedded.
 
         Items that no model was trained on show what the scores mean later; training images make both kinds of vectors
         look better than they are. A few hundred items of some tens of classes are enough, and their classes need not
         be the gallery's. Two numbers a kind are fitted, by Newton's method on histograms of all pairs of different
-        items.
+        items. Without labels each kind's cosines become z-scores, of their mean and deviation over these pairs.
 
         Args:
-            old_part: ``(N, D_old)``, of the new model, what is compared with old vectors.
+            old_part: ``(N, D_old)``, what is compared with old vectors: of the new model, or the blended query.
             old_embeddings: ``(N, D_old)``, what is stored of the same items; transformed, where the gallery is.
-            labels: ``(N,)``.
+            labels: ``(N,)``; None for z-scores.
             embeddings: ``(N, D_new)``, of the new model, what is compared with new vectors; None where that is
                 ``old_part``.
             max_rows: of more items, that many are drawn at random; the pairs are their square.
@@ -114,12 +117,14 @@ class MixedGallery:
             check_same_device(rows, name, part, "old_part")
             if len(rows) != len(part):
                 raise ValueError(f"{name} must have the items of old_part: expected {len(part)} rows, got {len(rows)}")
-        labels = check_labels(labels, length=len(part)).to(part.device)
+        known = None if labels is None else check_labels(labels, length=len(part)).to(part.device)
         some = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
         some = some[: check_integer(max_rows, "max_rows", minimum=2)].to(part.device)
         part, old, new = (normalize(rows[some].float(), dim=1) for rows in (part, old, new))
-        old_calibration = _log_odds(_histograms(part, old, labels[some]), "old_part")
-        new_calibration = _log_odds(_histograms(new, new, labels[some]), "embeddings")
+        groups = torch.arange(len(part), device=part.device) if known is None else known[some]
+        calibrate = _z_scores if known is None else _log_odds
+        old_calibration = calibrate(_histograms(part, old, groups), "old_part")
+        new_calibration = calibrate(_histograms(new, new, groups), "embeddings")
         return cls(part.shape[1], None if embeddings is None else new.shape[1], old_calibration, new_calibration)
 
     @property
@@ -183,7 +188,8 @@ class MixedGallery:
             found = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"path must be a whole JSON file, {os.fspath(path)!r} is not: {error}") from error
-        if not isinstance(found, dict) or found.pop("format", None) != _FORMAT:
+        names = {"old_features", "new_features", "old_calibration", "new_calibration"}
+        if not isinstance(found, dict) or found.pop("format", None) != _FORMAT or set(found) != names:
             raise ValueError(f"path must be a file written by MixedGallery.save, {os.fspath(path)!r} is not")
         return cls(**found)
 
@@ -215,6 +221,17 @@ def _histograms(query: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor
         counts += torch.bincount(bins.view(-1), minlength=2 * _BINS)
         counts -= torch.bincount(bins.diagonal(start), minlength=2 * _BINS)  # an item and itself
     return counts.view(2, _BINS).double().cpu()
+
+
+def _z_scores(counts: torch.Tensor, name: str) -> tuple[float, float]:
+    """Return slope and offset that give the cosines of all pairs the mean 0 and the deviation 1."""
+    total = counts.sum(0)
+    centers = (torch.arange(_BINS, dtype=torch.float64) + 0.5) * (2 / _BINS) - 1
+    mean = float((total * centers).sum() / total.sum())
+    deviation = float((total * (centers - mean).square()).sum() / total.sum()) ** 0.5
+    if not deviation > 0:
+        raise ValueError(f"{name} must have cosines that differ, all are {mean:.4f}")
+    return 1 / deviation, -mean / deviation
 
 
 def _log_odds(counts: torch.Tensor, name: str) -> tuple[float, float]:

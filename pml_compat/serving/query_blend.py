@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import normalize
 
 from ..checks import as_tensor, check_embeddings, check_labels, check_matrix, check_same_device
-from ..files import load_tensors, save_tensors
+from ..extras import import_extra
+from ..files import load_tensors, save_tensors, whole_file
 from ..stored_rows import stored_rows
 from ..transformations import OrthogonalTransformation
 from ..unit_rows import unit_rows_as_given
@@ -53,8 +55,8 @@ class QueryBlend:
 
     Reference:
         "Rotate, then interpolate", arXiv:2609.39836, 2026. Differs in: the share is chosen on folds that neither the
-        rotation nor, with labels, any class was seen in, and the smallest within one standard error of the best is
-        taken; without labels what is right is what both models' similarities together rank first, as an item of a
+        rotation nor, with labels, any class was seen in, the middle one of those within a standard error of the best;
+        without labels what is right is what both models' similarities together rank first, as an item of a
         single modality always finds itself.
     """
 
@@ -128,10 +130,9 @@ class QueryBlend:
             raise ValueError(f"new_query must have the queries of old_query, {len(old)}, got {len(new)}")
         check_same_device(new, "new_query", old, "old_query")
         precise = torch.promote_types(old.dtype, torch.float32)
-        u, v = unit_rows_as_given(old.to(precise)), unit_rows_as_given(new.to(precise))
-        rotation = rotation.to(u)
+        u, v, rotation = unit_rows_as_given(old.to(precise)), new.to(precise), rotation.to(old.device, precise)
         if not self._known_to_fit and len(u) >= _SEEN_ROWS and u.shape == v.shape:
-            self._check_order(u, v, rotation)
+            self._check_order(u, unit_rows_as_given(v), rotation)
         return interpolate(u, unit_rows_as_given(v @ rotation), self.share).to(old.dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -142,6 +143,36 @@ class QueryBlend:
         metadata = {name: value for name, value in names.items() if value is not None}
         tensors = {"rotation": fitted.rotation, "share_and_agreement": numbers}
         save_tensors(path, tensors, {"format": _FORMAT, "direction": "new to old", **metadata})
+
+    @torch.no_grad()
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write an ``.onnx`` file with the inputs ``old_query`` and ``new_query`` and the output ``query``, float32.
+
+        :class:`NumpyQueryBlend` reads what :meth:`save` wrote, on a server without torch.
+
+        Raises:
+            ImportError: onnx and onnxscript (extra ``onnx``) are not installed.
+            ValueError: ``path`` is no ``.onnx`` file.
+        """
+        if Path(path).suffix != ".onnx":
+            raise ValueError(f"path must be an .onnx file, got {os.fspath(path)!r}")
+        for module in ("onnx", "onnxscript"):
+            import_extra(module, "onnx")
+        fitted = self._fitted()
+        inputs = tuple(torch.randn(2, width) for width in reversed(fitted.rotation.shape))
+        rows = torch.export.Dim("rows", min=1)
+        with whole_file(path) as temporary:
+            torch.onnx.export(
+                _Program(fitted.rotation, fitted.share).eval(),
+                inputs,
+                temporary,
+                input_names=["old_query", "new_query"],
+                output_names=["query"],
+                dynamic_shapes=({0: rows}, {0: rows}),
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
 
     @classmethod
     def load(
@@ -202,6 +233,17 @@ class QueryBlend:
                 f"was fitted it was {self._agreement:.2f}"
             )
         self._known_to_fit = True
+
+
+class _Program(torch.nn.Module):
+    def __init__(self, rotation: torch.Tensor, share: float) -> None:
+        super().__init__()
+        self.register_buffer("rotation", rotation.float())
+        self.share = share
+
+    def forward(self, old_query: torch.Tensor, new_query: torch.Tensor) -> torch.Tensor:
+        u, v = normalize(old_query, dim=1), normalize(normalize(new_query, dim=1) @ self.rotation, dim=1)
+        return interpolate(u, v, self.share)
 
 
 def procrustes(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -266,7 +308,7 @@ class _Judge:
         self.folds = [fold == number for number in range(int(fold.max()) + 1)]
 
     def best_share(self, turned: bool) -> tuple[float, float]:
-        """Return the smallest share within a standard error of the best, and the hits of the best."""
+        """Return the middle one of the shares within a standard error of the best, and the hits of the best."""
         hits = torch.zeros(len(_SHARES), len(self.u), dtype=torch.float64)
         for queries in self.folds:
             rotation = torch.eye(self.v.shape[1], self.u.shape[1], device=self.u.device)
@@ -277,8 +319,8 @@ class _Judge:
         best = int(totals.argmax())
         differences = hits[best] - hits
         error = differences.var(1).mul(len(self.u)).sqrt()
-        near = (differences.sum(1) <= error).nonzero()[0]
-        return _SHARES[int(near)], float(totals[best])
+        near = (differences.sum(1) <= error).nonzero()[:, 0]
+        return _SHARES[int(near[(len(near) - 1) // 2])], float(totals[best])
 
     def hits(self, rotation: torch.Tensor, share: float) -> int:
         """Return how many of all queries find something right first."""

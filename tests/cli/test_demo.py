@@ -16,11 +16,12 @@ from pml_compat import __version__
 from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.cli import demo, demo_models
 from pml_compat.cli.main import main
+from pml_compat.serving import two_stage_accuracy
 
 ROOT = Path(__file__).parents[2]
 METRICS = ("precision_at_1", "mean_average_precision")
 NETWORKS = ("independent", "bct", "lce", "lce_backward")  # of the demo's default
-MODELS = ("old", *NETWORKS, "lce_backward_query", "side_info")
+MODELS = ("old", *NETWORKS, "blended", "lce_backward_query", "side_info")
 MODELS += ("fct_gallery", "fct_side_gallery")
 
 
@@ -81,6 +82,8 @@ def test_metrics_schema(metrics):
     assert {method: set(pairs) for method, pairs in metrics["methods"].items()} == {
         "old": {"old_to_old"},
         **{key: {"new_to_old", "new_to_new"} for key in NETWORKS},
+        "blended": {"new_to_old"},
+        "two_stage": {"new_to_old"},
         "fct": {"new_to_transformed_old"},
         "fct_side": {"new_to_transformed_old"},
     }
@@ -100,6 +103,13 @@ def test_embeddings_reproduce_the_metrics(out, metrics):
     calculator = CrossModelAccuracyCalculator(include=METRICS, device="cpu")
     for method, pairs in metrics["methods"].items():
         for pair, values in pairs.items():
+            if method == "two_stage":
+                rows = stored["old"], stored["independent"]
+                found = two_stage_accuracy(*rows, *rows, labels, labels, depth=10, same_items=True)
+                assert {metric: value["mean"] for metric, value in values.items()} == pytest.approx(
+                    {metric: found[10][metric] for metric in METRICS}
+                )
+                continue
             if pair == "new_to_transformed_old":  # the new model is the independent one
                 query, gallery = stored["independent"], stored[f"{method}_gallery"]
             else:
@@ -124,8 +134,8 @@ def test_all_methods_with_their_costs(tmp_path, monkeypatch, capsys):
     assert list(found["costs"]) == list(demo_models.ALL_METHODS)
     for method, costs in found["costs"].items():
         (milliseconds,), (mebibytes,) = (costs[cost]["per_seed"] for cost in costs)
-        assert milliseconds > 0
-        assert mebibytes == 0 if method == "independent" else mebibytes > 0
+        assert milliseconds == 0 if method in demo_models.SERVED else milliseconds > 0
+        assert mebibytes == 0 if method in ("independent", *demo_models.SERVED) else mebibytes > 0
     (header,) = (
         line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "| ms/step | +MiB |" in line
     )

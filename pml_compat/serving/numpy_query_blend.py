@@ -1,0 +1,52 @@
+"""The blended query for a server without torch: NumPy and safetensors, on the file that ``QueryBlend.save`` wrote."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+_SHORT_ARC = 1e-4  # radians
+
+
+class NumpyQueryBlend:
+    """:meth:`QueryBlend.query_rows` without its checks. This file can be copied to where pml_compat is not installed.
+
+    Args:
+        path: what ``QueryBlend.save`` wrote.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a truncated file, or one that holds something else.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"no file at {os.fspath(path)!r}")
+        try:
+            arrays = load_file(path)
+            self.rotation, self.share = arrays["rotation"], float(arrays["share_and_agreement"][0])
+        except Exception as error:  # safetensors has an exception of its own for every kind of broken file
+            raise ValueError(f"path must be a file written by QueryBlend.save, {os.fspath(path)!r} is not") from error
+
+    def __call__(self, old_query: Any, new_query: Any) -> np.ndarray:
+        """Return the unit rows ``(N, D_old)``, or one row ``(D_old,)``, to search the old gallery with."""
+        u, v = np.asarray(old_query), np.asarray(new_query) @ self.rotation
+        long_u, long_v = np.maximum(_lengths(u), 1e-12), np.maximum(_lengths(v), 1e-12)
+        if self.share in (0.0, 1.0):
+            return v / long_v if self.share else u / long_u
+        angle = np.arccos(np.clip(_dot(u, v) / (long_u * long_v), -1, 1))
+        straight = (angle < _SHORT_ARC) | (angle > np.pi - _SHORT_ARC)
+        first = np.where(straight, 1 - self.share, np.sin((1 - self.share) * angle)) / long_u
+        second = np.where(straight, self.share, np.sin(self.share * angle)) / long_v
+        blended = first.astype(u.dtype, copy=False) * u + second.astype(v.dtype, copy=False) * v
+        return blended / np.maximum(_lengths(blended), 1e-12)
+
+
+def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return np.einsum("...i,...i->...", first, second)[..., None]
+
+
+def _lengths(rows: np.ndarray) -> np.ndarray:
+    return np.sqrt(_dot(rows, rows))
