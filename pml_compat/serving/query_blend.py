@@ -236,6 +236,8 @@ class QueryBlend:
 
 
 class _Program(torch.nn.Module):
+    rotation: torch.Tensor
+
     def __init__(self, rotation: torch.Tensor, share: float) -> None:
         super().__init__()
         self.register_buffer("rotation", rotation.float())
