@@ -48,6 +48,7 @@ from pml_compat.losses import (
     UniBCTLoss,
     shorten_class_weights,
 )
+from pml_compat.serving import QueryBlend, two_stage_accuracy
 from pml_compat.transformations import (
     FCTTransformation,
     LinearTransformation,
@@ -137,8 +138,12 @@ METHODS = {
 }
 HEAD = "CompatibleHead"
 MAPS = ("linear map", "FCT", "FCT, side-information")
-CLOSED_METHODS = [*METHODS, HEAD, *MAPS]
-OPEN_METHODS = ["BCT", "LCE", "UniBCT", "PointAlignment", HEAD, *MAPS]
+BLENDS = ("rotated query", "blended query", "blended query, no labels")
+TWO_STAGES = {"two stages, 10": 10, "two stages, 50": 50}
+AT_QUERY_TIME = (*BLENDS, *TWO_STAGES)  # of the two finished models, nothing trained
+STACKED = {"blended query on BCT": "BCT", "blended query on the head": HEAD}
+CLOSED_METHODS = [*METHODS, HEAD, *MAPS, *AT_QUERY_TIME, *STACKED]
+OPEN_METHODS = ["BCT", "LCE", "UniBCT", "PointAlignment", HEAD, *MAPS, *AT_QUERY_TIME, *STACKED]
 
 
 def measure(queries: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor) -> Accuracies:
@@ -190,6 +195,17 @@ class Runs:
         if method in MAPS:
             new = self.embeddings("independent")
             return {"new/old": measure(new, self.mapped(method), labels), "new/new": measure(new, new, labels)}
+        if method in BLENDS:
+            new = self.embeddings("independent")
+            return {"new/old": measure(self.blended(method), old, labels), "new/new": measure(new, new, labels)}
+        if method in TWO_STAGES:
+            new, depth = self.embeddings("independent"), TWO_STAGES[method]
+            found = two_stage_accuracy(old, new, old, new, labels, labels, depth=depth, same_items=True)[depth]
+            return {"new/old": [found[metric] for metric in METRICS], "new/new": measure(new, new, labels)}
+        if method in STACKED:
+            trained = self.queries(STACKED[method])
+            blend = QueryBlend().fit(self.embeddings("old", "train"), trained["train"], self.problem.labels)
+            return {"new/old": measure(blend.query_rows(old, trained["test"]), old, labels)}
         queries, new = self.new(method)
         return {"new/old": measure(queries, old, labels), "new/new": measure(new, new, labels)}
 
@@ -245,8 +261,29 @@ class Runs:
         stored = old.embeddings if training.reads == "stored" else None
         protocol.train(network, loss, problem.images, problem.labels, stored, after_epoch=after_epoch)
         new = protocol.embed(network, problem.test_images)
+        self._keep(method, protocol.embed(network, problem.images), new)
         with torch.no_grad():
             return loss.backward_transformation(new) if method == "LCE, backward" else new, new
+
+    def blended(self, method: str) -> torch.Tensor:
+        """Return the test images as queries of both base models; everything is chosen on training images."""
+        old, new, labels = (*(self.embeddings(which, "train") for which in ("old", "independent")), self.problem.labels)
+        blend = QueryBlend().fit(old, new, None if method.endswith("no labels") else labels)
+        if method == "rotated query":
+            blend.share = 1.0
+        return blend.query_rows(self.embeddings("old"), self.embeddings("independent"))
+
+    def queries(self, method: str) -> dict[str, torch.Tensor]:
+        """Return a trained model's queries of the old space, of the training and the test images, as :meth:`new` kept
+        them."""
+        path = self.folder / f"{method}.pt"
+        if not path.exists():
+            self.new(method)
+        return torch.load(path, weights_only=True)
+
+    def _keep(self, method: str, train: torch.Tensor, test: torch.Tensor) -> None:
+        if method in STACKED.values():
+            torch.save({"train": train, "test": test}, self.folder / f"{method}.pt")
 
     def _with_head(self, old: Old) -> tuple[torch.Tensor, torch.Tensor]:
         problem, protocol = self.problem, self.protocol
@@ -256,6 +293,7 @@ class Runs:
         protocol.train(network, loss, problem.images, problem.labels, old_model=FrozenModel(old.network))
         new = protocol.embed(network, problem.test_images)
         with torch.no_grad():
+            self._keep(HEAD, head.old_part(protocol.embed(network, problem.images)), head.old_part(new))
             return head.old_part(new), head.whole(new)
 
     def mapped(self, method: str) -> torch.Tensor:
@@ -319,7 +357,8 @@ def _table(runs: list[Path], methods: list[str]) -> list[str]:
             )
             for i in range(2)
         ]
-        new = "as independent" if method in MAPS else _percent(_mean([f["new/new"] for f in found.values()]))
+        same = method in MAPS or method in AT_QUERY_TIME or method in STACKED
+        new = "as before" if same else _percent(_mean([f["new/new"] for f in found.values()]))
         rows.append(
             f"| {method} | {_percent(_mean([f['new/old'] for f in found.values()]))} | {met} of {len(found)} | "
             f"{gains[0]:.2f} / {gains[1]:.2f} | {new} |"
