@@ -159,15 +159,32 @@ class MixedGallery:
         nothing = old.new_zeros(len(old), self.new_features or 0)
         return torch.cat([slope * old, nothing, _columns(old, offset, rest)], dim=1)
 
-    def new_rows(self, embeddings: Any) -> torch.Tensor:
-        """Return unit rows ``(N, width)`` for the index, of the new model's ``(N, new_features)``.
+    def new_rows(self, embeddings: Any, old_embeddings: Any = None) -> torch.Tensor:
+        r"""Return unit rows ``(N, width)`` for the index, of the new model's ``(N, new_features)``.
 
-        Without a second part they are what would be the query's ``old_part``.
+        With the old vectors of the same items a row keeps both, in the same width, and its score is
+        :math:`(s_{old} + s_{new}) / 2`. Where two models agree they are right more often than either; and new rows do
+        not stand in front for being new, while they are few and the new model was surer on the items of :meth:`fit`.
+
+        Args:
+            embeddings: ``(N, new_features)``; without a second part what would be the query's ``old_part``.
+            old_embeddings: ``(N, old_features)``, what was stored of the same items.
+        Raises:
+            ValueError: another width or number of rows; ``old_embeddings`` without a second part.
         """
         new = unit_rows_as_given(check_matrix(embeddings, width=self.new_features or self.old_features))
-        slope, offset, rest = self._scaled()[1]
-        nothing = new.new_zeros(len(new), 0 if self.new_features is None else self.old_features)
-        return torch.cat([nothing, slope * new, _columns(new, offset, rest)], dim=1)
+        (old_slope, old_offset, _), (slope, offset, rest) = self._scaled()
+        if old_embeddings is None:
+            nothing = new.new_zeros(len(new), 0 if self.new_features is None else self.old_features)
+            return torch.cat([nothing, slope * new, _columns(new, offset, rest)], dim=1)
+        if self.new_features is None:
+            raise ValueError("old_embeddings must be None where one part serves both kinds, got rows")
+        old = unit_rows_as_given(check_matrix(old_embeddings, "old_embeddings", self.old_features)).to(new)
+        if len(old) != len(new):
+            raise ValueError(f"old_embeddings must have the items of embeddings, {len(new)} rows, got {len(old)}")
+        half = (old_slope / 2, slope / 2, (old_offset + offset) / 2)
+        rest = math.sqrt(max(0.0, 1 - sum(number**2 for number in half)))
+        return torch.cat([half[0] * old, half[1] * new, _columns(new, half[2], rest)], dim=1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the widths and calibrations as JSON; the file appears whole or not at all."""

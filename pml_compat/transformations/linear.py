@@ -17,6 +17,9 @@ class LinearTransformation(Transformation):
 
     .. math:: T(f) = W f + b
 
+    For a gallery. Queries that are mapped into an old space are rotated instead
+    (:class:`~pml_compat.serving.QueryBlend`, :class:`OrthogonalTransformation`): a regression draws them to the mean.
+
     Untrained it is :func:`pml_compat.width.fit_width`: the first coordinates, or zeros appended.
 
     Args:

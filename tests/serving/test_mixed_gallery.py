@@ -201,3 +201,51 @@ def test_bad_calls():
     old[3, 0] = torch.nan
     with pytest.raises(ValueError, match="old_embeddings must be finite, row 3"):
         MixedGallery.fit(part, old, labels, new)
+
+
+def test_rows_of_both_score_the_mean_of_the_two():
+    labels, part, old, new = embeddings(80)
+    mixed = MixedGallery.fit(part, old, labels, new)
+    queries = mixed.query_rows(part, new)
+    both = mixed.new_rows(new, old)
+    scores = [queries @ rows.t() for rows in (mixed.old_rows(old), mixed.new_rows(new), both)]
+    torch.testing.assert_close(scores[2], (scores[0] + scores[1]) / 2)
+    torch.testing.assert_close(both.norm(dim=1), torch.ones(80))
+
+
+def test_rows_of_both_need_both():
+    labels, part, old, new = embeddings(80)
+    with pytest.raises(ValueError, match="old_embeddings must be None where one part serves both kinds"):
+        MixedGallery.fit(part, old, labels).new_rows(part, old)
+    mixed = MixedGallery.fit(part, old, labels, new)
+    with pytest.raises(ValueError, match="old_embeddings must have the items of embeddings, 80 rows, got 79"):
+        mixed.new_rows(new, old[1:])
+    with pytest.raises(ValueError, match=r"old_embeddings must be .* wide"):
+        mixed.new_rows(new, old[:, 1:])
+
+
+def test_without_labels_the_cosines_are_z_scores():
+    _, part, old, new = embeddings(90)
+    mixed = MixedGallery.fit(part, old, None, new)
+    for rows, others, calibration in ((part, old, mixed.old_calibration), (new, new, mixed.new_calibration)):
+        cosines = torch.nn.functional.normalize(rows, dim=1) @ torch.nn.functional.normalize(others, dim=1).t()
+        values = cosines[~torch.eye(90, dtype=torch.bool)].numpy()
+        scored = calibration[0] * values + calibration[1]
+        assert (scored.mean(), scored.std()) == pytest.approx((0, 1), abs=0.01)  # by histogram
+
+
+def test_z_scores_of_one_value():
+    rows = torch.eye(3)
+    with pytest.raises(ValueError, match="old_part must have cosines that differ, all are"):
+        MixedGallery.fit(rows, rows, None)
+
+
+@pytest.mark.parametrize("missing", ["old_features", "new_features", "old_calibration", "new_calibration"])
+def test_a_file_without_a_number(tmp_path, missing):
+    path = tmp_path / "mixed.json"
+    MixedGallery(2, None, (1.0, 0.0), (1.0, 0.0)).save(path)
+    found = json.loads(path.read_text())
+    del found[missing]
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"must be a file written by MixedGallery.save"):
+        MixedGallery.load(path)
