@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-_SHORT_ARC = 1e-4  # radians
+_SHORT_ARC, _NEAR_OPPOSITE = 1e-4, 2e-3  # radians
 
 
 class NumpyQueryBlend:
@@ -37,9 +37,10 @@ class NumpyQueryBlend:
         if self.share in (0.0, 1.0):
             return v / long_v if self.share else u / long_u
         angle = np.arccos(np.clip(_dot(u, v) / (long_u * long_v), -1, 1))
-        straight = (angle < _SHORT_ARC) | (angle > np.pi - _SHORT_ARC)
-        first = np.where(straight, 1 - self.share, np.sin((1 - self.share) * angle)) / long_u
-        second = np.where(straight, self.share, np.sin(self.share * angle)) / long_v
+        short, opposite = angle < _SHORT_ARC, angle > np.pi - _NEAR_OPPOSITE
+        first = np.where(short, 1 - self.share, np.sin((1 - self.share) * angle))
+        second = np.where(short, self.share, np.sin(self.share * angle))
+        first, second = np.where(opposite, 1, first) / long_u, np.where(opposite, 0, second) / long_v
         blended = first.astype(u.dtype, copy=False) * u + second.astype(v.dtype, copy=False) * v
         return blended / np.maximum(_lengths(blended), 1e-12)
 

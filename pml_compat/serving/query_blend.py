@@ -24,7 +24,8 @@ _FOLDS = 4
 _NEIGHBORS = 10  # of both models together, which are right where there are no labels
 _BLOCK = 512  # rows of scores at once
 _SEEN_ROWS = 8  # queries that tell whether the two models were exchanged
-_SHORT_ARC = 1e-4  # radians
+_SHORT_ARC, _NEAR_OPPOSITE = 1e-4, 2e-3  # radians
+_RELATED = 0.6  # share of items that a rotated query of a related model puts below its own; of another model's a half
 
 
 class QueryBlend:
@@ -55,9 +56,9 @@ class QueryBlend:
 
     Reference:
         "Rotate, then interpolate", arXiv:2609.39836, 2026. Differs in: the share is chosen on folds that neither the
-        rotation nor, with labels, any class was seen in, the middle one of those within a standard error of the best;
-        without labels what is right is what both models' similarities together rank first, as an item of a
-        single modality always finds itself.
+        rotation nor, with labels, any class was seen in, the middle one of those up to the best and within a standard
+        error of it; without labels what is right is what both models' similarities together rank first, as an item of
+        a single modality always finds itself.
     """
 
     share: float
@@ -81,6 +82,11 @@ class QueryBlend:
             ValueError: lengths that differ, fewer than two rows, NaN or infinity; one class alone, or no two items of
                 one class.
         """
+        for rows, name in ((old, "old"), (new, "new")):
+            if not hasattr(rows, "shape"):
+                raise ValueError(f"{name} must be a torch.Tensor or a numpy.ndarray, got {type(rows).__name__}")
+            if len(rows.shape) != 2:
+                raise ValueError(f"{name} must be 2-dimensional, (N, D), got shape {tuple(rows.shape)}")
         if len(old) != len(new):
             raise ValueError(f"new must have the items of old, row by row: expected {len(old)} rows, got {len(new)}")
         if len(old) < 2:
@@ -97,7 +103,7 @@ class QueryBlend:
         self.old_fingerprint, self.new_fingerprint = (getattr(rows, "fingerprint", None) for rows in (old, new))
         rotations = [torch.eye(v.shape[1], u.shape[1], device=u.device), procrustes(v, u)]
         found = [judge.best_share(turned) for turned in (False, True)]
-        turned = found[1][1] > found[0][1] or found[0][0] == 0
+        turned = found[0][0] == 0 or found[1][1] >= found[0][1]
         self.share, self.rotation = found[turned][0], rotations[turned]
         if judge.hits(self.rotation, self.share) < judge.hits(self.rotation, 0.0):
             self.share = 0.0
@@ -105,6 +111,7 @@ class QueryBlend:
         self._known_to_fit = False
         return self
 
+    @torch.no_grad()
     def query_rows(self, old_query: Any, new_query: Any) -> torch.Tensor:
         """Return unit rows ``(N, D_old)`` to search the old gallery with, in the dtype of ``old_query``.
 
@@ -295,6 +302,9 @@ class _Judge:
         self, u: torch.Tensor, v: torch.Tensor, labels: torch.Tensor | None, generator: torch.Generator
     ) -> None:
         self.u, self.v, self.labels = u, v, labels
+        self.above = torch.zeros(
+            len(u), device=u.device
+        )  # share of all items that the rotated query puts below its own
         if labels is None:
             self.right = _found_by_both(u, v)
             groups = torch.arange(len(u))
@@ -310,18 +320,20 @@ class _Judge:
         self.folds = [fold == number for number in range(int(fold.max()) + 1)]
 
     def best_share(self, turned: bool) -> tuple[float, float]:
-        """Return the middle one of the shares within a standard error of the best, and the hits of the best."""
+        """Return the middle one of the shares up to the best and within a standard error of it, and the best's hits."""
         hits = torch.zeros(len(_SHARES), len(self.u), dtype=torch.float64)
         for queries in self.folds:
             rotation = torch.eye(self.v.shape[1], self.u.shape[1], device=self.u.device)
             if turned:
                 rotation = procrustes(self.v[~queries], self.u[~queries])
             hits[:, queries.cpu()] = self._hits(queries.nonzero()[:, 0], rotation, _SHARES).cpu()
+        if self.labels is None and float(self.above.mean()) < _RELATED:
+            return 0.0, float(hits[0].sum())  # of two models that have nothing in common no one knows who is right
         totals = hits.sum(1)
         best = int(totals.argmax())
         differences = hits[best] - hits
         error = differences.var(1).mul(len(self.u)).sqrt()
-        near = (differences.sum(1) <= error).nonzero()[:, 0]
+        near = (differences.sum(1) <= error)[: best + 1].nonzero()[:, 0]
         return _SHARES[int(near[(len(near) - 1) // 2])], float(totals[best])
 
     def hits(self, rotation: torch.Tensor, share: float) -> int:
@@ -334,6 +346,7 @@ class _Judge:
             u, v = self.u[numbers], normalize(self.v[numbers] @ rotation, dim=1)
             old, new, cosine = u @ self.u.t(), v @ self.u.t(), (u * v).sum(1, keepdim=True)
             own = torch.arange(len(numbers), device=u.device), numbers
+            self.above[numbers] = (new < new[own][:, None]).float().mean(1)
             old[own] = new[own] = -torch.inf
             first = []
             for share in shares:
@@ -358,16 +371,17 @@ def _found_by_both(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             cosines = rows[start : start + _BLOCK] @ rows.t()
             total = (cosines - cosines.mean(1, keepdim=True)) / cosines.std(1, keepdim=True).clamp(min=1e-12) + total
         total.diagonal(start).fill_(-torch.inf)
-        found.append(total.topk(min(_NEIGHBORS, len(u) - 1), dim=1).indices)
+        found.append(total.topk(min(_NEIGHBORS, max(1, len(u) // 16)), dim=1).indices)  # fewer of few rows
     return torch.cat(found)
 
 
 def _coefficients(cosine: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what the two ends weigh, but for a factor; along the chord where the arc is 0 or a half circle."""
+    """Return what the two ends weigh, but for a factor: along the chord of a short arc; of opposite ends the first."""
     angle = cosine.clamp(-1, 1).arccos()
-    straight = (angle < _SHORT_ARC) | (angle > torch.pi - _SHORT_ARC)
-    first = torch.where(straight, 1 - share, torch.sin((1 - share) * angle))
-    return first, torch.where(straight, share, torch.sin(share * angle))
+    short, opposite = angle < _SHORT_ARC, angle > torch.pi - _NEAR_OPPOSITE
+    first = torch.where(short, 1 - share, torch.sin((1 - share) * angle))
+    second = torch.where(short, share, torch.sin(share * angle))
+    return torch.where(opposite, 1.0, first), torch.where(opposite, 0.0, second)
 
 
 def _unit(rows: Any, name: str) -> torch.Tensor:

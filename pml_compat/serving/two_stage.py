@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..accuracy.matches import EqualCodes, Matches, SamePosition
@@ -62,7 +63,7 @@ def two_stage_accuracy(
     wanted = list(include)
     if not wanted or set(wanted) - set(_METRICS):
         raise ValueError(f"include must name some of {list(_METRICS)}, got {wanted}")
-    asked = [depth] if isinstance(depth, int) else list(depth)
+    asked = [depth] if np.ndim(depth) == 0 else list(depth)
     depths = [check_integer(value, "depth", minimum=1) for value in asked]
     if not depths:
         raise ValueError("depth must be a number or some numbers, got none")
@@ -93,7 +94,7 @@ def two_stage_accuracy(
         counted = relevant > 0
         metrics = {}
         if "precision_at_1" in wanted:
-            metrics["precision_at_1"] = hits[counted, 0].double()
+            metrics["precision_at_1"] = hits[counted, :1].any(1).double()
         if kept is not None:
             places = torch.arange(1, first + 1, device=hits.device)
             inside = (hits.cumsum(1) / places * hits).sum(1, dtype=torch.float64)
@@ -145,7 +146,7 @@ def _candidates(queries: torch.Tensor, gallery: Any, depth: int, same_items: boo
     queries = unit_rows(queries.float(), torch.float32)
     best = queries.new_full((len(queries), depth), -torch.inf)
     rows = torch.full(best.shape, -1, device=queries.device)
-    for start, block in _blocks(gallery, "old_gallery", queries.shape[1]):
+    for start, block in _blocks(gallery, "old_gallery", queries.shape[1]) if depth else ():
         block = block.to(queries.device)
         for first in range(0, len(queries), _QUERIES):
             part = slice(first, first + _QUERIES)
@@ -164,9 +165,11 @@ def _candidates(queries: torch.Tensor, gallery: Any, depth: int, same_items: boo
 
 def _new_scores(queries: torch.Tensor, gallery: Any, candidates: torch.Tensor) -> torch.Tensor:
     """Return the cosines of each query with the new vectors of its candidates, ``(Q, depth)``."""
+    if candidates.shape[1] == 0:
+        return queries.new_empty(candidates.shape)
     unit = unit_rows(queries.float(), torch.float32)
-    found = []
-    for numbers in torch.arange(len(queries)).split(max(1, _GATHERED // (candidates.shape[1] * queries.shape[1]))):
+    size, found = max(1, _GATHERED // max(1, candidates.shape[1] * queries.shape[1])), []
+    for numbers in torch.arange(len(queries)).split(size):
         rows = candidates[numbers]
         needed, place = torch.unique(rows, return_inverse=True)  # each is read once
         vectors = check_matrix(stored_rows(gallery, needed.cpu(), "new_gallery"), "new_gallery", queries.shape[1])

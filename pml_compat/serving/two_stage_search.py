@@ -58,6 +58,8 @@ class TwoStageSearch:
             raise ValueError(f"embed must be a function of a list of ids, got {type(embed).__name__}")
         self.index, self.embed = index, embed
         self.depth = check_integer(depth, "depth", minimum=1)
+        if not isinstance(cache, VectorCache | str | os.PathLike | None):
+            raise ValueError(f"cache must be a VectorCache or a path, got {type(cache).__name__}")
         if not isinstance(cache, VectorCache):
             cache = VectorCache(":memory:" if cache is None else cache, fingerprint=fingerprint)
         elif fingerprint is not None and cache.fingerprint != fingerprint:
@@ -104,7 +106,7 @@ class TwoStageSearch:
             _, found = self.index.search(queries.float().cpu().contiguous().numpy(), self.depth)
         if isinstance(found, torch.Tensor | np.ndarray):
             found = found.tolist()
-        if len(found) != len(queries):
+        if len(found) != len(queries) or not all(hasattr(row, "__iter__") for row in found):
             raise ValueError(f"index must return a row of ids a query, {len(queries)}, got {len(found)}")
         return [list(dict.fromkeys(value for value in row if value is not None and value != -1)) for row in found]
 

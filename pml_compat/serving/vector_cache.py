@@ -33,17 +33,17 @@ class VectorCache:
 
     def __init__(self, path: str | os.PathLike[str], *, fingerprint: str | None = None) -> None:
         self.path = os.fspath(path)
-        self.database = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
+        try:
+            self.database = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
+        except sqlite3.OperationalError as error:
+            raise ValueError(f"path must be a file of VectorCache, {self.path!r} is not: {error}") from error
         try:
             with self.database:
+                self._check_format()
                 self.database.execute("PRAGMA journal_mode=WAL")
                 self.database.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT)")
                 self.database.execute("CREATE TABLE IF NOT EXISTS vectors (id PRIMARY KEY, vector BLOB) WITHOUT ROWID")
                 self.database.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (_FORMAT,))
-                if self._meta("format") != _FORMAT:
-                    raise ValueError(
-                        f"path must be a file of VectorCache, {self.path!r} is of {self._meta('format')!r}"
-                    )
                 self._check_fingerprint(fingerprint)
         except sqlite3.DatabaseError as error:
             self.database.close()
@@ -82,7 +82,7 @@ class VectorCache:
         """Keep vectors ``(n, width)``, all or none; one that is there already is replaced."""
         keys = [_key(value) for value in ids]
         rows = np.ascontiguousarray(vectors, dtype=np.float32)
-        if rows.ndim != 2 or len(rows) != len(keys):
+        if rows.ndim != 2 or len(rows) != len(keys) or rows.shape[1] == 0:
             raise ValueError(f"vectors must be one row an id, ({len(keys)}, width), got shape {rows.shape}")
         if not np.isfinite(rows).all():
             bad = int((~np.isfinite(rows)).any(1).argmax())
@@ -116,6 +116,15 @@ class VectorCache:
         row = self.database.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return None if row is None else row[0]
 
+    def _check_format(self) -> None:
+        """Refuse another program's database before a table is made in it."""
+        tables = {name for (name,) in self.database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not tables:
+            return
+        found = self._meta("format") if "meta" in tables else None
+        if found != _FORMAT:
+            raise ValueError(f"path must be a file of VectorCache, {self.path!r} is of {found!r}")
+
     def _check_fingerprint(self, given: str | None) -> None:
         if given is None:
             return
@@ -136,6 +145,6 @@ class VectorCache:
 def _key(value: Any) -> int | str:
     if isinstance(value, str):
         return value
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+    if isinstance(value, int | np.integer) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
         return int(value)
-    raise ValueError(f"ids must be integers or strings, got {value!r}")
+    raise ValueError(f"ids must be integers of 64 bits or strings, got {value!r}")

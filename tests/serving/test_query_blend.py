@@ -166,17 +166,20 @@ def test_a_turned_model_is_not_blended_in_as_it_is_where_the_old_one_finds_all(s
     assert blend.share == 0 or not unturned
 
 
-@pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("width", [24, 32, 48])  # of the new model
-def test_no_rotation_where_the_models_fit_each_other_already(width, labelled):
+def test_no_rotation_where_the_models_fit_each_other_already(width):
     labels, old, new = items(n=64, classes=16, widths=(32, max(32, width)), noise=(1.0, 0.5), turned=False)
-    blend = QueryBlend().fit(old, new[:, :width], labels if labelled else None)  # too few rows for a rotation
+    blend = QueryBlend().fit(old, new[:, :width], labels)  # too few rows for a rotation
     assert blend.rotation.equal(torch.eye(width, 32)) and blend.share > 0
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_never_below_the_old_query_on_what_it_was_fitted_to(seed):
-    labels, old, new = items(n=60, classes=12, noise=(0.6, 0.6 + 0.2 * seed), seed=seed)
+@pytest.mark.parametrize(
+    ("size", "classes", "noise", "seed"),
+    # Of the first two, what the folds choose is worse than the old query on all rows.
+    [(60, 12, 0.8, 33), (16, 4, 2.5, 34), (60, 12, 0.6, 0), (60, 12, 1.0, 1), (60, 12, 1.6, 2)],
+)
+def test_never_below_the_old_query_on_what_it_was_fitted_to(size, classes, noise, seed):
+    labels, old, new = items(n=size, classes=classes, noise=(0.6, noise), seed=seed)
     blend = QueryBlend().fit(old, new, labels)
     assert precision(blend.query_rows(old, new), labels, old) >= precision(old, labels, old)
 
@@ -220,6 +223,19 @@ def test_without_labels_each_item_is_judged_once(monkeypatch):
     _, old, new = items(n=48)
     judged = [row for rows in source_rows(monkeypatch, old, new, None) for row in set(range(48)) - rows]
     assert sorted(judged) == list(range(48))
+
+
+@pytest.mark.parametrize(("size", "neighbors"), [(12, 1), (48, 3), (200, 10)])
+def test_without_labels_both_models_say_what_is_right(size, neighbors):
+    _, old, new = items(n=size, classes=6, widths=(8, 5))
+    old, new = normalize(old).double(), normalize(new).double()
+    for i, found in enumerate(query_blend._found_by_both(old, new).tolist()):
+        z_scores = []
+        for rows in (old.numpy(), new.numpy()):
+            cosines = np.array([rows[i] @ row for row in rows])
+            z_scores.append((cosines - cosines.mean()) / cosines.std(ddof=1))
+        total = sum(z_scores)
+        assert found == sorted((j for j in range(size) if j != i), key=lambda j: -total[j])[:neighbors]
 
 
 def test_of_many_rows_a_sample_is_used(monkeypatch):
@@ -295,7 +311,7 @@ def test_arrays_memory_maps_and_frozen_embeddings(tmp_path):
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-@pytest.mark.parametrize(("width", "seed"), [(16, 0), (16, 1), (16, 2), (8, 1), (8, 4)])
+@pytest.mark.parametrize(("width", "seed"), [(16, 0), (16, 1), (16, 2), (8, 1)])
 def test_exchanged_models_are_refused_where_their_widths_are_equal(tmp_path, loaded, width, seed):
     blend, old, new = fitted(n=200, widths=(width, width), noise=(1.2, 0.6), seed=seed)
     if loaded:
@@ -320,6 +336,7 @@ def test_save_and_load(tmp_path):
     labels, old, new = items(n=60, widths=(8, 5))
     frozen = [FrozenEmbeddings.from_array(rows, fingerprint=name) for rows, name in ((old, "a"), (new, "b"))]
     blend, path = QueryBlend().fit(*frozen, labels), tmp_path / "blend.safetensors"
+    blend.share = 0.3  # which float32 does not have
     blend.save(path)
     again = QueryBlend.load(path, old_fingerprint="a", new_fingerprint="b")
     assert again.share == blend.share and again.rotation.equal(blend.rotation) and repr(again) == repr(blend)
@@ -436,6 +453,7 @@ def test_alignability_by_hand():
     assert alignability(same, same * torch.tensor([[1.0], [-1.0]])) == pytest.approx(2.0)
     one_pair = torch.tensor([[2.0, 0.0, 0.0], [5.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # of three pairs
     assert alignability(torch.eye(3), one_pair) == pytest.approx(math.sqrt(1 / 3))
+    assert alignability(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), apart) == 0  # an item and itself do not count
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.5, 3.0])

@@ -20,13 +20,19 @@ def data(queries=13, size=40, classes=6, widths=(5, 7), seed=0, same_items=False
     query_labels[:2] = torch.tensor([0, classes - 1])
     if same_items:
         gallery_labels[:queries] = query_labels
-    centers = [draw(classes, width) for width in widths]
-    old, new = (1.5 * draw(len(query_labels), width) + own[query_labels] for width, own in zip(widths, centers))
-    rows = [noise * draw(size, width) + own[gallery_labels] for noise, width, own in zip((1.5, 0.8), widths, centers)]
+    found = []
+    for width, noise in zip(widths, (1.5, 0.8), strict=True):
+        centers = draw(classes, width)
+        found += [centers[labels] + noise * draw(len(labels), width) for labels in (query_labels, gallery_labels)]
+    old, old_gallery, new, new_gallery = found
     if same_items:
-        rows[0][:queries], rows[1][:queries] = old, new
-    numbers = torch.arange(classes) * 3 + 2**40
-    return old, new, *rows, numbers[query_labels], numbers[gallery_labels]
+        old_gallery[:queries], new_gallery[:queries] = old, new
+    numbers = torch.arange(classes) * 3 + 2**40  # sparse and large
+    return old, new, old_gallery, new_gallery, numbers[query_labels], numbers[gallery_labels]
+
+
+def named(*values):
+    return dict(zip((*BOTH, "embedded"), values, strict=True))
 
 
 def naive(old_queries, new_queries, old_gallery, new_gallery, query_labels, gallery_labels, depth, same_items):
@@ -48,8 +54,7 @@ def naive(old_queries, new_queries, old_gallery, new_gallery, query_labels, gall
         first.append(float(hits[0]))
         precisions = [sum(hits[: place + 1]) / (place + 1) for place, hit in enumerate(hits) if hit]
         average.append(sum(precisions) / len(precisions))
-    values = sum(first) / len(first), sum(average) / len(average), len(embedded) / len(old_gallery)
-    return dict(zip((*BOTH, "embedded"), values, strict=True))
+    return named(sum(first) / len(first), sum(average) / len(average), len(embedded) / len(old_gallery))
 
 
 @pytest.mark.parametrize("same_items", [False, True])
@@ -89,9 +94,9 @@ def test_by_hand():
     given = degrees(0), degrees(0), old_gallery, new_gallery, labels[:1], labels
     found = two_stage_accuracy(*given, depth=[1, 3, 5])
     # By class: 7 8 7 8 7, then 8 7 7 8 7, then 7 8 8 7 7.
-    assert found[1] == pytest.approx(dict(zip((*BOTH, "embedded"), (1.0, (1 + 2 / 3 + 3 / 5) / 3, 0.2))))
-    assert found[3] == pytest.approx(dict(zip((*BOTH, "embedded"), (0.0, (1 / 2 + 2 / 3 + 3 / 5) / 3, 0.6))))
-    assert found[5] == pytest.approx(dict(zip((*BOTH, "embedded"), (1.0, (1 + 2 / 4 + 3 / 5) / 3, 1.0))))
+    assert found[1] == pytest.approx(named(1.0, (1 + 2 / 3 + 3 / 5) / 3, 0.2))
+    assert found[3] == pytest.approx(named(0.0, (1 / 2 + 2 / 3 + 3 / 5) / 3, 0.6))
+    assert found[5] == pytest.approx(named(1.0, (1 + 2 / 4 + 3 / 5) / 3, 1.0))
 
 
 def test_embedded_is_what_any_query_asked_for():

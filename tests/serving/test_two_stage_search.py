@@ -129,7 +129,7 @@ def test_a_second_search_finds_what_the_first_embedded(tmp_path):
         assert TwoStageSearch(exact(old_gallery), refuse, cache).cache is cache
         with pytest.raises(ValueError, match="fingerprint must be the cache's, 'one', got 'two'"):
             TwoStageSearch(exact(old_gallery), refuse, cache, fingerprint="two")
-    with pytest.raises(ValueError, match="fingerprint must be that of the model whose vectors .* 'one', got 'two'"):
+    with pytest.raises(ValueError, match=r"fingerprint must be that of the model whose vectors .* 'one', got 'two'"):
         TwoStageSearch(exact(old_gallery), refuse, tmp_path / "new.db", fingerprint="two")
 
 
@@ -241,7 +241,7 @@ def test_bad_vectors_are_not_kept(made, message):
     [
         ([[0]], "index must return a row of ids a query, 2, got 1"),
         (np.array([0, 1]), "index must return a row of ids a query"),
-        (torch.ones(2, 1), "ids must be integers or strings, got 1.0"),
+        (torch.ones(2, 1), "ids must be integers of 64 bits or strings, got 1.0"),
     ],
 )
 def test_bad_candidates(found, message):
@@ -260,7 +260,7 @@ def test_queries_of_another_width_than_the_kept_vectors(missing, width):
     if missing:
         candidates[0].append(2)
     with pytest.raises(
-        ValueError, match="must be (as wide as the kept vectors, 4|4 wide, as those that are kept), got"
+        ValueError, match=r"must be (as wide as the kept vectors, 4|4 wide, as those that are kept), got"
     ):
         search(torch.ones(1, 3), torch.ones(1, width), k=1)
     assert search.cache.ids() == [0, 1]

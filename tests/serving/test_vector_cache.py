@@ -163,7 +163,7 @@ def test_fingerprints(tmp_path):
         with VectorCache(path, fingerprint=given) as cache:
             assert cache.fingerprint == "one" and len(cache) == 1
     with pytest.raises(
-        ValueError, match="whose vectors .* keeps, 'one', got 'two'; take another file for another model"
+        ValueError, match=r"whose vectors .* keeps, 'one', got 'two'; take another file for another model"
     ):
         VectorCache(path, fingerprint="two")
     with VectorCache(path) as cache:
@@ -177,7 +177,7 @@ def test_a_fingerprint_for_vectors_that_were_kept_without_one(tmp_path):
         assert cache.fingerprint is None
         cache.add([1], ROWS[:1])
     with pytest.raises(
-        ValueError, match="fingerprint must be None for .* kept without one, got 'one'; delete the file"
+        ValueError, match=r"fingerprint must be None for .* kept without one, got 'one'; delete the file"
     ):
         VectorCache(path, fingerprint="one")
     VectorCache(tmp_path / "empty.db").close()
@@ -190,7 +190,7 @@ def test_files_of_something_else(tmp_path):
     path = tmp_path / "cache.db"
     path.write_bytes(b"these are no vectors; " * 100)
     with pytest.raises(
-        ValueError, match="path must be a file of VectorCache, .*cache.db' is not: file is not a database"
+        ValueError, match=r"path must be a file of VectorCache, .*cache\.db' is not: file is not a database"
     ):
         VectorCache(path)
     assert path.read_bytes() == b"these are no vectors; " * 100
@@ -205,7 +205,7 @@ def test_a_truncated_file(tmp_path):
     for size in (path.stat().st_size // 2, 50):
         with path.open("r+b") as file:
             file.truncate(size)
-        with pytest.raises(ValueError, match="path must be a file of VectorCache, .*cache.db' is not: "):
+        with pytest.raises(ValueError, match=r"path must be a file of VectorCache, .*cache\.db' is not: "):
             VectorCache(path)
 
 
@@ -235,7 +235,7 @@ def test_the_database_of_another_program_is_refused_and_left_as_it_was(tmp_path,
             database.execute(statement)
     database.close()
     before = tables(path)
-    with pytest.raises(ValueError, match=f"path must be a file of VectorCache, .*other.db' ({message})"):
+    with pytest.raises(ValueError, match=rf"path must be a file of VectorCache, .*other\.db' ({message})"):
         VectorCache(path).close()
     assert tables(path) == before
 
