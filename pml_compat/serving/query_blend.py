@@ -334,7 +334,7 @@ class _Judge:
         differences = hits[best] - hits
         error = differences.var(1).mul(len(self.u)).sqrt()
         near = (differences.sum(1) <= error)[: best + 1].nonzero()[:, 0]
-        return _SHARES[int(near[(len(near) - 1) // 2])], float(totals[best])
+        return _SHARES[int(near[len(near) // 2])], float(totals[best])
 
     def hits(self, rotation: torch.Tensor, share: float) -> int:
         """Return how many of all queries find something right first."""

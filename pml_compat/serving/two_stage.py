@@ -63,7 +63,7 @@ def two_stage_accuracy(
     wanted = list(include)
     if not wanted or set(wanted) - set(_METRICS):
         raise ValueError(f"include must name some of {list(_METRICS)}, got {wanted}")
-    asked = [depth] if np.ndim(depth) == 0 else list(depth)
+    asked = np.atleast_1d(np.asarray(depth, dtype=object)).tolist()
     depths = [check_integer(value, "depth", minimum=1) for value in asked]
     if not depths:
         raise ValueError("depth must be a number or some numbers, got none")
