@@ -233,7 +233,8 @@ class QueryBlend:
         """Raise a ValueError where the other order of the two fits what was fitted, and this one does not."""
         given = float((u * normalize(v @ rotation, dim=1)).sum(1).mean())
         exchanged = float((v * normalize(u @ rotation, dim=1)).sum(1).mean())
-        if exchanged - given > 0.5 * abs(self._agreement):
+        nearer = abs(exchanged - self._agreement) < abs(given - self._agreement)
+        if nearer and exchanged - given > 0.25 * abs(self._agreement):
             raise ValueError(
                 "old_query must be the old model's and new_query the new model's, got them exchanged: after the "
                 f"rotation their mean cosine is {given:.2f}, the other way round {exchanged:.2f}, and where the blend "

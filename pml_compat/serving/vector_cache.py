@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -37,14 +39,17 @@ class VectorCache:
             self.database = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
         except sqlite3.OperationalError as error:
             raise ValueError(f"path must be a file of VectorCache, {self.path!r} is not: {error}") from error
+        self.lock = threading.Lock()
         try:
             with self.database:
+                self.database.execute("BEGIN IMMEDIATE")  # of several that open a new file one makes the tables
                 self._check_format()
-                self.database.execute("PRAGMA journal_mode=WAL")
                 self.database.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT)")
                 self.database.execute("CREATE TABLE IF NOT EXISTS vectors (id PRIMARY KEY, vector BLOB) WITHOUT ROWID")
                 self.database.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (_FORMAT,))
                 self._check_fingerprint(fingerprint)
+            with suppress(sqlite3.OperationalError):  # another one is at it
+                self.database.execute("PRAGMA journal_mode=WAL")
         except sqlite3.DatabaseError as error:
             self.database.close()
             raise ValueError(f"path must be a file of VectorCache, {self.path!r} is not: {error}") from error
@@ -73,7 +78,8 @@ class VectorCache:
         for start in range(0, len(keys), _AT_ONCE):
             some = keys[start : start + _AT_ONCE]
             marks = ",".join("?" * len(some))
-            found.update(self.database.execute(f"SELECT id, vector FROM vectors WHERE id IN ({marks})", some))
+            with self.lock:
+                found.update(self.database.execute(f"SELECT id, vector FROM vectors WHERE id IN ({marks})", some))
         known = np.array([key in found for key in keys], dtype=bool)
         rows = [np.frombuffer(found[key], dtype=np.float32) for key in keys if key in found]
         return known, np.stack(rows) if rows else np.empty((0, self.width or 0), dtype=np.float32)
@@ -89,7 +95,7 @@ class VectorCache:
             raise ValueError(f"vectors must be finite, the row of id {ids[bad]!r} has a NaN or an infinity")
         if not len(keys):
             return
-        with self.database:
+        with self.lock, self.database:
             self.database.execute("INSERT OR IGNORE INTO meta VALUES ('width', ?)", (str(rows.shape[1]),))
             if self.width != rows.shape[1]:
                 raise ValueError(

@@ -311,7 +311,7 @@ def test_arrays_memory_maps_and_frozen_embeddings(tmp_path):
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-@pytest.mark.parametrize(("width", "seed"), [(16, 0), (16, 1), (16, 2), (8, 1)])
+@pytest.mark.parametrize(("width", "seed"), [(16, 0), (16, 1), (16, 2), (8, 1), (8, 4)])
 def test_exchanged_models_are_refused_where_their_widths_are_equal(tmp_path, loaded, width, seed):
     blend, old, new = fitted(n=200, widths=(width, width), noise=(1.2, 0.6), seed=seed)
     if loaded:

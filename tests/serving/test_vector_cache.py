@@ -2,6 +2,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -248,6 +249,29 @@ def test_two_connections_see_each_others_rows(tmp_path):
         assert kept(first) == {1: ROWS[1].tolist(), 2: ROWS[2].tolist()}
         with pytest.raises(ValueError, match="vectors must be 3 wide"):
             first.add([3], np.ones((1, 2)))
+
+
+def test_a_new_file_may_be_opened_by_several_at_once(tmp_path):
+    """As the workers of one service do when they start."""
+    for trial in range(15):
+        path, together, errors = tmp_path / f"{trial}.db", threading.Barrier(4), []
+
+        def work(number, path=path, together=together, errors=errors):
+            together.wait()
+            try:
+                with VectorCache(path, fingerprint="one") as cache:
+                    cache.add([number], ROWS[:1])
+            except ValueError as error:
+                errors.append(str(error))
+
+        workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert errors == []
+        with VectorCache(path, fingerprint="one") as cache:
+            assert cache.ids() == [0, 1, 2, 3]
 
 
 def test_a_crash_loses_nothing(tmp_path):
