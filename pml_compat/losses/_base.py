@@ -1,19 +1,186 @@
-"""Losses that add terms to a user's own task loss."""
+"""What all our losses share: named terms, one look at what is given, and the terms added to a user's task loss."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.reducers import AvgNonZeroReducer, DoNothingReducer, MeanReducer, MultipleReducers
+from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_embeddings, check_labels, check_number
+from ..checks import check_labels, check_matrix, check_number, check_values, one_read, values_are_known, values_known
 from ..frozen import class_weights
+from ..frozen.class_weights import unwrap_loss
 from ..frozen.heads import rescale_class_weights_
+from ..old_references import as_rows
+from ..unit_rows import shortest_row
 from .gradient_balance import GradientBalance
-from .named_terms import NamedTermsLoss
+from .old_rows import check_row_values
 
 CLASS_WEIGHT_LENGTH = 1.0
+
+
+class NamedTermsLoss(BaseMetricLossFunction):
+    """Base of our losses, whose terms can be read; after a call ``loss.terms`` holds each term's reduced value.
+
+    ``terms`` maps every sub-loss name (the regularizer's too) to a detached 0-dimensional tensor, as it went into
+    the sum; it is empty before the first call and with PML's ``DoNothingReducer``, which reduces nothing. With
+    ``collect_stats=True`` the same values, as floats, are stats of the loss under the terms' names, so that PML's
+    record-keeping logs them.
+
+    The loss is float32, or float64 for float64 embeddings: float16 has no room for a loss that is scaled. A call reads
+    one value back from the device at most, besides what PML's own modules read: :meth:`check_given` checks the values
+    of all that is given before :meth:`compute_loss` starts, and inside it values are taken for checked.
+
+    Who owns what: a loss owns what nobody else runs, and it is in its ``parameters()`` and ``state_dict()``: the task
+    loss, class weights, a discriminator. What the model runs is the model's, and the loss only refers to it.
+    """
+
+    reducer: torch.nn.Module
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_to_recordable_attributes(list_of_names=self.sub_loss_names(), is_stat=True)
+
+    @property
+    def needs_ref_emb(self) -> bool:
+        """Whether the loss is called with the other model's embeddings, ``ref_emb``: trainers ask."""
+        return False
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the loss cannot be called without labels."""
+        return True
+
+    def set_reducer(self, reducer: Any) -> None:
+        """Give every term its own copy of ``reducer``, as PML does, and keep the reduced values."""
+        if isinstance(reducer, DoNothingReducer):
+            self.reducer = reducer
+        elif isinstance(reducer, MultipleReducers):
+            self.reducer = TermReducers(reducer.reducers, default_reducer=reducer.default_reducer)
+        else:
+            own = {
+                name: self.get_default_reducer() if reducer is None else copy.deepcopy(reducer)
+                for name in self.sub_loss_names()
+            }
+            self.reducer = TermReducers(own)
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        indices_tuple: Any = None,
+        ref_emb: Any = None,
+        ref_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss, as PML's losses do, and keep each term's value."""
+        return self.call(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
+    def call(
+        self,
+        embeddings: torch.Tensor,
+        labels: Any,
+        indices_tuple: Any,
+        ref_emb: Any,
+        ref_labels: Any,
+        **others: Any,
+    ) -> torch.Tensor:
+        """What PML's ``forward`` does, with what else a loss is called with; what was not given stays None."""
+        self.reset_stats()
+        check_matrix(embeddings)
+        if labels is not None:
+            labels = c_f.to_device(torch.as_tensor(labels), embeddings)
+            if labels.shape != embeddings.shape[:1]:  # an error, which says what is wrong
+                check_labels(labels, length=len(embeddings))
+        ref_emb = None if ref_emb is embeddings else as_rows(ref_emb, embeddings)
+        if ref_labels is not None:
+            ref_labels = c_f.to_device(torch.as_tensor(ref_labels), embeddings)
+        if torch.compiler.is_compiling():  # values are not read there
+            return self._reduce(embeddings, labels, indices_tuple, ref_emb, ref_labels, others)
+        if not values_are_known():
+            with one_read():
+                self.check_given(embeddings, labels, indices_tuple, ref_emb, ref_labels, **others)
+        with values_known():
+            loss = self._reduce(embeddings, labels, indices_tuple, ref_emb, ref_labels, others)
+        if self.collect_stats:
+            for name, term in self.terms.items():
+                setattr(self, name, term.item())
+        return loss
+
+    def _reduce(
+        self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any, others: Any
+    ) -> torch.Tensor:
+        loss_dict = self.compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels, **others)
+        precise = at_least_float32(embeddings)
+        self.add_embedding_regularization_to_loss_dict(loss_dict, precise)
+        return self.reducer(loss_dict, precise, labels)
+
+    def check_given(
+        self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any, **others: Any
+    ) -> None:
+        """Check the values of what is given; shapes are checked where they are used."""
+        check_row_values(embeddings, ref_emb)
+        if labels is not None:
+            self.look_at_labels(labels, ref_labels)
+        elif self.needs_labels:
+            check_labels(labels)
+
+    def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+        """Check what the terms ask of labels, and count the rows that they are for."""
+
+    @property
+    def terms(self) -> dict[str, torch.Tensor]:
+        """The reduced, detached value of each term in the last call."""
+        return dict(getattr(self.reducer, "terms", {}))
+
+
+class TermReducers(MultipleReducers):
+    """PML's ``MultipleReducers``, summed in float32 or better (PML's float16 overflows at 65504), values kept.
+
+    Terms are named as people name models, ``"v1.0"``, which torch's containers refuse.
+    """
+
+    def __init__(self, reducers: Any, **kwargs: Any) -> None:
+        super().__init__({escaped(name): reducer for name, reducer in reducers.items()}, **kwargs)
+        self.terms: dict[str, torch.Tensor] = {}
+
+    def forward(self, loss_dict: dict[str, Any], embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Reduce each term by its reducer and return their sum."""
+        self.reset_stats()
+        values = []
+        for name, info in loss_dict.items():
+            key = escaped(name)
+            reducer = self.reducers[key] if key in self.reducers else self.default_reducer  # noqa: SIM401 (no .get)
+            values.append(_reduced_by(reducer, name, info, embeddings, labels).to(embeddings.dtype))
+        self.terms = {name: value.detach() for name, value in zip(loss_dict, values, strict=True)}
+        return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+
+def _reduced_by(
+    reducer: torch.nn.Module, name: str, info: dict[str, Any], embeddings: torch.Tensor, labels: Any
+) -> torch.Tensor:
+    """Return what PML's reducer gives; of the mean, without the checks and records around it."""
+    if type(reducer) is MeanReducer and not reducer.collect_stats and isinstance(info["losses"], torch.Tensor):
+        if info["reduction_type"] == "element":
+            return info["losses"].mean()
+        if info["reduction_type"] == "already_reduced":
+            return info["losses"].squeeze()
+    return reducer({name: info}, embeddings, labels).squeeze()
+
+
+class MeanOfPositive(AvgNonZeroReducer):
+    """PML's ``AvgNonZeroReducer`` for one loss a row, without asking the device how many are above 0."""
+
+    def element_reduction(
+        self, losses: torch.Tensor, loss_indices: Any, embeddings: torch.Tensor, labels: Any
+    ) -> torch.Tensor:
+        """Return the mean over the losses above 0; where there are none, 0."""
+        above = losses > 0
+        return torch.where(above, losses, 0).sum() / above.sum().clamp(min=1)
 
 
 class TaskAndTermsLoss(NamedTermsLoss):
@@ -26,7 +193,7 @@ class TaskAndTermsLoss(NamedTermsLoss):
         **kwargs: see PML's ``BaseMetricLossFunction``; ``reducer`` is that of the added terms.
     Raises:
         ValueError: ``loss`` is no module, ``class_weight_length`` not above 0; in a call: embeddings empty, NaN or
-            infinite, labels missing, negative or past the task loss's classes.
+            infinite; labels missing where a term needs them, negative or past the task loss's classes.
     """
 
     def __init__(
@@ -41,6 +208,7 @@ class TaskAndTermsLoss(NamedTermsLoss):
         if not isinstance(loss, torch.nn.Module):
             raise ValueError(f"loss must be a PML loss object, got {loss!r}")
         self.loss = loss
+        self._taken = frozenset(inspect.signature(unwrapped(loss).forward).parameters)
         self.num_classes = _count_classes(loss)
         if class_weight_length is not None:
             check_number(class_weight_length, "class_weight_length", minimum=0, exclusive=True)
@@ -52,36 +220,81 @@ class TaskAndTermsLoss(NamedTermsLoss):
         if self._class_weight_length is not None:
             shorten_class_weights(self.loss, self._class_weight_length)
 
+    @property
+    def needs_ref_emb(self) -> bool:
+        """Whether the task loss reads old embeddings, as that of another loss of ours may."""
+        return bool(getattr(self.loss, "needs_ref_emb", False))
+
     def forward(
         self,
         embeddings: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None = None,
         indices_tuple: Any = None,
-        ref_emb: torch.Tensor | None = None,
+        ref_emb: Any = None,
         ref_labels: torch.Tensor | None = None,
+        **task_arguments: Any,
     ) -> torch.Tensor:
-        """Return the loss; ``indices_tuple``, ``ref_emb`` and ``ref_labels`` go to the task loss alone."""
-        check_embeddings(embeddings)
-        labels = check_labels(labels, length=len(embeddings))
-        _check_range(labels, self.num_classes)
-        return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        """Return the loss; all but embeddings and labels go to the task loss alone."""
+        return self.call(embeddings, labels, indices_tuple, ref_emb, ref_labels, **task_arguments)
+
+    def check_given(
+        self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any, **others: Any
+    ) -> None:
+        """Check the values of embeddings and labels."""
+        if labels is not None or self.num_classes is not None:
+            _check_range(check_labels(labels), self.num_classes)
+        super().check_given(embeddings, labels, indices_tuple, ref_emb, ref_labels, **others)
+
+    def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+        """Look for the task loss, where it is one of ours."""
+        if isinstance(self.loss, NamedTermsLoss):
+            self.loss.look_at_labels(labels, ref_labels)
 
     def compute_loss(
         self,
         embeddings: torch.Tensor,
-        labels: torch.Tensor,
+        labels: Any,
         indices_tuple: Any,
-        ref_emb: torch.Tensor,
-        ref_labels: torch.Tensor,
+        ref_emb: Any,
+        ref_labels: Any,
+        **task_arguments: Any,
     ) -> dict[str, Any]:
         """Return every term; the task loss has reduced itself."""
         # float32 for all terms: PML's classification losses turn their weights, for good, to the dtype of what they
         # are given, and a weighted sum of float16 losses can overflow.
-        precise = _at_least_float32(embeddings)
-        reference = () if ref_emb is embeddings else (_at_least_float32(ref_emb), ref_labels)
-        task_loss = self.loss(precise, labels, indices_tuple, *reference)
+        precise = at_least_float32(embeddings)
+        labels = self.given_labels(labels, embeddings)
+        task_loss = self.task(precise, labels, indices_tuple, ref_emb, ref_labels, embeddings.dtype, **task_arguments)
         terms = self.compute_terms(precise, labels)
         return {"task_loss": reduced(task_loss), **self.balanced_terms(task_loss, terms, precise)}
+
+    def given_labels(self, labels: Any, embeddings: torch.Tensor) -> Any:
+        """Return the labels as integers; None where they are not given and not needed."""
+        if labels is None and not self.needs_labels:
+            return None
+        return check_labels(labels, length=len(embeddings))
+
+    def task(
+        self,
+        embeddings: torch.Tensor,
+        labels: Any,
+        indices_tuple: Any = None,
+        ref_emb: Any = None,
+        ref_labels: Any = None,
+        dtype: torch.dtype = torch.float32,
+        **task_arguments: Any,
+    ) -> torch.Tensor:
+        """Return the task loss of what it takes; ``dtype`` is that of the embeddings before they were cast."""
+        embeddings = steady_for(self.loss, embeddings, dtype)
+        taken = self._taken
+        given: dict[str, Any] = {}
+        if ref_emb is not None:
+            given["ref_emb"] = at_least_float32(ref_emb) if isinstance(ref_emb, torch.Tensor) else ref_emb
+            if ref_labels is not None and "ref_labels" in taken:
+                given["ref_labels"] = ref_labels
+        if "labels" in taken or "ref_emb" not in taken:  # not PML's SelfSupervisedLoss, which makes its own
+            return self.loss(embeddings, labels, indices_tuple, **given, **task_arguments)
+        return self.loss(embeddings, **given, **task_arguments)
 
     def balanced_terms(
         self, task_loss: torch.Tensor, terms: Mapping[str, dict[str, Any]], embeddings: torch.Tensor
@@ -104,7 +317,7 @@ class TaskAndTermsLoss(NamedTermsLoss):
         """Return the tensor on which a term's gradient is compared with the task loss's, and its dimension of rows."""
         return embeddings, 0
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
         """Return the added terms, as PML's ``compute_loss`` does; embeddings are float32 or float64."""
         raise NotImplementedError
 
@@ -172,8 +385,31 @@ def check_task_width(loss: torch.nn.Module, width: int, name: str) -> None:
         )
 
 
-def _at_least_float32(embeddings: torch.Tensor) -> torch.Tensor:
+def at_least_float32(embeddings: torch.Tensor) -> torch.Tensor:
+    """Return embeddings in the dtype that losses compute in."""
     return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+
+
+def steady_for(loss: torch.nn.Module, embeddings: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return embeddings whose rows of length 0 get no gradient of a PML loss that takes directions.
+
+    They have none, and PML's slope there is 1e12. ``dtype`` is that of the embeddings before they were cast: it, too,
+    has to hold the slope.
+    """
+    if not getattr(getattr(unwrap_loss(loss), "distance", None), "normalize_embeddings", False):
+        return embeddings
+    lengths = torch.linalg.vector_norm(embeddings.detach(), dim=1, keepdim=True)
+    return torch.where(lengths >= shortest_row(dtype), embeddings, embeddings.detach())
+
+
+def escaped(name: str) -> str:
+    """Return the name of a term as torch's containers take it."""
+    return name.replace(".", "\u00b7")
+
+
+def unwrapped(loss: torch.nn.Module) -> torch.nn.Module:
+    """Return the loss inside ``torch.compile``."""
+    return getattr(loss, "_orig_mod", loss)
 
 
 def _count_classes(loss: torch.nn.Module) -> int | None:
@@ -186,9 +422,10 @@ def _count_classes(loss: torch.nn.Module) -> int | None:
 
 def _check_range(labels: torch.Tensor, num_classes: int | None) -> None:
     """On a GPU a label past the classes would end the process in a device-side assertion."""
-    if torch.compiler.is_compiling():  # reading the labels would cut the graph
-        return
-    low, high = torch.stack(torch.aminmax(labels)).tolist()
-    if low < 0 or (num_classes is not None and high >= num_classes):
-        rule = "0 or more" if num_classes is None else f"in [0, {num_classes - 1}], the task loss's classes"
-        raise ValueError(f"labels must be {rule}, got {low if low < 0 else high}")
+
+    def judge(low: float, high: float) -> None:
+        if low < 0 or (num_classes is not None and high >= num_classes):
+            rule = "0 or more" if num_classes is None else f"in [0, {num_classes - 1}], the task loss's classes"
+            raise ValueError(f"labels must be {rule}, got {int(labels.min() if low < 0 else labels.max())}")
+
+    check_values(torch.aminmax(labels), judge)
