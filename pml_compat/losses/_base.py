@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,10 @@ class NamedTermsLoss(BaseMetricLossFunction):
     """
 
     reducer: torch.nn.Module
+
+    # Whether the loss of what is not finite is not finite, and the call leaves nothing behind: then the loss is the one
+    # value that is read, and what was given is looked through only where it is not finite.
+    tells_by_its_value = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -101,11 +106,16 @@ class NamedTermsLoss(BaseMetricLossFunction):
             ref_labels = c_f.to_device(torch.as_tensor(ref_labels), embeddings)
         if torch.compiler.is_compiling():  # values are not read there
             return self._reduce(embeddings, labels, indices_tuple, ref_emb, ref_labels, others)
-        if not values_are_known():
+        given = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        late = self.tells_by_its_value and not isinstance(self.reducer, DoNothingReducer)
+        if not late and not values_are_known():
             with one_read():
-                self.check_given(embeddings, labels, indices_tuple, ref_emb, ref_labels, **others)
+                self.check_given(*given, **others)
         with values_known():
-            loss = self._reduce(embeddings, labels, indices_tuple, ref_emb, ref_labels, others)
+            loss = self._reduce(*given, others)
+        if late and not values_are_known() and not math.isfinite(loss.item()):
+            with one_read():
+                self.check_given(*given, **others)
         if self.collect_stats:
             for name, term in self.terms.items():
                 setattr(self, name, term.item())

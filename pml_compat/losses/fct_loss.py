@@ -61,6 +61,8 @@ class FCTLoss(NamedTermsLoss):
         and new embeddings it is in Ricci et al., arXiv:2509.16664, 2025.
     """
 
+    tells_by_its_value = True
+
     def __init__(self, contrast_weight: float = 0.0, temperature: float = 0.02, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.contrast_weight = check_number(contrast_weight, "contrast_weight", minimum=0)
@@ -89,17 +91,6 @@ class FCTLoss(NamedTermsLoss):
         """Squared error on embeddings as they are."""
         return LpDistance(normalize_embeddings=False, p=2, power=2)
 
-    def check_given(
-        self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any, **others: Any
-    ) -> None:
-        """Check values, and say what labels are good for."""
-        if labels is None and self.contrast_weight > 0:
-            raise ValueError(
-                "labels must be given with a contrast_weight, got None; where there are none, torch.arange(N) "
-                "over the training set makes each row find its own"
-            )
-        super().check_given(embeddings, labels, indices_tuple, ref_emb, ref_labels, **others)
-
     def compute_loss(
         self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: torch.Tensor, ref_labels: Any
     ) -> dict[str, Any]:
@@ -113,6 +104,11 @@ class FCTLoss(NamedTermsLoss):
                 one, other = unit, other_unit
             losses = 1 - (one * other).sum(1) if self.distance.is_inverted else (one - other).square().mean(1)
             if self.contrast_weight > 0:
+                if labels is None:
+                    raise ValueError(
+                        "labels must be given with a contrast_weight, got None; where there are none, torch.arange(N) "
+                        "over the training set makes each row find its own"
+                    )
                 labels = check_labels(labels, length=len(one)).to(one.device)
                 losses = losses + self.contrast_weight * contrast_losses(other_unit, unit, labels, self.temperature)
         return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}

@@ -53,6 +53,8 @@ class PointAlignmentLoss(NamedTermsLoss):
         coordinates instead of their mean. Where a distance is 0, and at rows of length 0, the gradient is 0.
     """
 
+    tells_by_its_value = True
+
     def __init__(self, weight: float = 1.0, threshold: float = 0.0, squared: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         distance: BaseDistance = self.distance

@@ -253,7 +253,7 @@ def test_pairs_and_triplets_are_refused():
 
 def test_labels_of_another_length():
     mapped, target = pairs()
-    with pytest.raises(ValueError, match=r"Number of embeddings must equal number of labels"):
+    with pytest.raises(ValueError, match=r"labels must have one entry a row: expected 7, got 6"):
         FCTLoss()(mapped, torch.arange(6), ref_emb=target)
 
 
