@@ -4,9 +4,32 @@ A plugin for pytorch-metric-learning (PML):
 
 - ``pml_compat.frozen``: the old system, held still (model, classifier, class centres);
 - ``pml_compat.losses``: PML losses that train a new model to fit it (:class:`~pml_compat.losses.BCTLoss`);
+- :func:`~pml_compat.data.embed` and :func:`~pml_compat.width.fit_width`: embed a data set, serve its queries;
 - ``pml_compat.accuracy``: retrieval measured across models, and what the upgrade gained.
 
 Importing the package is cheap: it loads no optional dependency, and nothing of torch.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import embed as embed
+    from .width import fit_width as fit_width
+
 __version__ = "0.1.0"
+__all__ = ["embed", "fit_width"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the two functions when they are first asked for."""
+    if name == "embed":
+        from .data import embed
+
+        return embed
+    if name == "fit_width":
+        from .width import fit_width
+
+        return fit_width
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,10 +5,93 @@ Every error names the argument, the rule, the value received and, where it is kn
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+
+
+class _Reads(threading.local):
+    """What one call of a loss asks the device for."""
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[Sequence[torch.Tensor], Callable[..., None]]] | None = None
+        self.known = False
+        self.counts: dict[int, int] = {}
+
+
+_reads = _Reads()
+
+
+@contextmanager
+def one_read() -> Iterator[None]:
+    """Ask the device once, at the end, for all values that are checked or counted inside."""
+    if _reads.known or _reads.pending is not None:
+        yield
+        return
+    pending = _reads.pending = []
+    try:
+        yield
+    finally:
+        _reads.pending = None
+    if not pending:
+        return
+    numbers = [number for asked, _ in pending for number in asked]
+    device = next((number.device for number in numbers if number.device.type != "cpu"), numbers[0].device)
+    found = iter(torch.stack([number.to(device) for number in numbers]).tolist())
+    for asked, judge in pending:
+        judge(*[next(found) for _ in asked])
+
+
+@contextmanager
+def values_known() -> Iterator[None]:
+    """Take values for checked, as a loss may that checked all it was given: nothing is read back inside."""
+    outer = _reads.known
+    _reads.known = True
+    try:
+        yield
+    finally:
+        _reads.known = outer
+        if not outer:
+            _reads.counts.clear()
+
+
+def check_values(numbers: Sequence[torch.Tensor], judge: Callable[..., None]) -> None:
+    """Have ``judge`` raise what is wrong with 0-dimensional tensors, which it gets as numbers of Python.
+
+    At once, or inside :func:`one_read` at its end. Not where values are known, and not inside ``torch.compile``: to
+    read a value there would cut the graph in two.
+    """
+    if values_are_known() or any(number.is_meta for number in numbers):
+        return
+    if _reads.pending is not None:
+        _reads.pending.append((numbers, judge))
+    else:
+        judge(*torch.stack(list(numbers)).tolist())
+
+
+def values_are_known() -> bool:
+    """Tell whether values are not to be read."""
+    return torch.compiler.is_compiling() or _reads.known
+
+
+def count_rows(owner: Any, mask: torch.Tensor) -> None:
+    """Ask, inside :func:`one_read`, how many rows ``owner`` will be asked for by :func:`rows_where`."""
+    check_values([mask.sum()], lambda count: _reads.counts.__setitem__(id(owner), int(count)))
+
+
+def rows_where(owner: Any, mask: torch.Tensor) -> torch.Tensor:
+    """Return the indices at which ``mask`` is True, ``(n,)``, without asking the device where they were counted."""
+    count = None if torch.compiler.is_compiling() else _reads.counts.get(id(owner))
+    if count is None:
+        return mask.nonzero()[:, 0]
+    if count == len(mask):
+        return torch.arange(count, device=mask.device)
+    return torch.argsort(mask, descending=True, stable=True)[:count]
 
 
 def as_tensor(value: Any, name: str) -> torch.Tensor:
@@ -63,19 +146,25 @@ def check_finite(values: torch.Tensor, name: str, first_row: int = 0) -> None:
 
     ``first_row`` is the place of ``values[0]`` in what they are a part of.
 
-    Not inside ``torch.compile``: to read a value there would cut the graph in two.
+    It looks at values where :func:`check_values` does.
     """
-    if torch.compiler.is_compiling():
+    if values_are_known():
         return
-    if bool(torch.isfinite(values.sum())):  # one pass; the sum of large numbers may be infinite all the same
-        return
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
-        row = first_row + int((~finite).reshape(len(values), -1).any(1).nonzero()[0])
-        raise ValueError(
-            f"{name} must be finite, row {row} has a NaN or an infinity; "
-            "look for a diverged training, a division by zero or a broken file"
-        )
+    values = values.detach()
+
+    def judge(total: float) -> None:
+        if math.isfinite(total):  # one pass; the sum of large numbers may be infinite all the same
+            return
+        finite = torch.isfinite(values)
+        if not bool(finite.all()):
+            row = first_row + int((~finite).reshape(len(values), -1).any(1).nonzero()[0])
+            raise ValueError(
+                f"{name} must be finite, row {row} has a NaN or an infinity; "
+                "look for a diverged training, a division by zero or a broken file"
+            )
+
+    # float32: it is read beside counts, and a sum of float16 overflows early.
+    check_values([values.sum(dtype=torch.promote_types(values.dtype, torch.float32))], judge)
 
 
 def check_labels(value: Any, name: str = "labels", length: int | None = None) -> torch.Tensor:

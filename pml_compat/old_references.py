@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
-from .checks import check_embeddings, check_labels, check_same_device
+from .checks import as_tensor, check_embeddings, check_labels, check_same_device
+from .frozen.embeddings import FrozenEmbeddings
+from .width import fit_width
+
+
+def as_rows(rows: Any, embeddings: torch.Tensor) -> Any:
+    """Return ``ref_emb`` as a tensor, or each entry of a mapping: what is no tensor comes to where embeddings are.
+
+    NumPy arrays and FrozenEmbeddings are taken too, whole, as a row is the item of the same row of the batch.
+    """
+    if isinstance(rows, Mapping):
+        taken = {id(own): as_rows(own, embeddings) for own in rows.values()}
+        return {name: taken[id(own)] for name, own in rows.items()}
+    if isinstance(rows, FrozenEmbeddings):
+        rows = rows[:]
+    elif isinstance(rows, np.ndarray):
+        rows = as_tensor(rows, "ref_emb")
+    else:
+        return rows
+    return rows.to(embeddings.device)
 
 
 def check_references(
@@ -14,31 +35,26 @@ def check_references(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return new embeddings, their labels, old embeddings and theirs, all on one device.
 
-    Embeddings come back in float32 or better, the old ones detached. The two labels are never one object: PML takes
-    one object for "the same embeddings" and drops the pairs of an item with itself, which are positives here.
+    Embeddings come back in float32 or better, the new ones fitted to the old width
+    (:func:`pml_compat.width.fit_width`), the old ones detached. The two labels are never one object: PML takes one
+    object for "the same embeddings" and drops the pairs of an item with itself, which are positives here.
 
     Args:
         embeddings: ``(N, D)``, of the model in training; the result carries its gradient.
         labels: ``(N,)``, on any device.
-        ref_emb: ``(M, D)``, of the old model.
+        ref_emb: ``(M, D_old)``, of the old model: a tensor, an array or FrozenEmbeddings.
         ref_labels: ``(M,)``, on any device; None: ``ref_emb`` are of the same rows, and ``labels`` holds for both.
     Raises:
-        ValueError: ``ref_emb`` missing, of another width or on another device; embeddings empty, NaN or infinite;
+        ValueError: ``ref_emb`` missing or on another device; embeddings empty, NaN or infinite;
             labels missing or not one a row.
     """
     if ref_emb is None:
         raise ValueError("ref_emb must be given: the old model's embeddings; got None")
+    ref_emb = as_rows(ref_emb, embeddings)
     if isinstance(ref_emb, torch.Tensor):
         check_same_device(embeddings, "embeddings", ref_emb, "ref_emb")
     check_embeddings(embeddings)
     check_embeddings(ref_emb, "ref_emb")
-    width = embeddings.shape[1]
-    if ref_emb.shape[1] != width:
-        raise ValueError(
-            f"ref_emb must be as wide as embeddings: expected {width}, got {ref_emb.shape[1]}; map one of them with a "
-            "transformation (pml_compat.transformations), or pass "
-            f"pml_compat.width.fit_width(embeddings, {ref_emb.shape[1]})"
-        )
     labels = check_labels(labels, length=len(embeddings)).to(embeddings.device)
     if ref_labels is not None:
         ref_labels = check_labels(ref_labels, "ref_labels", len(ref_emb)).to(embeddings.device)
@@ -50,4 +66,5 @@ def check_references(
     else:
         ref_labels = labels
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    return embeddings.to(dtype), labels, ref_emb.detach().to(dtype), ref_labels.clone()
+    new = fit_width(embeddings.to(dtype), ref_emb.shape[1])
+    return new, labels, ref_emb.detach().to(dtype), ref_labels.clone()

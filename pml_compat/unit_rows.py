@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch
 
 
-def unit_rows(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def shortest_row(dtype: torch.dtype) -> float:
+    """Return the length below which a row counts as 0: the slope at it, 1 / length, has to be a number of ``dtype``."""
+    return max(1e-12, torch.finfo(dtype).tiny)
+
+
+def unit_rows(rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return rows of length 1; too short a row becomes 0, with a gradient of 0.
 
-    The slope at a short row is 1 / its length, which has to be a number of ``dtype``, that of the embeddings, too.
+    ``dtype`` is that of the embeddings which the rows were cast from; None: that of the rows.
     """
-    shortest = max(1e-12, torch.finfo(dtype).tiny)
+    shortest = shortest_row(rows.dtype if dtype is None else dtype)
     length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows * torch.where(length >= shortest, 1 / length.clamp_min(shortest), 0.0)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from ..checks import check_embeddings, check_finite, check_labels, check_number, check_same_device
+from ..precision import no_autocast
 from ..unit_rows import unit_rows
 from .class_centers import ClassCenters, check_centers
 from .class_weights import unwrap_loss
@@ -190,7 +191,7 @@ class FrozenClassifier(torch.nn.Module):
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the ``(N, C)`` logits, scaled and without a margin, in the dtype of ``embeddings``."""
         embeddings = self._check(embeddings)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with no_autocast(embeddings):
             return self.head.logits(*self._operands(embeddings)).to(embeddings.dtype)
 
     forward = logits
@@ -198,8 +199,8 @@ class FrozenClassifier(torch.nn.Module):
     def losses(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return each sample's loss under the old classifier, and which labels it knows.
 
-        Only the known samples are computed; the loss of the others is 0, without a gradient. The gradient goes to
-        ``embeddings`` alone. float16 and bfloat16 are computed on in float32.
+        The loss of the others is 0, without a gradient. The gradient goes to ``embeddings`` alone. float16 and
+        bfloat16 are computed on in float32.
 
         Args:
             embeddings: ``(N, D)``, finite.
@@ -212,15 +213,9 @@ class FrozenClassifier(torch.nn.Module):
         embeddings = self._check(embeddings)
         targets = self.label_map(check_labels(labels, length=len(embeddings)))
         known = targets >= 0
-        index = known.nonzero()[:, 0]
-        chosen = embeddings if len(index) == len(embeddings) else embeddings[index]
-        if len(index) == 0:
-            return chosen.sum() + embeddings.new_zeros(len(embeddings)), known
-        with torch.autocast(embeddings.device.type, enabled=False):
-            losses = self.head.losses(*self._operands(chosen), targets[index]).to(embeddings.dtype)
-            if chosen is not embeddings:
-                losses = losses.new_zeros(len(known)).index_copy(0, index, losses)
-        return losses, known
+        with no_autocast(embeddings):
+            losses = self.head.losses(*self._operands(embeddings), targets.clamp(min=0))
+        return torch.where(known, losses, 0.0).to(embeddings.dtype), known
 
     def direction_losses(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         r"""Return how far samples are from the direction of their class, :math:`1 - \cos(f, t_y)`, and which are known.
@@ -230,7 +225,7 @@ class FrozenClassifier(torch.nn.Module):
         embeddings = self._check(embeddings)
         targets = self.label_map(check_labels(labels, length=len(embeddings)))
         known = targets >= 0
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with no_autocast(embeddings):
             precise = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
             own = self.directions.to(precise.dtype)[targets.clamp(min=0)]
             losses = 1 - (unit_rows(precise, embeddings.dtype) * own).sum(1)

@@ -15,6 +15,7 @@ from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.distances import DotProductSimilarity, LpDistance
 from torch.nn.functional import logsigmoid, normalize, one_hot, softplus
 
+from ..unit_rows import unit_rows
 from .class_weights import all_centers, sub_centers_of, unwrap_loss
 from .log_sum_exp import wrong_class_logsumexp
 
@@ -42,8 +43,8 @@ class Head:
         raise NotImplementedError
 
 
-def _cosines(embeddings: torch.Tensor, unit_rows: torch.Tensor) -> torch.Tensor:
-    return normalize(embeddings, dim=1) @ unit_rows.t().to(embeddings.dtype)
+def _cosines(embeddings: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    return unit_rows(embeddings) @ directions.t().to(embeddings.dtype)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class SoftmaxHead(Head):
         return normalize(rows, dim=1) if self.unit_rows else rows
 
     def _scaled(self, embeddings: torch.Tensor) -> torch.Tensor:
-        return (normalize(embeddings, dim=1) if self.unit_embeddings else embeddings) * self.scale
+        return (unit_rows(embeddings) if self.unit_embeddings else embeddings) * self.scale
 
     def logits(self, embeddings: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         bias = None if bias is None else bias.to(embeddings.dtype)

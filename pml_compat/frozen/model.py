@@ -24,7 +24,9 @@ class FrozenModel(torch.nn.Module):
         - output: ``(N, D)``, without a gradient
     Raises:
         ValueError: ``model`` is no module, or does not return an ``(N, D)`` tensor.
-        RuntimeError: the network's parameters changed between two calls, so it is not the old one any more.
+        RuntimeError: parameters or buffers (BatchNorm's) of the network were changed in place between two calls, so it
+            is not the old one any more. What is changed past autograd, by ``.data`` or under ``inference_mode``, is not
+            noticed: compare :func:`~pml_compat.frozen.model_fingerprint` where that has to be ruled out.
     Example:
         >>> old = FrozenModel(torch.nn.Linear(4, 2))
         >>> old(torch.ones(3, 4)).shape, list(old.parameters()), old.train().model.training
@@ -50,6 +52,7 @@ class FrozenModel(torch.nn.Module):
         self._check_unchanged()
         self.model.eval()
         embeddings = self.model(*args, **kwargs)
+        self._versions = self._count_versions()  # a network may count its own calls
         if not isinstance(embeddings, torch.Tensor) or embeddings.ndim != 2:
             got = tuple(embeddings.shape) if isinstance(embeddings, torch.Tensor) else type(embeddings).__name__
             raise ValueError(f"model must return a tensor of shape (N, D), got {got}; wrap what picks the embedding")
@@ -57,13 +60,17 @@ class FrozenModel(torch.nn.Module):
 
     def _check_unchanged(self) -> None:
         """Every in-place update of a tensor raises its version: an optimiser that got hold of us shows here."""
-        versions = sum(int(p._version) for p in self.model.parameters() if not p.is_inference())
+        versions = self._count_versions()
         if self._versions not in (None, versions):
             raise RuntimeError(
-                "FrozenModel: the old model's parameters changed since its last call; is it being trained as the new "
-                "model? Train copy.deepcopy(model), or load weights before the first call"
+                "FrozenModel: the old model's buffers or parameters changed since its last call; is it being trained "
+                "as the new model? Train copy.deepcopy(model), or load weights before the first call"
             )
         self._versions = versions
+
+    def _count_versions(self) -> int:
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return sum(int(tensor._version) for tensor in tensors if not tensor.is_inference())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FrozenModel:
         super()._apply(fn, recurse)

@@ -83,6 +83,7 @@ class BasisTransformation(torch.nn.Module):
         # Not torch's orthogonal parametrization, which is the same map: a module that has one cannot be pickled.
         self.free_rotation = _any_rotation(self.new_features)
         self.old_rotation = _any_rotation(self.old_features)
+        self._mark = object()  # of what this module gave, and a copy of it has another
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return ``z`` of what the trunk gives."""
@@ -92,7 +93,18 @@ class BasisTransformation(torch.nn.Module):
             free = unit_rows(u[:, : self.new_features], embeddings.dtype) @ self.free_rotation.matrix().to(u.dtype)
             v = torch.cat([unit_rows(extra, embeddings.dtype), self.scale * free], 1)
             old, rest = v.tensor_split([self.old_features], 1)
-            return torch.cat([old @ self.old_rotation.matrix().to(u.dtype), rest], 1).to(embeddings.dtype)
+            z = torch.cat([old @ self.old_rotation.matrix().to(u.dtype), rest], 1).to(embeddings.dtype)
+        if not torch.compiler.is_compiling():
+            z.made_by = self._mark  # type: ignore[attr-defined]
+        return z
+
+    def check_made(self, embeddings: torch.Tensor) -> None:
+        """Raise a ValueError where another BasisTransformation gave ``embeddings``, such as a copy of this one."""
+        if getattr(embeddings, "made_by", self._mark) is not self._mark:
+            raise ValueError(
+                "embeddings must come from the basis that the loss was made with, got those of another one; copy the "
+                "two in one go, copy.deepcopy((model, loss)), or make the loss with the basis of the model at hand"
+            )
 
     def old_part(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return what is compared with old vectors: the first coordinates of ``z``, at length 1.

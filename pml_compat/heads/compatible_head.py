@@ -61,7 +61,7 @@ class CompatibleHead(torch.nn.Module):
         >>> model = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.ReLU(), head)
         >>> embeddings = model(torch.randn(4, 10))
         >>> embeddings.shape, head.old_part(embeddings).shape, head.whole(embeddings).shape
-        (torch.Size([4, 32]), torch.Size([4, 8]), torch.Size([4, 24]))
+        (torch.Size([4, 24]), torch.Size([4, 8]), torch.Size([4, 24]))
 
     Reference:
         Ours. Extra dimensions for compatibility are those of Zhou et al., "BT²: Backward-compatible Training with Basis

@@ -1,5 +1,6 @@
 """Losses for compatible training, each a PML ``BaseMetricLossFunction``; one paper a file."""
 
+from ._base import shorten_class_weights
 from .advbct_loss import AdvBCTLoss
 from .bct_loss import BCTLoss
 from .bt2_loss import BT2Loss
@@ -17,7 +18,6 @@ from .mixbct_loss import MixBCTLoss
 from .nccl_loss import NCCLLoss
 from .point_alignment_loss import PointAlignmentLoss
 from .ract_loss import RACTLoss
-from .task_and_terms import shorten_class_weights
 from .unibct_loss import UniBCTLoss
 
 __all__ = [

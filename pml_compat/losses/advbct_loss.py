@@ -6,17 +6,25 @@ import warnings
 from typing import Any
 
 import torch
-from pytorch_metric_learning.reducers import AvgNonZeroReducer
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import cross_entropy, relu
 
-from ..checks import as_tensor, check_embeddings, check_integer, check_labels, check_number, check_same_device
+from ..checks import (
+    as_tensor,
+    check_embeddings,
+    check_integer,
+    check_labels,
+    check_number,
+    check_same_device,
+    count_rows,
+    rows_where,
+)
 from ..frozen.class_means import class_means
 from ..frozen.label_map import LabelMap
+from ..precision import no_autocast
 from ..unit_rows import unit_rows
-from .named_terms import NamedTermsLoss
+from ._base import MeanOfPositive, NamedTermsLoss, per_sample, reduced
 from .old_rows import check_old_rows, check_row_labels
-from .task_and_terms import per_sample
 
 
 class AdvBCTLoss(NamedTermsLoss):
@@ -50,14 +58,15 @@ class AdvBCTLoss(NamedTermsLoss):
         hidden_features: width of D's hidden layer.
         normalize: show D unit rows. False, as in the paper, shows it embeddings as they are: then ``ref_emb`` must be
             what the old model gives, not normalised, where the new model's are not.
-        **kwargs: ``reducer`` (one loss a row; default ``AvgNonZeroReducer``, for the paper's mean over the samples
+        **kwargs: ``reducer`` (one loss a row; default as ``AvgNonZeroReducer``, for the paper's mean over the samples
             outside), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats``
             both terms are recorded, ``discriminator_accuracy``, ``mean_radius_change`` (mean :math:`|r'_y - r_y|`
             of the classes), ``bounded_fraction`` (of the batch) and ``outside_fraction`` (of those).
     Shape:
-        - embeddings ``(N, D)``, carries the gradient; labels ``(N,)`` of the new training set
+        - embeddings ``(N, D_new)``, carries the gradient, fitted to the old width
+          (:func:`pml_compat.width.fit_width`); labels ``(N,)`` of the new training set
         - ref_emb ``(N, D)``: the old embeddings of the same rows, as the old model gives them; receives no gradient
-        - output: scalar of ``embeddings.dtype``; ``terms["adversarial_loss"]`` and ``terms["boundary_loss"]`` after
+        - output: scalar, float32 or better; ``terms["adversarial_loss"]`` and ``terms["boundary_loss"]`` after
           the call
     Raises:
         ValueError: centres longer than 1, labels that repeat, a radius or weight < 0; ``ref_emb`` missing; rows of
@@ -164,24 +173,37 @@ class AdvBCTLoss(NamedTermsLoss):
 
     def get_default_reducer(self) -> torch.nn.Module:
         """The mean over the losses above 0: for the boundary term, over the samples outside."""
-        return AvgNonZeroReducer()
+        return MeanOfPositive()
 
     def _sub_loss_names(self) -> list[str]:
         return ["adversarial_loss", "boundary_loss"]
+
+    @property
+    def needs_ref_emb(self) -> bool:
+        """Always."""
+        return True
+
+    def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+        """Check that both rows are of the same item, and count those whose class has a boundary."""
+        check_row_labels(check_labels(labels), ref_labels)
+        if self.boundary_weight > 0:
+            count_rows(self, self.old_label_map(labels) >= 0)
 
     def compute_loss(
         self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: torch.Tensor, ref_labels: Any
     ) -> dict[str, Any]:
         """Return both terms, one loss a row."""
         c_f.indices_tuple_not_supported(indices_tuple)
-        new, old = check_old_rows(embeddings, ref_emb, same_width=False)
+        new, old = check_old_rows(embeddings, ref_emb)
         check_same_device(embeddings, "embeddings", self.old_centers, "the loss")
-        self._check_width(embeddings, "embeddings", "put a Linear layer of that width behind the new model")
-        self._check_width(ref_emb, "ref_emb", "measure the centres on embeddings of the same old model")
+        if old.shape[1] != self.old_centers.shape[1]:
+            raise ValueError(
+                f"ref_emb must be {self.old_centers.shape[1]} wide, like the old centres, got width {old.shape[1]}; "
+                "measure the centres on embeddings of the same old model"
+            )
         labels = check_labels(labels, length=len(embeddings))
-        check_row_labels(labels, ref_labels)
         terms = self.zero_losses()
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with no_autocast(embeddings):
             unit = unit_rows(new, embeddings.dtype)
             if self.adversarial_weight > 0:
                 old = old.to(new.dtype)
@@ -190,11 +212,6 @@ class AdvBCTLoss(NamedTermsLoss):
             if self.boundary_weight > 0:
                 terms["boundary_loss"] = self._boundary(unit, labels)
         return terms
-
-    def _check_width(self, rows: torch.Tensor, name: str, fix: str) -> None:
-        width = self.old_centers.shape[1]
-        if rows.shape[1] != width:
-            raise ValueError(f"{name} must be {width} wide, like the old centres, got width {rows.shape[1]}; {fix}")
 
     def _adversarial(self, new: torch.Tensor, old: torch.Tensor) -> dict[str, Any]:
         progress = self.progress.to(new.dtype)
@@ -211,14 +228,14 @@ class AdvBCTLoss(NamedTermsLoss):
 
     def _boundary(self, directions: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         rows = self.old_label_map(labels)
-        index = (rows >= 0).nonzero()[:, 0]
+        index = rows_where(self, rows >= 0)
         if self.collect_stats:
             with torch.no_grad():
                 change = (self.threshold - self.old_radii) * torch.sigmoid(self.elasticity)
             self.mean_radius_change = change.abs().mean().item()
             self.bounded_fraction, self.outside_fraction = len(index) / len(rows), 0.0
-        if len(index) == 0:
-            return self.zero_loss()
+        if len(index) == 0:  # 0 with a gradient of 0: DDP waits for that of every parameter
+            return reduced(0 * self.elasticity.sum())
         rows, directions = rows[index], directions[index]
         centers, radii = (tensor[rows].to(directions.dtype) for tensor in (self.old_centers, self.old_radii))
         radii = radii + (self.threshold - radii) * torch.sigmoid(self.elasticity[rows].to(directions.dtype))

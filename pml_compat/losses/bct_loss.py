@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_same_device
+from ..checks import check_same_device, count_rows, rows_where
 from ..frozen import FrozenClassifier
 from ..width import fit_width
-from .task_and_terms import CLASS_WEIGHT_LENGTH, TaskAndTermsLoss, check_weight, per_sample
+from ._base import CLASS_WEIGHT_LENGTH, TaskAndTermsLoss, check_weight, per_sample
 
 
 class BCTLoss(TaskAndTermsLoss):
@@ -40,8 +40,9 @@ class BCTLoss(TaskAndTermsLoss):
             are recorded under their names, and the share of the batch that the old classifier knows as
             ``known_fraction``.
     Shape:
-        - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set
-        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]`` and ``terms["influence_loss"]`` after the call
+        - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set, needed
+          unless ``influence_weight=0``. What else the call is given goes to the task loss
+        - output: scalar, float32 or better; ``terms["task_loss"]`` and ``terms["influence_loss"]`` after the call
     Raises:
         ValueError: ``influence_weight`` < 0 or ``class_weight_length`` not above 0; ``old_classifier`` no
             FrozenClassifier; embeddings empty, NaN, infinite or on another device; labels missing, negative or
@@ -88,6 +89,21 @@ class BCTLoss(TaskAndTermsLoss):
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", "influence_loss"]
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether there is an influence, which is that of the label's class."""
+        return self.influence_weight != 0
+
+    def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+        """Count the samples that the old classifier knows, where it does not know all classes."""
+        super().look_at_labels(labels, ref_labels)
+        if self.influence_weight != 0 and not self._knows_all:
+            count_rows(self, self.old_classifier.index_of(labels) >= 0)
+
+    @property
+    def _knows_all(self) -> bool:
+        return self.num_classes is not None and self.old_classifier.label_map.gapless >= self.num_classes
+
     def balanced_terms(
         self, task_loss: torch.Tensor, terms: Mapping[str, dict[str, Any]], embeddings: torch.Tensor
     ) -> dict[str, Any]:
@@ -96,20 +112,24 @@ class BCTLoss(TaskAndTermsLoss):
             return dict(terms)
         return super().balanced_terms(task_loss, terms, embeddings)
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
         """Return the influence, one loss a known sample."""
         weight = self.influence_weight
         if weight == 0:
             return {"influence_loss": self.zero_loss()}
         check_same_device(embeddings, "embeddings", self.old_classifier.rows, "the loss")
         old_space = fit_width(embeddings, self.old_classifier.in_features)
-        by_old_loss = self._by_old_loss or weight is not None
-        judge = self.old_classifier.losses if by_old_loss else self.old_classifier.direction_losses
-        losses, known = judge(old_space, labels)
+        if self._knows_all:
+            index = c_f.torch_arange_from_size(embeddings)
+        else:
+            index = rows_where(self, self.old_classifier.index_of(labels) >= 0)
         if self.collect_stats:
-            self.known_fraction = known.float().mean().item()
-        index = known.nonzero()[:, 0]
+            self.known_fraction = len(index) / len(labels)
         if len(index) == 0:
             return {"influence_loss": self.zero_loss()}
-        losses = losses[index] if weight is None else losses[index] * weight
-        return {"influence_loss": per_sample(losses, c_f.to_device(index, embeddings))}
+        if len(index) < len(labels):
+            old_space, labels = old_space[index], labels[index]
+        by_old_loss = self._by_old_loss or weight is not None
+        judge = self.old_classifier.losses if by_old_loss else self.old_classifier.direction_losses
+        losses, _ = judge(old_space, labels)
+        return {"influence_loss": per_sample(losses if weight is None else losses * weight, index)}

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_embeddings, check_labels, check_matrix, check_number, check_same_device
+from ..checks import check_finite, check_matrix, check_number, check_same_device, count_rows, rows_where
 from ..frozen import ClassCenters, FrozenClassifier
 from ..frozen.class_centers import check_centers
 from ..heads import BasisTransformation
+from ..old_references import as_rows
 from ..unit_rows import unit_rows
+from ._base import TaskAndTermsLoss, at_least_float32, check_task_width, per_sample, reduced
 from .old_rows import check_row_labels
-from .task_and_terms import TaskAndTermsLoss, check_task_width, per_sample
 
 _NAMES = ("old", "independent")
 
@@ -59,7 +60,7 @@ class BT2Loss(TaskAndTermsLoss):
         - ref_emb ``(N, basis.old_features)``: the old model's embeddings of the same rows
         - target_emb ``(N, basis.new_features)``: the independent model's. Where only ``ref_emb`` can be passed, as by
           trainers, it is a mapping of both: ``{"old": ..., "independent": ...}``. Neither receives a gradient
-        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]``, ``terms["match_loss"]``,
+        - output: scalar, float32 or better; ``terms["task_loss"]``, ``terms["match_loss"]``,
           ``terms["class_loss"]`` and ``terms["point_loss"]`` after the call
     Raises:
         ValueError: ``basis`` no BasisTransformation; a task loss or centres of another width than its parts; a weight
@@ -83,7 +84,8 @@ class BT2Loss(TaskAndTermsLoss):
         Zhou et al., "BT²: Backward-compatible Training with Basis Transformation", ICCV 2023. Differs from the public
         code in: old and independent embeddings come with the call, of whichever view the caller means, where the code
         keeps those of one randomly flipped view for all others; labels without a centre are left out; the task loss
-        is any PML loss, where the code has a softmax over plain logits.
+        is any PML loss, where the code has a softmax over plain logits; centres have length 1, where the code has class
+        means as they are, shorter the wider a class is, which pulls harder towards narrow classes.
     """
 
     basis: BasisTransformation
@@ -123,35 +125,81 @@ class BT2Loss(TaskAndTermsLoss):
     def forward(
         self,
         embeddings: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None = None,
         indices_tuple: Any = None,
-        ref_emb: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        ref_emb: Any = None,
         ref_labels: torch.Tensor | None = None,
         *,
-        target_emb: torch.Tensor | None = None,
+        target_emb: Any = None,
+        **task_arguments: Any,
     ) -> torch.Tensor:
         """Return the loss; ``indices_tuple`` goes to the task loss."""
         check_matrix(embeddings, "embeddings", self.basis.out_features)
-        references = _by_name(ref_emb, target_emb)
-        # PML's forward knows one ref_emb: both travel past it in the place of the tuple.
-        return super().forward(embeddings, labels, (indices_tuple, references, ref_labels))
+        target_emb = as_rows(target_emb, embeddings)
+        return self.call(
+            embeddings, labels, indices_tuple, ref_emb, ref_labels, target_emb=target_emb, **task_arguments
+        )
+
+    @property
+    def needs_ref_emb(self) -> bool:
+        """Whether another model's embeddings have a weight."""
+        return self.match_weight > 0 or self.point_weight > 0
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the old classes have a weight."""
+        return self.class_weight > 0
+
+    def check_given(
+        self,
+        embeddings: torch.Tensor,
+        labels: Any,
+        indices_tuple: Any,
+        ref_emb: Any,
+        ref_labels: Any,
+        *,
+        target_emb: Any = None,
+        **others: Any,
+    ) -> None:
+        """Check the values of those rows that have a weight, and that the basis is the model's."""
+        self.basis.check_made(embeddings)
+        given = _by_name(ref_emb, target_emb)
+        super().check_given(embeddings, labels, indices_tuple, None, ref_labels, **others)
+        for name, weight in zip(_NAMES, (self.point_weight, self.match_weight), strict=True):
+            called, rows = given[name]
+            if weight > 0 and isinstance(rows, torch.Tensor):
+                check_finite(rows, called)
+
+    def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+        """Check that all rows are of the same item, and count those that the centres know."""
+        super().look_at_labels(labels, ref_labels)
+        check_row_labels(labels, ref_labels)
+        if self.class_weight > 0:
+            count_rows(self, self.old_classifier.index_of(labels) >= 0)
 
     def compute_loss(
-        self, embeddings: torch.Tensor, labels: torch.Tensor, indices_tuple: Any, ref_emb: Any, ref_labels: Any
+        self,
+        embeddings: torch.Tensor,
+        labels: Any,
+        indices_tuple: Any,
+        ref_emb: Any,
+        ref_labels: Any,
+        *,
+        target_emb: Any = None,
+        **task_arguments: Any,
     ) -> dict[str, Any]:
         """Return the task loss, which has reduced itself, and the added terms."""
-        indices_tuple, references, ref_labels = indices_tuple
-        if ref_labels is not None:
-            check_row_labels(labels, check_labels(ref_labels, "ref_labels"))
-        z = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        references = _by_name(ref_emb, target_emb)
+        z, labels = at_least_float32(embeddings), self.given_labels(labels, embeddings)
         free, old_part = self.basis.free_part(z), self.basis.old_part(z)
-        found = super().compute_loss(free, labels, indices_tuple, free, labels)
+        task_loss = self.task(free, labels, indices_tuple, dtype=embeddings.dtype, **task_arguments)
+        found = {"task_loss": reduced(task_loss)}
         found["match_loss"] = self._apart(free, references, "independent", self.match_weight, "match_weight")
         found["class_loss"] = self._misclassified(old_part, labels)
         found["point_loss"] = self._apart(old_part, references, "old", self.point_weight, "point_weight")
         return found
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
         """Return nothing: the added terms are of the parts of ``z``, which the task loss does not see."""
         return {}
 
@@ -165,18 +213,18 @@ class BT2Loss(TaskAndTermsLoss):
         losses = weight * (1 - (part * rows).sum(1))
         return per_sample(losses, c_f.torch_arange_from_size(part))
 
-    def _misclassified(self, old_part: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    def _misclassified(self, old_part: torch.Tensor, labels: Any) -> dict[str, Any]:
         """The cross-entropy over the old centres, one loss a known sample."""
         if self.class_weight == 0:
             return self.zero_loss()
         check_same_device(old_part, "embeddings", self.old_classifier.rows, "the loss")
-        losses, known = self.old_classifier.losses(old_part, labels)
+        index = rows_where(self, self.old_classifier.index_of(labels) >= 0)
         if self.collect_stats:
-            self.known_fraction = known.float().mean().item()
-        index = known.nonzero()[:, 0]
+            self.known_fraction = len(index) / len(labels)
         if len(index) == 0:
             return self.zero_loss()
-        return per_sample(self.class_weight * losses[index], c_f.to_device(index, old_part))
+        losses, _ = self.old_classifier.losses(old_part[index], labels[index])
+        return per_sample(self.class_weight * losses, index)
 
 
 def _by_name(ref_emb: Any, target_emb: Any) -> dict[str, tuple[str, Any]]:
@@ -200,7 +248,7 @@ def _check_rows(part: torch.Tensor, called: str, rows: Any, name: str, weight: s
         )
     if isinstance(rows, torch.Tensor):
         check_same_device(part, "embeddings", rows, called)
-    rows = check_embeddings(rows, called, width=part.shape[1])
+    rows = check_matrix(rows, called, width=part.shape[1])
     if len(rows) != len(part):
         raise ValueError(
             f"{called} must have one row an embedding, of the same item: expected {len(part)} rows, got {len(rows)}"

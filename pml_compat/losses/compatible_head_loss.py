@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from pytorch_metric_learning.losses import SupConLoss
 
-from ..checks import check_embeddings, check_same_device
+from ..checks import check_embeddings, check_same_device, one_read, values_known
 from ..frozen import ClassCenters, FrozenClassifier
 from ..frozen.class_centers import check_centers
 from ..heads import CompatibleHead
+from ._base import at_least_float32, check_task_width
 from .compatible_loss import CompatibleLoss, check_old_losses
 from .cross_model_loss import CrossModelLoss
 from .point_alignment_loss import PointAlignmentLoss
-from .task_and_terms import check_task_width
 
 _WEIGHTS = {"point_loss": 10.0, "contrast_loss": 5.0}
 _WEIGHTS_WITH_CENTERS = {"point_loss": 10.0, "class_loss": 1.0, "contrast_loss": 3.0}
@@ -55,7 +55,7 @@ class CompatibleHeadLoss(CompatibleLoss):
         - embeddings ``(N, head.out_features)``, as the head gives them, carries the gradient; labels ``(N,)`` of the
           new training set; indices_tuple: for the task loss
         - ref_emb ``(N, head.old_features)``: the old model's embeddings of the same rows; receives no gradient
-        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]`` and a term for each old loss after the call
+        - output: scalar, float32 or better; ``terms["task_loss"]`` and a term for each old loss after the call
     Raises:
         ValueError: ``head`` no CompatibleHead, or one with several parts and another number of old losses; a task loss
             of another width than its free part; what
@@ -124,18 +124,21 @@ class CompatibleHeadLoss(CompatibleLoss):
             embeddings: ``(N, head.out_features)``, as the head gives them; the free part receives no gradient.
             ref_emb: ``(N, head.old_features)``, the old model's embeddings of the same items; receives no gradient.
         Shape:
-            - output: scalar of ``embeddings.dtype``
+            - output: scalar, float32 or better
         Raises:
             ValueError: no old loss is a :class:`PointAlignmentLoss`; empty, NaN or infinite, other widths or lengths.
         """
         readers = {name: term for name, term in self.old_losses.items() if isinstance(term, PointAlignmentLoss)}
         if not readers:
             raise ValueError(f"old_losses must have a PointAlignmentLoss, the others read labels, got {self._names}")
-        check_embeddings(embeddings)
-        _, compared = self.parts(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
-        target = self.target(ref_emb)
-        losses = [self.weights[name] * term(compared[name], ref_emb=target) for name, term in readers.items()]
-        return torch.stack(losses).sum().to(embeddings.dtype)
+        with one_read():
+            check_embeddings(embeddings)
+            check_embeddings(ref_emb, "ref_emb")
+        with values_known():
+            _, compared = self.parts(at_least_float32(embeddings))
+            target = self.target(ref_emb)
+            losses = [self.weights[name] * term(compared[name], ref_emb=target) for name, term in readers.items()]
+        return torch.stack(losses).sum()
 
     def parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the free part, which the task loss sees, and by name what each old loss sees."""
@@ -148,7 +151,7 @@ class CompatibleHeadLoss(CompatibleLoss):
         """Return where the compatible part should lie."""
         old = check_embeddings(old_embeddings, "ref_emb", self.head.old_features).detach()
         check_same_device(old, "ref_emb", next(self.head.compatible.parameters()), "the head")
-        return self.head.target(old.to(torch.promote_types(old.dtype, torch.float32)))
+        return self.head.target(at_least_float32(old))
 
 
 class _ClassTerm(torch.nn.Module):
@@ -159,6 +162,7 @@ class _ClassTerm(torch.nn.Module):
         check_centers(centers, width=head.old_features)
         rows = head.target(centers.directions)
         self.classifier = FrozenClassifier(rows, labels=centers.labels, kind="cosine")
+        self.needs_ref_emb, self.needs_labels = False, True
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor, **references: Any) -> torch.Tensor:
         """Return the mean over the samples whose class has a direction."""

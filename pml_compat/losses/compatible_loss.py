@@ -7,9 +7,21 @@ from typing import Any
 
 import torch
 
-from .task_and_terms import TaskAndTermsLoss, check_weight, reduced
+from ..old_references import check_references
+from ._base import (
+    NamedTermsLoss,
+    TaskAndTermsLoss,
+    at_least_float32,
+    check_weight,
+    escaped,
+    reduced,
+    steady_for,
+    unwrapped,
+)
+from .gathered_loss import GatheredLoss
 
 _NAME = "old_loss"
+_ATTRIBUTES = {"loss", "reducer", "distance", "balance", "head", "weights", "old_losses", "training", "collect_stats"}
 
 
 class CompatibleLoss(TaskAndTermsLoss):
@@ -17,12 +29,14 @@ class CompatibleLoss(TaskAndTermsLoss):
 
     .. math:: L = L_{task}(f_n, y) + \sum_m w_m \, L_m(f_n, y, f_{o,m})
 
-    PML's ``MultipleLosses`` cannot do this: it passes no ``ref_emb`` on. The task loss sees the new embeddings alone.
+    PML's ``MultipleLosses`` cannot do this: it passes no ``ref_emb`` on. The task loss sees the new embeddings alone,
+    unless it is a loss of ours that needs old ones too, such as :class:`NCCLLoss`.
 
     Args:
         loss: the task loss, any PML loss; it keeps its own reducer, and its parameters are in ``parameters()``.
-        old_losses: a loss called as ``old_loss(embeddings, labels, ref_emb=old_embeddings)``; or, for several old
-            models, a mapping of names to losses.
+        old_losses: a loss without a task loss of its own, called as ``old_loss(embeddings, labels,
+            ref_emb=old_embeddings)``; PML's pair losses as by :class:`CrossModelLoss`. Or, for several old models, a
+            mapping of names to losses.
         weights: None, the default, for multipliers :math:`w_m` that keep the gradient of each old loss as strong as the
             task loss's (:class:`GradientBalance`); or one number for all, 0 or more; or a mapping with the same names.
         class_weight_length: of the task loss's class weights at construction, above 0; see
@@ -30,13 +44,15 @@ class CompatibleLoss(TaskAndTermsLoss):
         **kwargs: ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``; each loss reduces by its own
             reducer.
     Shape:
-        - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)``; indices_tuple: for the task loss
+        - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)``, where a loss needs
+          them; indices_tuple and what else the call is given: for the task loss
         - ref_emb: old embeddings of the same rows, which receive no gradient; one tensor for every loss, or a mapping
           with the names of ``old_losses``, one tensor each, whose widths may differ as far as its loss allows
-        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]`` and a term for each old loss, by its name or
+        - output: scalar, float32 or better; ``terms["task_loss"]`` and a term for each old loss, by its name or
           ``"old_loss"``, after the call, multiplied by its weight
     Raises:
-        ValueError: no old losses, or one named ``task_loss``; names of ``weights`` or ``ref_emb`` that differ from
+        ValueError: no old losses, one named ``task_loss`` or like an attribute of the loss, or one with a task
+            loss of its own; names of ``weights`` or ``ref_emb`` that differ from
             those of ``old_losses``; a weight < 0; ``ref_emb`` missing.
     Example:
         >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
@@ -60,42 +76,75 @@ class CompatibleLoss(TaskAndTermsLoss):
         given = _by_name(weights, self._names, "weights")
         balanced = tuple(name for name in self._names if given[name] is None)
         super().__init__(loss, balanced=balanced, **kwargs)
-        self.old_losses = torch.nn.ModuleDict(named)
+        self.old_losses = torch.nn.ModuleDict({escaped(name): old_loss for name, old_loss in named.items()})
         self.weights = {name: check_weight(given[name], f"weights[{name!r}]") for name in self._names}
         self.shorten()
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", *self._names]
 
+    @property
+    def needs_ref_emb(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether an old loss that has a weight needs them."""
+        return any(getattr(inner_loss(old_loss), "needs_labels", True) for _, old_loss in self._active())
+
     def forward(
         self,
         embeddings: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None = None,
         indices_tuple: Any = None,
-        ref_emb: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        ref_emb: Any = None,
         ref_labels: torch.Tensor | None = None,
+        **task_arguments: Any,
     ) -> torch.Tensor:
-        """Return the loss; ``indices_tuple`` goes to the task loss, ``ref_emb`` and ``ref_labels`` to the others."""
+        """Return the loss; ``ref_emb`` and ``ref_labels`` go to the old losses, the others to the task loss."""
         if ref_emb is None:
             raise ValueError("ref_emb must be given: the old model's embeddings of the same items, row by row")
         references = _by_name(ref_emb, self._names, "ref_emb")
-        # PML's forward knows one ref_emb: all of them travel past it in the place of the tuple.
-        return super().forward(embeddings, labels, (indices_tuple, references, ref_labels))
+        return self.call(embeddings, labels, indices_tuple, references, ref_labels, **task_arguments)
+
+    def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+        """Look for every old loss of ours."""
+        super().look_at_labels(labels, ref_labels)
+        for _, old_loss in self._active():
+            inner = inner_loss(old_loss)
+            if isinstance(inner, NamedTermsLoss):
+                inner.look_at_labels(labels, ref_labels)
+
+    def _active(self) -> list[tuple[str, torch.nn.Module]]:
+        return [(name, self.old_losses[escaped(name)]) for name in self._names if self.weights[name] != 0]
 
     def compute_loss(
-        self, embeddings: torch.Tensor, labels: torch.Tensor, indices_tuple: Any, ref_emb: Any, ref_labels: Any
+        self,
+        embeddings: torch.Tensor,
+        labels: Any,
+        indices_tuple: Any,
+        ref_emb: Any,
+        ref_labels: Any,
+        **task_arguments: Any,
     ) -> dict[str, Any]:
         """Return the task loss and every old loss; each has reduced itself."""
-        indices_tuple, references, ref_labels = indices_tuple
-        precise = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        precise = at_least_float32(embeddings)
+        labels = self.given_labels(labels, embeddings)
         own, compared = self.parts(precise)
-        task_loss = self.loss(own, labels, indices_tuple)
-        found: dict[str, Any] = {}
-        for name, old_loss in self.old_losses.items():
-            if self.weights[name] == 0:
-                found[name] = self.zero_loss()
-                continue
-            value = old_loss(compared[name], labels, ref_emb=self.target(references[name]), ref_labels=ref_labels)
+        old: tuple[Any, Any] = (None, None)
+        if getattr(self.loss, "needs_ref_emb", False):
+            old = (ref_emb if len({id(rows) for rows in ref_emb.values()}) > 1 else ref_emb[self._names[0]]), ref_labels
+        task_loss = self.task(own, labels, indices_tuple, *old, embeddings.dtype, **task_arguments)
+        found: dict[str, Any] = {name: self.zero_loss() for name in self._names}
+        for name, old_loss in self._active():
+            new, target = compared[name], self.target(ref_emb[name])
+            if hasattr(inner_loss(old_loss), "needs_labels"):
+                value = old_loss(new, labels, ref_emb=target, ref_labels=ref_labels)
+            else:  # PML's: no gradient for the old rows, and labels that are not one object
+                new, labels, target, other_labels = check_references(new, labels, target, ref_labels)
+                new = steady_for(old_loss, new, embeddings.dtype)
+                value = old_loss(new, labels, ref_emb=target, ref_labels=other_labels)
             weight = self.weights[name]
             found[name] = reduced(value if weight is None else value * weight)
         return {"task_loss": reduced(task_loss), **self.balanced_terms(task_loss, found, precise)}
@@ -108,7 +157,7 @@ class CompatibleLoss(TaskAndTermsLoss):
         """Return what an old loss compares with: the old embeddings."""
         return old_embeddings
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
         """Return nothing more: the old losses are no terms of the embeddings and labels alone."""
         return {}
 
@@ -118,10 +167,33 @@ def check_old_losses(old_losses: Any) -> Mapping[str, torch.nn.Module]:
     named = old_losses if isinstance(old_losses, Mapping) else {_NAME: old_losses}
     if not named or "task_loss" in named:
         raise ValueError(f"old_losses must have one loss or more, none of them named task_loss, got {list(named)}")
+    taken: dict[str, str] = {}
     for name, old_loss in named.items():
         if not isinstance(old_loss, torch.nn.Module):
             raise ValueError(f"old_losses must be PML loss objects, got {old_loss!r} for {name!r}")
+        if not isinstance(name, str) or not name or hasattr(CompatibleLoss, name) or hasattr(torch.nn.ModuleDict, name):
+            raise ValueError(f"old_losses must have names that no attribute of a loss has, got {name!r}; add a prefix")
+        if name in _ATTRIBUTES or escaped(name) in taken:
+            raise ValueError(f"old_losses must have names of their own, got {name!r}; add a prefix")
+        taken[escaped(name)] = name
+        if isinstance(inner_loss(old_loss), TaskAndTermsLoss):
+            kind = type(inner_loss(old_loss)).__name__
+            raise ValueError(
+                f"old_losses must have no task loss of their own, which would count twice, got {kind} for {name!r}; "
+                f"train by {kind} alone, or make it the task loss: CompatibleLoss({kind}(task_loss, ...), old_losses)"
+            )
     return named
+
+
+def inner_loss(loss: torch.nn.Module) -> torch.nn.Module:
+    """Return the loss inside ``torch.compile`` and GatheredLoss."""
+    while True:
+        inner = unwrapped(loss)
+        if isinstance(inner, GatheredLoss):
+            inner = inner.loss
+        if inner is loss:
+            return loss
+        loss = inner
 
 
 def _by_name(value: Any, names: list[str], argument: str) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.reducers import DoNothingReducer
 
+from ..checks import check_values
 from ..frozen import class_weights
 from ..old_references import check_references
-from .named_terms import NamedTermsLoss
-from .task_and_terms import reduced
+from ..precision import no_autocast
+from ._base import NamedTermsLoss, reduced, steady_for
 
 Tuples = tuple[torch.Tensor, ...]
 
@@ -53,15 +54,16 @@ class CrossModelLoss(NamedTermsLoss):
         **kwargs: ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``; ``loss`` has reduced each
             term when ``reducer`` gets it.
     Shape:
-        - embeddings ``(N, D)``, carries the gradient; labels ``(N,)``; indices_tuple: anchors into ``embeddings``,
+        - embeddings ``(N, D_new)``, carries the gradient, fitted to the old width
+          (:func:`pml_compat.width.fit_width`); labels ``(N,)``; indices_tuple: anchors into ``embeddings``,
           the others into ``ref_emb``
         - ref_emb ``(M, D)``, old, receives no gradient; ref_labels ``(M,)``. Without ``ref_labels`` it has the rows of
           ``embeddings``; with them it may be of any items, such as a bank
-        - output: scalar of ``embeddings.dtype``; ``terms["new_to_old_loss"]``, and ``terms["old_to_new_loss"]`` where
+        - output: scalar, float32 or better; ``terms["new_to_old_loss"]``, and ``terms["old_to_new_loss"]`` where
           it is symmetric, after the call, as they went into the sum
     Raises:
         ValueError: ``loss`` with class weights, without references, with ``swap`` or a ``DoNothingReducer``; ``miner``
-            no PML miner; a ``distance``. In a call: ``ref_emb`` missing, of another width or on another device;
+            no PML miner; a ``distance``. In a call: ``ref_emb`` missing or on another device;
             ``ref_labels`` missing for other rows; embeddings empty, NaN or infinite; labels missing;
             an ``indices_tuple`` beside a miner, or one of ``DistributedLossWrapper(efficient=True)``, which drops the
             own old embedding: leave ``efficient`` off, or take ``GatheredLoss``.
@@ -93,16 +95,26 @@ class CrossModelLoss(NamedTermsLoss):
     def _sub_loss_names(self) -> list[str]:
         return ["new_to_old_loss", "old_to_new_loss"] if self.symmetric else ["new_to_old_loss"]
 
+    @property
+    def needs_ref_emb(self) -> bool:
+        """Always."""
+        return True
+
+    def check_given(
+        self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any, **others: Any
+    ) -> None:
+        """Check the tuples that are given, too."""
+        super().check_given(embeddings, labels, indices_tuple, ref_emb, ref_labels, **others)
+        if indices_tuple is not None:
+            self._check_tuples(indices_tuple, labels, labels if ref_labels is None else ref_labels)
+
     def compute_loss(
         self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any
     ) -> dict[str, Any]:
         """Return each term; the pair loss has reduced it."""
-        if ref_emb is embeddings:  # PML puts them in the place of a ref_emb that is not given
-            ref_emb = None
         new, labels, old, ref_labels = check_references(embeddings, labels, ref_emb, ref_labels)
-        if indices_tuple is not None:
-            self._check_tuples(indices_tuple, labels, ref_labels)
-        with torch.autocast(new.device.type, enabled=False):
+        new = steady_for(self.loss, new, embeddings.dtype)
+        with no_autocast(new):
             tuples = indices_tuple if self.miner is None else self.miner(new, labels, old, ref_labels)
             loss = self.loss(new, labels, tuples, old, ref_labels)
             if not self.symmetric:
@@ -118,16 +130,30 @@ class CrossModelLoss(NamedTermsLoss):
         fix = "leave efficient off in DistributedLossWrapper, which makes tuples of its own, or take GatheredLoss"
         if self.miner is not None:
             raise ValueError(f"indices_tuple must be None where the loss has a miner, got tuples; give one or {fix}")
-        if len(indices_tuple) == 4 and len(ref_labels) > len(labels) and _lacks_own(indices_tuple, labels, ref_labels):
-            raise ValueError(
-                "indices_tuple must not leave out each item's own old embedding, got all pairs but these, as "
-                f"DistributedLossWrapper(efficient=True) makes them; {fix}"
-            )
+        if len(indices_tuple) != 4 or len(ref_labels) <= len(labels):
+            return
+        a1, p, a2, _ = indices_tuple
+
+        def judge(others: float, own: float, same: float) -> None:
+            negatives = len(labels) * len(ref_labels) - int(same)
+            if not others and not own and len(a1) == int(same) - len(labels) and len(a2) == negatives:
+                raise ValueError(
+                    "indices_tuple must not leave out each item's own old embedding, got all pairs but these, as "
+                    f"DistributedLossWrapper(efficient=True) makes them; {fix}"
+                )
+
+        differ = (labels != ref_labels[: len(labels)]).any()
+        check_values([differ, (a1 == p).any(), (labels[:, None] == ref_labels).sum()], judge)
 
 
 def _check_pair_loss(loss: Any) -> None:
     name = type(loss).__name__
     pairs = "take one of pairs or triplets, such as ContrastiveLoss, TripletMarginLoss or SupConLoss"
+    if isinstance(loss, pml_losses.CrossBatchMemory):
+        raise ValueError(
+            "loss must take reference embeddings, CrossBatchMemory fills its queue with those of the new model itself; "
+            "give the loss inside it, and stored old embeddings as ref_emb with their ref_labels: a bank of any size"
+        )
     if not isinstance(loss, pml_losses.BaseMetricLossFunction):
         raise ValueError(f"loss must be a PML loss (BaseMetricLossFunction), got {name}; {pairs}, and wrap this loss")
     if _has_class_weights(loss):
@@ -149,15 +175,6 @@ def _has_class_weights(loss: torch.nn.Module) -> bool:
     except ValueError:
         return isinstance(loss, pml_losses.WeightRegularizerMixin)
     return True
-
-
-def _lacks_own(indices_tuple: Tuples, labels: torch.Tensor, ref_labels: torch.Tensor) -> bool:
-    """Whether these are all pairs, without those of row i with reference i."""
-    a1, p, a2, _ = indices_tuple
-    if not torch.equal(labels, ref_labels[: len(labels)]) or bool((a1 == p).any()):
-        return False
-    same = int((labels[:, None] == ref_labels).sum())
-    return len(a1) == same - len(labels) and len(a2) == len(labels) * len(ref_labels) - same
 
 
 def _turned_round(tuples: Tuples) -> Tuples:

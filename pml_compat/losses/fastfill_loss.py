@@ -8,13 +8,13 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_finite, check_labels, check_number, check_same_device
+from ..checks import check_finite, check_labels, check_number, check_same_device, count_rows, rows_where
 from ..frozen import FrozenClassifier
+from ..precision import no_autocast
 from ..transformations.fastfill import gaussian_losses
 from ..unit_rows import unit_rows
-from .named_terms import NamedTermsLoss
+from ._base import NamedTermsLoss, per_sample
 from .old_rows import check_old_rows, check_row_labels
-from .task_and_terms import per_sample
 
 
 class FastFillLoss(NamedTermsLoss):
@@ -46,7 +46,7 @@ class FastFillLoss(NamedTermsLoss):
         - embeddings ``(N, D_new)`` and log_var ``(N,)``: what ``FastFillTransformation.with_log_variance`` gives,
           both carry the gradient; labels ``(N,)``, needed with ``new_classifier`` alone
         - ref_emb ``(N, D_new)``: the new model's embeddings, row i of the same item; receives no gradient
-        - output: scalar of ``embeddings.dtype``; ``terms["likelihood_loss"]`` and, with ``new_classifier``,
+        - output: scalar, float32 or better; ``terms["likelihood_loss"]`` and, with ``new_classifier``,
           ``terms["classification_loss"]`` after the call
     Raises:
         ValueError: ``new_classifier`` no FrozenClassifier, or of another width; ``classifier_weight`` < 0; another
@@ -108,9 +108,39 @@ class FastFillLoss(NamedTermsLoss):
 
         PML's wrappers and :class:`CompatibleLoss` do not pass ``log_var`` on.
         """
-        c_f.indices_tuple_not_supported(indices_tuple)
-        # PML's forward knows no such argument: it travels past it in the place of the tuple.
-        return super().forward(embeddings, labels, log_var, ref_emb, ref_labels)
+        return self.call(embeddings, labels, indices_tuple, ref_emb, ref_labels, log_var=log_var)
+
+    @property
+    def needs_ref_emb(self) -> bool:
+        """Always: the new model's embeddings."""
+        return True
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether there is a classifier."""
+        return self._classifies
+
+    def check_given(
+        self,
+        embeddings: torch.Tensor,
+        labels: Any,
+        indices_tuple: Any,
+        ref_emb: Any,
+        ref_labels: Any,
+        *,
+        log_var: Any = None,
+        **others: Any,
+    ) -> None:
+        """Check the predicted variances, too."""
+        super().check_given(embeddings, labels, indices_tuple, ref_emb, ref_labels, **others)
+        if isinstance(log_var, torch.Tensor):
+            check_finite(log_var, "log_var")
+
+    def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+        """Check that both rows are of the same item, and count those that the new classifier knows."""
+        if self.new_classifier is not None:
+            check_row_labels(check_labels(labels), ref_labels)
+            count_rows(self, self.new_classifier.index_of(labels) >= 0)
 
     def compute_loss(
         self,
@@ -119,11 +149,14 @@ class FastFillLoss(NamedTermsLoss):
         indices_tuple: Any,
         ref_emb: torch.Tensor,
         ref_labels: torch.Tensor | None,
+        *,
+        log_var: torch.Tensor | None = None,
     ) -> dict[str, Any]:
-        """Return both terms; ``log_var`` comes in the place of the tuple."""
-        mapped, target = check_old_rows(embeddings, ref_emb, whose="the new model's embeddings")
-        log_var = _check_log_var(indices_tuple, embeddings).to(mapped.dtype)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        """Return both terms."""
+        c_f.indices_tuple_not_supported(indices_tuple)
+        mapped, target = check_old_rows(embeddings, ref_emb, fit=False, whose="the new model's embeddings")
+        log_var = _check_log_var(log_var, embeddings).to(mapped.dtype)
+        with no_autocast(embeddings):
             one, other = mapped, target
             if self.distance.normalize_embeddings:
                 one, other = (unit_rows(rows, embeddings.dtype) for rows in (mapped, target))
@@ -131,7 +164,6 @@ class FastFillLoss(NamedTermsLoss):
         terms = {"likelihood_loss": per_sample(likelihood, c_f.torch_arange_from_size(embeddings))}
         if self.new_classifier is not None:
             labels = check_labels(labels, length=len(embeddings))
-            check_row_labels(labels, None if ref_labels is None else check_labels(ref_labels, "ref_labels"))
             terms["classification_loss"] = self._classification(self.new_classifier, mapped, labels)
         return terms
 
@@ -141,9 +173,11 @@ class FastFillLoss(NamedTermsLoss):
         if self.classifier_weight == 0:
             return self.zero_loss()
         check_same_device(mapped, "embeddings", classifier.rows, "the loss")
-        losses, known = classifier.losses(mapped, labels)
-        index = known.nonzero()[:, 0]
-        return per_sample(losses[index] * self.classifier_weight, index) if len(index) else self.zero_loss()
+        index = rows_where(self, classifier.index_of(labels) >= 0)
+        if len(index) == 0:
+            return self.zero_loss()
+        losses, _ = classifier.losses(mapped[index], labels[index])
+        return per_sample(losses * self.classifier_weight, index)
 
 
 def _check_log_var(value: Any, embeddings: torch.Tensor) -> torch.Tensor:
@@ -157,5 +191,4 @@ def _check_log_var(value: Any, embeddings: torch.Tensor) -> torch.Tensor:
         got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"log_var must be a floating point tensor with one entry a row, ({length},), got {got}")
     check_same_device(embeddings, "embeddings", value, "log_var")
-    check_finite(value, "log_var")
     return value

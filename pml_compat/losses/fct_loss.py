@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, LpDistance
-from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
-from torch.nn.functional import normalize
 
 from ..checks import check_labels, check_number
+from ..precision import no_autocast
+from ..unit_rows import unit_rows
+from ._base import NamedTermsLoss, per_sample
 from .old_rows import check_old_rows
-from .task_and_terms import per_sample
 
 
-class FCTLoss(BaseMetricLossFunction):
+class FCTLoss(NamedTermsLoss):
     r"""Bring every transformed old embedding onto the new embedding of the same item.
 
     .. math:: \ell_i = \frac{1}{d} \lVert h_i - f_{n,i} \rVert^2
@@ -46,7 +46,7 @@ class FCTLoss(BaseMetricLossFunction):
         - embeddings ``(N, D_new)``: what the transformation gives, carries the gradient; labels ``(N,)``, read by the
           contrast alone
         - ref_emb ``(N, D_new)``: the new model's embeddings, row i of the same item; receives no gradient
-        - output: scalar of ``embeddings.dtype``
+        - output: scalar, float32 or better
     Raises:
         ValueError: ``contrast_weight`` < 0, ``temperature`` not above 0; another distance; ``ref_emb`` missing, or not
             of the same shape; empty, NaN or infinite; another device; an ``indices_tuple``; labels missing where there
@@ -60,6 +60,8 @@ class FCTLoss(BaseMetricLossFunction):
         The cosine form is ours. The contrast is the supervised one of Khosla et al., NeurIPS 2020; between transformed
         and new embeddings it is in Ricci et al., arXiv:2509.16664, 2025.
     """
+
+    tells_by_its_value = True
 
     def __init__(self, contrast_weight: float = 0.0, temperature: float = 0.02, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -75,6 +77,16 @@ class FCTLoss(BaseMetricLossFunction):
                 f"{type(distance).__name__}(p={distance.p}, power={distance.power})"
             )
 
+    @property
+    def needs_ref_emb(self) -> bool:
+        """Always: the new model's embeddings."""
+        return True
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether there is a contrast of classes."""
+        return self.contrast_weight > 0
+
     def get_default_distance(self) -> BaseDistance:
         """Squared error on embeddings as they are."""
         return LpDistance(normalize_embeddings=False, p=2, power=2)
@@ -84,12 +96,10 @@ class FCTLoss(BaseMetricLossFunction):
     ) -> dict[str, Any]:
         """Return one loss a row."""
         c_f.indices_tuple_not_supported(indices_tuple)
-        one, other = check_old_rows(embeddings, ref_emb, whose="the new model's embeddings")
-        with torch.autocast(embeddings.device.type, enabled=False):
+        one, other = check_old_rows(embeddings, ref_emb, fit=False, whose="the new model's embeddings")
+        with no_autocast(embeddings):
             if self.distance.normalize_embeddings or self.contrast_weight > 0:
-                # The slope at a zero row is 1 / eps, which has to be a number of the embeddings' dtype too.
-                eps = max(1e-12, torch.finfo(embeddings.dtype).tiny)
-                unit, other_unit = normalize(one, dim=1, eps=eps), normalize(other, dim=1, eps=eps)
+                unit, other_unit = unit_rows(one, embeddings.dtype), unit_rows(other)
             if self.distance.normalize_embeddings:
                 one, other = unit, other_unit
             losses = 1 - (one * other).sum(1) if self.distance.is_inverted else (one - other).square().mean(1)
@@ -101,7 +111,6 @@ class FCTLoss(BaseMetricLossFunction):
                     )
                 labels = check_labels(labels, length=len(one)).to(one.device)
                 losses = losses + self.contrast_weight * contrast_losses(other_unit, unit, labels, self.temperature)
-            losses = losses.to(embeddings.dtype)
         return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
 
 
@@ -112,7 +121,10 @@ def contrast_losses(
 
     The mean of a query's scores within its class is its score with their mean, so that no mask of all pairs is needed.
     """
-    _, position, counts = torch.unique(labels, return_inverse=True, return_counts=True)
-    sums = gallery.new_zeros(len(counts), gallery.shape[1]).index_add(0, position, gallery)
-    wanted = (queries * (sums / counts[:, None])[position]).sum(1)
+    ordered, order = labels.sort()
+    place = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).cumsum(0)])
+    position = torch.empty_like(order).index_copy(0, order, place)  # as of torch.unique, which waits for the device
+    counts = gallery.new_zeros(len(gallery)).index_add(0, position, gallery.new_ones(len(gallery)))
+    sums = torch.zeros_like(gallery).index_add(0, position, gallery)
+    wanted = (queries * sums[position]).sum(1) / counts[position]
     return (queries @ gallery.t() / temperature).logsumexp(1) - wanted / temperature

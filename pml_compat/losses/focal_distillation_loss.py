@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import normalize
 
 from ..checks import check_labels, check_matrix, check_number, check_same_device
 from ..frozen import ClassCenters, FrozenClassifier
-from ..width import fit_width
-from .old_rows import check_old_rows, check_row_labels
-from .task_and_terms import per_sample
+from ..precision import no_autocast
+from ._base import NamedTermsLoss, per_sample
+from .old_rows import check_old_rows, check_row_labels, check_row_values
 
 
-class FocalDistillationLoss(BaseMetricLossFunction):
+class FocalDistillationLoss(NamedTermsLoss):
     r"""Stay near the old model, most of all on the samples that it gets right.
 
     .. math:: \ell_i = (\alpha + \beta \, 1[\text{the old model is right on } i]) \, D_i
@@ -46,10 +45,10 @@ class FocalDistillationLoss(BaseMetricLossFunction):
             is recorded as ``old_correct_fraction``.
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)``, not needed with ``old_correct``
-        - ref_emb ``(N, D_old)``: the old model's embeddings, row i of the same item; receives no gradient; both
-          widths are the same with ``"features"``, and fitted by :func:`pml_compat.width.fit_width` with ``"logits"``
+        - ref_emb ``(N, D_old)``: the old model's embeddings, row i of the same item; receives no gradient; new
+          embeddings are fitted to their width (:func:`pml_compat.width.fit_width`)
         - old_correct: ``(N,)`` bool, a keyword of the call
-        - output: scalar of ``embeddings.dtype``
+        - output: scalar, float32 or better
     Raises:
         ValueError: ``old_classifier`` of another type, or no FrozenClassifier with ``kind="logits"``; a
             hyper-parameter out of its range; labels missing; ``ref_labels`` that are not ``labels``; ``ref_emb``
@@ -116,9 +115,33 @@ class FocalDistillationLoss(BaseMetricLossFunction):
 
         PML's wrappers and :class:`CompatibleLoss` do not pass ``old_correct`` on.
         """
-        c_f.indices_tuple_not_supported(indices_tuple)
-        # PML's forward knows no such argument: it travels past it in the place of the tuple.
-        return super().forward(embeddings, labels, old_correct, ref_emb, ref_labels)
+        return self.call(embeddings, labels, indices_tuple, ref_emb, ref_labels, old_correct=old_correct)
+
+    @property
+    def needs_ref_emb(self) -> bool:
+        """Always."""
+        return True
+
+    def check_given(
+        self,
+        embeddings: torch.Tensor,
+        labels: Any,
+        indices_tuple: Any,
+        ref_emb: Any,
+        ref_labels: Any,
+        *,
+        old_correct: torch.Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        """Check embeddings alone where labels are not needed."""
+        if old_correct is None:
+            super().check_given(embeddings, labels, indices_tuple, ref_emb, ref_labels, **others)
+        else:
+            check_row_values(embeddings, ref_emb)
+
+    def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+        """Check that both rows are of the same item."""
+        check_row_labels(check_labels(labels), ref_labels)
 
     def compute_loss(
         self,
@@ -127,17 +150,18 @@ class FocalDistillationLoss(BaseMetricLossFunction):
         indices_tuple: Any,
         ref_emb: torch.Tensor,
         ref_labels: torch.Tensor | None,
+        *,
+        old_correct: torch.Tensor | None = None,
     ) -> dict[str, Any]:
-        """Return one loss a row; ``old_correct`` comes in the place of the tuple."""
-        old_correct: torch.Tensor | None = indices_tuple
+        """Return one loss a row."""
+        c_f.indices_tuple_not_supported(indices_tuple)
         classifier = self.old_classifier
-        new_emb, old_emb = check_old_rows(embeddings, ref_emb, same_width=self.kind == "features")
+        new_emb, old_emb = check_old_rows(embeddings, ref_emb)
         if old_correct is None:
             labels = check_labels(labels, length=len(embeddings))
-            check_row_labels(labels, None if ref_labels is None else check_labels(ref_labels, "ref_labels"))
         else:
             old_correct = _check_mask(old_correct, len(embeddings)).to(embeddings.device)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with no_autocast(embeddings):
             if classifier is None:
                 right = nearest_has_the_label(old_emb, labels) if old_correct is None else old_correct
                 distances = feature_distances(new_emb, old_emb)
@@ -150,10 +174,9 @@ class FocalDistillationLoss(BaseMetricLossFunction):
                 if self.kind == "features":
                     distances = feature_distances(new_emb, old_emb)
                 else:
-                    new_answers = classifier.logits(fit_width(new_emb, classifier.in_features))
+                    new_answers = classifier.logits(new_emb)
                     distances = divergences(answers, new_answers, self.temperature)
             losses = (self.alpha + self.beta * right.to(distances.dtype)) * distances
-            losses = losses.to(embeddings.dtype)
         if self.collect_stats:
             self.old_correct_fraction = right.float().mean().item()
         return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}

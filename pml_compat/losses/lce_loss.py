@@ -8,16 +8,17 @@ from typing import Any, Literal
 
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
-from torch.nn.functional import mse_loss, normalize, relu
+from torch.nn.functional import mse_loss, relu
 
-from ..checks import check_same_device
+from ..checks import check_same_device, count_rows, rows_where
 from ..frozen import ClassCenters, class_weights
 from ..frozen.class_centers import check_centers
 from ..frozen.class_weights import class_weight_parameter
+from ..precision import no_autocast
 from ..transformations import Transformation
 from ..unit_rows import unit_rows
+from ._base import CLASS_WEIGHT_LENGTH, TaskAndTermsLoss, check_weight, per_sample, reduced
 from .direction_error import direction_error
-from .task_and_terms import CLASS_WEIGHT_LENGTH, TaskAndTermsLoss, check_weight, per_sample, reduced
 
 Boundary = Literal["angle", "cosine"]
 _NEAR_ONE = 1 - 1e-6  # arccos has an infinite slope at 1
@@ -65,8 +66,9 @@ class LCELoss(TaskAndTermsLoss):
             ``collect_stats`` all terms are recorded under their names, ``bounded_fraction``, the share of the batch
             that has a boundary, and ``outside_fraction``, the share of those that lies outside it.
     Shape:
-        - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set
-        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]``, ``["align_loss"]`` and ``["boundary_loss"]``
+        - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set, needed
+          unless ``boundary_weight=0``. What else the call is given goes to the task loss
+        - output: scalar, float32 or better; ``terms["task_loss"]``, ``["align_loss"]`` and ``["boundary_loss"]``
           after the call
     Raises:
         ValueError: a weight < 0; unequal widths without a transformation, or transformations that do not fit them;
@@ -158,7 +160,6 @@ class LCELoss(TaskAndTermsLoss):
     def _report_left_out(self) -> None:
         """Say once, loudly, which classes a term does without."""
         labels = self.old_centers.labels
-        self.classes_without_boundary = labels[~self.old_bounded].tolist()
         said = [
             f"{len(found)} {what}: {', '.join(map(str, found[:10]))}{', ...' if len(found) > 10 else ''}"
             for found, what in (
@@ -174,12 +175,32 @@ class LCELoss(TaskAndTermsLoss):
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", "align_loss", "boundary_loss"]
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    @property
+    def needs_labels(self) -> bool:
+        """Whether there is a boundary term, which is that of the label's class."""
+        return self.boundary_weight != 0
+
+    def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+        """Count the samples that the boundary term is for, where these are not all."""
+        super().look_at_labels(labels, ref_labels)
+        if self.boundary_weight != 0 and not self._for_all:
+            count_rows(self, self._known(self.old_centers.index_of(labels)))
+
+    @property
+    def _for_all(self) -> bool:
+        known = self.num_classes is not None and self.old_centers.label_map.gapless >= self.num_classes
+        return known and (self.boundary_weight is None or not self.classes_without_boundary)
+
+    def _known(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return which of the centres' rows, -1 for none, the boundary term has something to say about."""
+        return rows >= 0 if self.boundary_weight is None else (rows >= 0) & self.old_bounded[rows.clamp(min=0)]
+
+    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
         """Return the alignment, one number, and the boundary term, one loss a sample that has a boundary."""
         centers = self.old_centers.centers
         check_same_device(embeddings, "embeddings", centers, "the loss")
         _check_widths(self.forward_transformation, self.backward_transformation, centers.shape[1], embeddings.shape[1])
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with no_autocast(embeddings):
             terms = {"align_loss": self.zero_loss(), "boundary_loss": self.zero_loss()}
             if self.align_weight is None:
                 terms["align_loss"] = reduced(self._alignment(self._aims(embeddings.dtype)))
@@ -208,7 +229,7 @@ class LCELoss(TaskAndTermsLoss):
         if self.forward_transformation is None and self.backward_transformation is None:
             columns = getattr(self, "old_columns", None)
             return direction_error(weights, aims if columns is None else columns.t().to(aims.dtype))
-        directions = normalize(weights, dim=1)
+        directions = unit_rows(weights)
         errors = []
         if self.forward_transformation is not None:
             errors.append(mse_loss(directions, self.forward_transformation(aims)))
@@ -218,43 +239,44 @@ class LCELoss(TaskAndTermsLoss):
 
     def _draw(self, embeddings: torch.Tensor, labels: torch.Tensor, aims: torch.Tensor) -> dict[str, Any]:
         rows = self.old_centers.index_of(labels)
-        return self._of_known(1 - self._cosines(embeddings, rows.clamp(min=0), aims), rows >= 0)
+        return self._of_known(1 - self._cosines(embeddings, rows.clamp(min=0), aims), rows)
 
     def _boundary(
         self, embeddings: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor, weight: float
     ) -> dict[str, Any]:
         rows = self.old_centers.index_of(labels)
-        bounded = (rows >= 0) & self.old_bounded[rows]
         cosines = self._cosines(embeddings, rows.clamp(min=0), centers)
         boundaries = self.old_centers.boundaries
         assert boundaries is not None  # seen to at construction
         outside = outside_boundary(cosines, boundaries[rows.clamp(min=0)].to(cosines.dtype), self.boundary)
-        return self._of_known(weight * outside, bounded)
+        return self._of_known(weight * outside, rows)
 
     def _cosines(self, embeddings: torch.Tensor, rows: torch.Tensor, aims: torch.Tensor) -> torch.Tensor:
         """Return each embedding's cosine with the aim of its class, ``(N,)``, in the space that is searched."""
         directions = unit_rows(embeddings, embeddings.dtype)
         if self.backward_transformation is not None:
-            return (normalize(self.backward_transformation(directions), dim=1) * aims[rows]).sum(1)
+            return (unit_rows(self.backward_transformation(directions)) * aims[rows]).sum(1)
         if self.forward_transformation is not None:
-            aims = normalize(self.forward_transformation(aims), dim=1)
+            aims = unit_rows(self.forward_transformation(aims))
         return (directions * aims[rows]).sum(1)
 
-    def _of_known(self, losses: torch.Tensor, known: torch.Tensor) -> dict[str, Any]:
-        index = known.nonzero()[:, 0]
-        losses = losses[index]
+    def _of_known(self, losses: torch.Tensor, rows: torch.Tensor) -> dict[str, Any]:
+        index = c_f.torch_arange_from_size(losses) if self._for_all else rows_where(self, self._known(rows))
+        if len(index) < len(losses):
+            losses = losses[index]
         if self.collect_stats:
-            self.bounded_fraction = len(index) / len(known)
+            self.bounded_fraction = len(index) / len(rows)
             self.outside_fraction = (losses > 0).float().mean().item() if len(index) else 0.0
         if len(index) == 0:
             return self.zero_loss()
-        return per_sample(losses, c_f.to_device(index, losses))
+        return per_sample(losses, index)
 
 
 def _derive(loss: LCELoss, _: Any = None) -> None:
     """Make anew what follows from the centres, which may have been loaded."""
     labels = loss.old_centers.labels
     loss.classes_without_center = sorted(set(range(loss.num_classes or 0)) - set(labels.tolist()))
+    loss.classes_without_boundary = labels[~loss.old_bounded].tolist()
     loss._in_order = labels.equal(torch.arange(len(labels), device=labels.device))
     if hasattr(loss, "old_columns"):
         aims = loss.old_centers.directions if loss.align_weight is None else loss.old_centers.centers

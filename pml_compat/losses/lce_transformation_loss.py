@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
-from torch.nn.functional import mse_loss, normalize
+from torch.nn.functional import mse_loss
 
-from ..checks import check_embeddings, check_labels, check_number, check_same_device
+from ..checks import check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
 from ..frozen import ClassCenters
 from ..frozen.class_centers import check_centers
+from ..precision import no_autocast
 from ..transformations import Transformation
+from ..unit_rows import unit_rows
+from ._base import NamedTermsLoss, per_sample, reduced
 from .lce_loss import Boundary, check_boundary, outside_boundary, with_boundary
-from .named_terms import NamedTermsLoss
-from .task_and_terms import per_sample, reduced
 
 
 class LCETransformationLoss(NamedTermsLoss):
@@ -31,7 +32,8 @@ class LCETransformationLoss(NamedTermsLoss):
     from both models, regression on the pairs uses more of what is known (``LinearTransformation.fit``).
 
     Args:
-        transformation: the map that is trained; its parameters are in ``parameters()`` of this loss.
+        transformation: the map that is trained, and that gave the embeddings. The loss refers to it and does not own
+            it: optimise and save ``transformation`` itself, it is in neither ``parameters()`` nor ``state_dict()``.
         source_centers: class centres in the space that ``transformation`` maps from.
         target_centers: class centres and boundaries in the space that it maps into.
         align_weight: the multiplier ``lambda_a``, 0 or more.
@@ -41,7 +43,7 @@ class LCETransformationLoss(NamedTermsLoss):
             ``embedding_reg_weight``, ``collect_stats``.
     Shape:
         - embeddings ``(N, D_target)``: what ``transformation`` gives, carries the gradient; labels ``(N,)``
-        - output: scalar of ``embeddings.dtype``; ``terms["align_loss"]`` and ``["boundary_loss"]`` after the call
+        - output: scalar, float32 or better; ``terms["align_loss"]`` and ``["boundary_loss"]`` after the call
     Raises:
         ValueError: a weight < 0; widths that do not fit; no label in common; no boundaries; embeddings empty, NaN,
             infinite or on another device; labels missing.
@@ -60,6 +62,8 @@ class LCETransformationLoss(NamedTermsLoss):
         Meng et al., "Learning Compatible Embeddings", ICCV 2021, cross-model compatibility. Differs from the paper in:
         one map, into the other model's space, where the paper also maps both models into a third.
     """
+
+    transformation: Transformation
 
     def __init__(
         self,
@@ -80,7 +84,8 @@ class LCETransformationLoss(NamedTermsLoss):
             raise ValueError("transformation must take no side-information, a class centre has none")
         check_centers(source_centers, "source_centers", transformation.in_features)
         check_centers(target_centers, "target_centers", transformation.out_features)
-        self.transformation = transformation
+        # Past nn.Module's registration: it is the caller's, and would be optimised and saved twice.
+        self.__dict__["transformation"] = transformation
         self.align_weight = check_number(align_weight, "align_weight", minimum=0)
         self.boundary_weight = check_number(boundary_weight, "boundary_weight", minimum=0)
         self.boundary = check_boundary(boundary, target_centers, "target_centers", self.boundary_weight)
@@ -117,23 +122,32 @@ class LCETransformationLoss(NamedTermsLoss):
     ) -> dict[str, Any]:
         """Return both terms; the boundary term has one loss a sample that has a boundary."""
         c_f.indices_tuple_not_supported(indices_tuple)
-        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        check_embeddings(embeddings, width=self.transformation.out_features)
+        if ref_emb is not None or ref_labels is not None:
+            raise ValueError("ref_emb and ref_labels must be None: the loss compares with class centres")
+        check_matrix(embeddings, width=self.transformation.out_features)
         labels = check_labels(labels, length=len(embeddings))
         check_same_device(embeddings, "embeddings", self.old_target_directions, "the loss")
         terms = {"align_loss": self.zero_loss(), "boundary_loss": self.zero_loss()}
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with no_autocast(embeddings):
             precise = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
             if self.align_weight > 0:
                 mapped = self.transformation(self.old_source_directions.to(precise.dtype))
                 error = mse_loss(mapped, self.old_target_directions.to(precise.dtype))
                 terms["align_loss"] = reduced(self.align_weight * error)
             rows = self.old_target_centers.index_of(labels)
-            index = ((rows >= 0) & self.old_bounded[rows]).nonzero()[:, 0]
-            if self.boundary_weight > 0 and len(index):
+            index = rows_where(self, self._bounded(rows)) if self.boundary_weight > 0 else rows[:0]
+            if len(index):
                 target, rows = self.old_target_centers, rows[index]
                 assert target.boundaries is not None  # seen to at construction
-                cosines = (normalize(precise[index], dim=1) * target.centers[rows]).sum(1)
+                cosines = (unit_rows(precise[index], embeddings.dtype) * target.centers[rows]).sum(1)
                 outside = outside_boundary(cosines, target.boundaries[rows].to(cosines.dtype), self.boundary)
-                terms["boundary_loss"] = per_sample(outside * self.boundary_weight, c_f.to_device(index, embeddings))
+                terms["boundary_loss"] = per_sample(outside * self.boundary_weight, index)
         return terms
+
+    def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+        """Count the samples whose class has a boundary."""
+        if self.boundary_weight > 0:
+            count_rows(self, self._bounded(self.old_target_centers.index_of(labels)))
+
+    def _bounded(self, rows: torch.Tensor) -> torch.Tensor:
+        return (rows >= 0) & self.old_bounded[rows.clamp(min=0)]

@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_matrix, check_number, check_same_device
+from ..checks import check_number, check_same_device
 from ..frozen import FrozenClassifier
-from ..width import fit_width
+from ..precision import no_autocast
+from ._base import NamedTermsLoss, per_sample
 from .old_rows import check_old_rows
-from .task_and_terms import per_sample
 
 
-class LwFLoss(BaseMetricLossFunction):
+class LwFLoss(NamedTermsLoss):
     r"""Let the old classifier answer alike on new and on old embeddings of the same item.
 
     .. math:: \ell_i = -\sum_c p_{ic} \log q_{ic}, \quad p_i = \operatorname{softmax}(z(f_{o,i}) / T_{old}), \quad
@@ -36,7 +35,7 @@ class LwFLoss(BaseMetricLossFunction):
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient; labels are not used
         - ref_emb ``(N, D_old)``: the old model's embeddings, row i of the same item; receives no gradient
-        - output: scalar of ``embeddings.dtype``; at least the mean entropy of the old answers, not 0
+        - output: scalar, float32 or better; at least the mean entropy of the old answers, not 0
     Raises:
         ValueError: ``old_classifier`` no FrozenClassifier; a temperature that is not above 0; ``ref_emb`` missing, of
             another length or not as wide as the old classifier; empty, NaN or infinite; another device; an
@@ -72,18 +71,25 @@ class LwFLoss(BaseMetricLossFunction):
         self.old_temperature = check_number(old_temperature, "old_temperature", minimum=0, exclusive=True)
         self.add_to_recordable_attributes(list_of_names=["temperature", "old_temperature"], is_stat=False)
 
+    @property
+    def needs_ref_emb(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def needs_labels(self) -> bool:
+        """Never."""
+        return False
+
     def compute_loss(
         self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: torch.Tensor, ref_labels: Any
     ) -> dict[str, Any]:
         """Return one loss a row."""
         c_f.indices_tuple_not_supported(indices_tuple)
-        new_emb, old_emb = check_old_rows(embeddings, ref_emb, same_width=False)
-        check_matrix(old_emb, "ref_emb", self.old_classifier.in_features)
+        new_emb, old_emb = check_old_rows(embeddings, ref_emb, width=self.old_classifier.in_features)
         check_same_device(embeddings, "embeddings", self.old_classifier.rows, "the loss")
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with no_autocast(embeddings):
             targets = torch.softmax(self.old_classifier.logits(old_emb) / self.old_temperature, dim=1)
-            new_emb = fit_width(new_emb, self.old_classifier.in_features)
             logits = self.old_classifier.logits(new_emb) / self.temperature
             losses = torch.nn.functional.cross_entropy(logits, targets.to(logits.dtype), reduction="none")
-            losses = losses.to(embeddings.dtype)
         return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}

@@ -9,9 +9,11 @@ from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_integer, check_number
 from ..frozen import class_weights
+from ..precision import no_autocast
 from ..unit_rows import unit_rows
+from ..width import fit_width
+from ._base import TaskAndTermsLoss, at_least_float32, check_weight, per_sample, reduced
 from .old_rows import check_old_rows, check_row_labels
-from .task_and_terms import TaskAndTermsLoss, check_weight, per_sample, reduced
 
 
 class MixBCTLoss(TaskAndTermsLoss):
@@ -46,16 +48,17 @@ class MixBCTLoss(TaskAndTermsLoss):
         **kwargs: ``embedding_regularizer`` (on the new embeddings, before any is replaced), ``embedding_reg_weight``,
             ``collect_stats``, which records ``task_loss`` and ``mixed_fraction``, the share that was replaced.
     Shape:
-        - embeddings ``(N, D)``, carries the gradient; labels ``(N,)`` of the new training set; indices_tuple: for
+        - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set; indices_tuple: for
           the task loss
-        - ref_emb ``(N, D)``: the old embeddings of the same rows, which receive no gradient
+        - ref_emb ``(N, D)``: the old embeddings of the same rows, which receive no gradient; between widths that differ
+          by :func:`pml_compat.width.fit_width`
         - ref_labels ``(N,)``: the same labels, or -1 at rows that are not credible, which reaches the loss through
           PML's wrappers too
         - credible ``(N,)`` bool: the rows that may be replaced; all by default
-        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]`` and ``["draw_loss"]`` after the call
+        - output: scalar, float32 or better; ``terms["task_loss"]`` and ``["draw_loss"]`` after the call
     Raises:
-        ValueError: ``draw_weight`` < 0; ``share`` outside [0, 1]; ``ref_emb`` missing in train mode, or not shaped like
-            ``embeddings``;
+        ValueError: ``draw_weight`` < 0; ``share`` outside [0, 1]; ``ref_emb`` missing in train mode, or of another
+            length;
             ``credible`` not bool or of another length; ``ref_labels`` neither the labels nor -1; embeddings empty,
             NaN, infinite or on another device; labels missing, negative or past the task loss's classes.
     Example:
@@ -102,40 +105,65 @@ class MixBCTLoss(TaskAndTermsLoss):
     def forward(
         self,
         embeddings: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None = None,
         indices_tuple: Any = None,
-        ref_emb: torch.Tensor | None = None,
+        ref_emb: Any = None,
         ref_labels: torch.Tensor | None = None,
         *,
         credible: torch.Tensor | None = None,
+        **task_arguments: Any,
     ) -> torch.Tensor:
         """Return the task loss of the mixed batch."""
-        # PML's forward knows no credible: it travels past it in the place of the tuple.
-        return super().forward(embeddings, labels, (indices_tuple, credible), ref_emb, ref_labels)
+        return self.call(embeddings, labels, indices_tuple, ref_emb, ref_labels, credible=credible, **task_arguments)
+
+    @property
+    def needs_ref_emb(self) -> bool:
+        """In training; else it is not read."""
+        return True
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether new embeddings are drawn to old ones of their class."""
+        return self.draw_weight != 0
+
+    def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+        """Check that both rows are of the same item, where that is credible."""
+        super().look_at_labels(labels, ref_labels)
+        if self.training and ref_labels is not None and ref_labels.shape == labels.shape:
+            check_row_labels(labels, torch.where(ref_labels == -1, labels, ref_labels))
 
     def compute_loss(
-        self, embeddings: torch.Tensor, labels: torch.Tensor, indices_tuple: Any, ref_emb: Any, ref_labels: Any
+        self,
+        embeddings: torch.Tensor,
+        labels: Any,
+        indices_tuple: Any,
+        ref_emb: Any,
+        ref_labels: Any,
+        *,
+        credible: torch.Tensor | None = None,
+        **task_arguments: Any,
     ) -> dict[str, Any]:
         """Return the task loss of the mixed batch, which has reduced itself."""
-        indices_tuple, credible = indices_tuple
         if not self.training:
-            found = super().compute_loss(embeddings, labels, indices_tuple, embeddings, labels)
+            found = super().compute_loss(embeddings, labels, indices_tuple, None, None, **task_arguments)
             return {**found, "draw_loss": self.zero_loss()}
-        new, old = check_old_rows(embeddings, ref_emb)
-        credible = _check_credible(credible, labels, ref_labels)
+        _, old = check_old_rows(embeddings, ref_emb)
+        new, labels = at_least_float32(embeddings), self.given_labels(labels, embeddings)
+        credible = _check_credible(credible, len(new), ref_labels).to(new.device)
         chosen = self._draw(credible)
         if self.collect_stats:
             self.mixed_fraction = chosen.float().mean().item()
-        with torch.autocast(embeddings.device.type, enabled=False):
-            old = unit_rows(old.to(new.dtype), new.dtype)
-            mixed = torch.where(chosen[:, None], old, new)
-            task_loss = self.loss(mixed, labels, indices_tuple)
+        with no_autocast(embeddings):
+            width = min(old.shape[1], new.shape[1])
+            old = unit_rows(fit_width(old, width))
+            mixed = torch.where(chosen[:, None], fit_width(old, new.shape[1]), new)
+            task_loss = self.task(mixed, labels, indices_tuple, dtype=embeddings.dtype, **task_arguments)
             found = {"draw_loss": self.zero_loss()}
             if self.draw_weight != 0:
-                found["draw_loss"] = self._drawn(new, old, labels)
+                found["draw_loss"] = self._drawn(unit_rows(new[:, :width], embeddings.dtype), old, labels)
         return {"task_loss": reduced(task_loss), **self.balanced_terms(task_loss, found, new)}
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
         """Return nothing more: the added term needs the old embeddings too."""
         return {}
 
@@ -143,10 +171,10 @@ class MixBCTLoss(TaskAndTermsLoss):
         """Return how far each new embedding is from its class's old ones and its own, whatever is mixed."""
         aims = old
         if self.old_sums is not None:
-            sums = self.old_sums.index_add(0, labels, old.to(self.old_sums))
-            self.old_sums = sums
-            aims = unit_rows(old + unit_rows(sums, new.dtype)[labels].to(new.dtype), new.dtype)
-        losses = 1 - (unit_rows(new, new.dtype) * aims).sum(1)
+            self.old_sums = self.old_sums.index_add(0, labels, fit_width(old, self.old_sums.shape[1]).to(self.old_sums))
+            sums = self.old_sums[:, : old.shape[1]]
+            aims = unit_rows(old + unit_rows(sums)[labels].to(new.dtype))
+        losses = 1 - (new * aims).sum(1)
         if self.draw_weight is not None:
             losses = losses * self.draw_weight
         return per_sample(losses, c_f.torch_arange_from_size(new))
@@ -175,17 +203,12 @@ class MixBCTLoss(TaskAndTermsLoss):
         self._generator.set_state(state["_generator"])
 
 
-def _check_credible(credible: Any, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> torch.Tensor:
+def _check_credible(credible: Any, length: int, ref_labels: torch.Tensor | None) -> torch.Tensor:
     """Return which old embeddings may be used, ``(N,)`` bool."""
-    if credible is None:
-        credible = torch.ones_like(labels, dtype=torch.bool)
-    elif not isinstance(credible, torch.Tensor) or credible.dtype != torch.bool or credible.shape != labels.shape:
+    is_mask = isinstance(credible, torch.Tensor) and credible.dtype == torch.bool and credible.shape == (length,)
+    if credible is not None and not is_mask:
         got = f"{credible.dtype} {tuple(credible.shape)}" if isinstance(credible, torch.Tensor) else repr(credible)
-        raise ValueError(f"credible must be a bool tensor with one entry a row, ({len(labels)},), got {got}")
-    credible = c_f.to_device(credible, labels)
+        raise ValueError(f"credible must be a bool tensor with one entry a row, ({length},), got {got}")
     if ref_labels is None:
-        return credible
-    ref_labels = c_f.to_device(ref_labels, labels)
-    unknown = ref_labels == -1
-    check_row_labels(labels, torch.where(unknown, labels, ref_labels))
-    return credible & ~unknown
+        return torch.ones(length, dtype=torch.bool) if credible is None else credible
+    return ref_labels != -1 if credible is None else c_f.to_device(credible, ref_labels) & (ref_labels != -1)

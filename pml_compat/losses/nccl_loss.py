@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
-from torch.nn.functional import normalize
 
-from ..checks import check_embeddings, check_integer, check_labels, check_matrix, check_number, check_same_device
+from ..checks import check_embeddings, check_integer, check_labels, check_number, check_same_device
 from ..frozen import class_weights
+from ..precision import no_autocast
+from ..unit_rows import unit_rows
 from ..width import fit_width
+from ._base import TaskAndTermsLoss, at_least_float32, check_weight, per_sample, reduced
 from .old_rows import check_old_rows, check_row_labels
-from .task_and_terms import TaskAndTermsLoss, check_weight, per_sample, reduced
 
 
 class NCCLLoss(TaskAndTermsLoss):
@@ -50,7 +51,7 @@ class NCCLLoss(TaskAndTermsLoss):
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)``; indices_tuple: for the task loss
         - ref_emb ``(N, embedding_size)``: old embeddings, row i of the same item; ref_labels: None, or equal to labels
-        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]``, ``["feature_loss"]`` and ``["logit_loss"]``
+        - output: scalar, float32 or better; ``terms["task_loss"]``, ``["feature_loss"]`` and ``["logit_loss"]``
           after the call
     Raises:
         ValueError: an argument out of its range; ``logit_weight`` > 0 without class weights; ``ref_emb`` missing, of
@@ -127,20 +128,35 @@ class NCCLLoss(TaskAndTermsLoss):
         if int(labels.min()) < 0:
             raise ValueError(f"labels must be 0 or more, got {int(labels.min())}")
         embeddings = embeddings.to(self.old_queue.device, torch.promote_types(embeddings.dtype, torch.float32))
-        self._keep(*self._enqueued(normalize(embeddings, dim=1), labels.to(self.old_queue.device)))
+        self._keep(*self._enqueued(unit_rows(embeddings), labels.to(self.old_queue.device)))
+
+    @property
+    def needs_ref_emb(self) -> bool:
+        """Always."""
+        return True
+
+    def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+        """Check that both rows are of the same item."""
+        super().look_at_labels(labels, ref_labels)
+        check_row_labels(check_labels(labels), ref_labels)
 
     def compute_loss(
-        self, embeddings: torch.Tensor, labels: torch.Tensor, indices_tuple: Any, ref_emb: Any, ref_labels: Any
+        self,
+        embeddings: torch.Tensor,
+        labels: Any,
+        indices_tuple: Any,
+        ref_emb: Any,
+        ref_labels: Any,
+        **task_arguments: Any,
     ) -> dict[str, Any]:
         """Return the task loss, which has reduced itself, and one loss a sample for each of the two terms."""
-        new, old = check_old_rows(embeddings, ref_emb, same_width=False)
-        check_matrix(ref_emb, "ref_emb", self.old_queue.shape[1])
-        check_row_labels(labels, ref_labels)
+        new, labels = at_least_float32(embeddings), self.given_labels(labels, embeddings)
+        fitted, old = check_old_rows(new, ref_emb, width=self.old_queue.shape[1])
         check_same_device(embeddings, "embeddings", self.old_queue, "the loss")
-        task_loss = self.loss(new, labels, indices_tuple)
+        task_loss = self.task(new, labels, indices_tuple, dtype=embeddings.dtype, **task_arguments)
         found: dict[str, Any] = {"feature_loss": self.zero_loss(), "logit_loss": self.zero_loss()}
-        with torch.autocast(embeddings.device.type, enabled=False):
-            old = normalize(old.to(new.dtype), dim=1)
+        with no_autocast(embeddings):
+            old = unit_rows(old)
             queue, queue_labels, filled, position = self._enqueued(old, labels)
             if self.training:
                 self._keep(queue, queue_labels, filled, position)
@@ -150,17 +166,17 @@ class NCCLLoss(TaskAndTermsLoss):
             shares = _shares(old, labels, queue, queue_labels)
             index = c_f.torch_arange_from_size(embeddings)
             if self.feature_weight != 0:
-                similarities = normalize(fit_width(new, old.shape[1]), dim=1) @ queue.t()
+                similarities = unit_rows(fitted, embeddings.dtype) @ queue.t()
                 losses = self._contrast(similarities, shares, there)
                 found["feature_loss"] = per_sample(_times(losses, self.feature_weight), index)
             if self.logit_weight != 0:
-                weights = normalize(class_weights(self.loss).to(new.dtype), dim=1)
+                weights = unit_rows(class_weights(self.loss).to(new.dtype))
                 similarities = _logit_cosines(new, fit_width(queue, new.shape[1]), weights)
                 losses = self._contrast(similarities, shares, there)
                 found["logit_loss"] = per_sample(_times(losses, self.logit_weight), index)
         return {"task_loss": reduced(task_loss), **self.balanced_terms(task_loss, found, new)}
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
         """Return nothing more: the terms need the old embeddings too."""
         return {}
 
@@ -208,7 +224,7 @@ def _logit_cosines(new: torch.Tensor, queue: torch.Tensor, weights: torch.Tensor
 
     With frozen weights W, <z, W o> = <W' z, o> and |W o|^2 = <o, W'W o>: no (K, C) logits of the queue are held.
     """
-    logits = normalize(new @ weights.t(), dim=1)
+    logits = unit_rows(new @ weights.t())
     frozen = weights.detach()
     squares = (queue @ (frozen.t() @ frozen) * queue).sum(1)
     # Where no class weight has a part in a queued row, its logits are rounding: too short to be taken to length 1.

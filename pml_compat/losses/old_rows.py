@@ -2,43 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_embeddings, check_same_device
+from ..checks import check_finite, check_matrix, check_same_device, check_values
+from ..width import fit_width
+
+
+def check_row_values(embeddings: torch.Tensor, ref_emb: Any) -> None:
+    """Raise a ValueError where embeddings, or the rows that are given of another model, are not finite."""
+    check_finite(embeddings, "embeddings")
+    if isinstance(ref_emb, Mapping):
+        several = len({id(rows) for rows in ref_emb.values()}) > 1
+        for rows, key in {id(rows): (rows, key) for key, rows in ref_emb.items()}.values():
+            if isinstance(rows, torch.Tensor):
+                check_finite(rows, f"ref_emb[{key!r}]" if several else "ref_emb")
+    elif isinstance(ref_emb, torch.Tensor):
+        check_finite(ref_emb, "ref_emb")
 
 
 def check_old_rows(
-    embeddings: torch.Tensor, ref_emb: Any, *, same_width: bool = True, whose: str = "the old model's embeddings"
+    embeddings: torch.Tensor,
+    ref_emb: Any,
+    *,
+    width: int | None = None,
+    fit: bool = True,
+    whose: str = "the old model's embeddings",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the batch and the other model's embeddings of the same items, in float32 or better.
+    """Return the batch, fitted to the width of the other model's, and that one's embeddings of the same items.
+
+    Both come in float32 or better.
 
     Args:
         embeddings: ``(N, D)``, of the model in training; the result carries its gradient.
-        ref_emb: ``(N, D)``, row i of the same item; the result is detached.
-        same_width: whether both must have the same ``D``.
+        ref_emb: ``(N, D_old)``, row i of the same item; the result is detached.
+        width: the width that ``ref_emb`` must have; None: any.
+        fit: fit the batch to the width of ``ref_emb`` (:func:`pml_compat.width.fit_width`); without, both must have
+            the same.
         whose: what to call ``ref_emb`` in errors.
     Raises:
-        ValueError: ``ref_emb`` missing (``None``, or ``embeddings`` itself, which PML puts in its place), of another
-            shape or on another device; either one empty, NaN or infinite.
+        ValueError: ``ref_emb`` missing, of another shape or on another device; either one empty.
     """
     if ref_emb is None or ref_emb is embeddings:
         raise ValueError(f"ref_emb must be given: {whose} of the same items, row by row; got None or embeddings itself")
     if not isinstance(ref_emb, torch.Tensor):
-        raise ValueError(f"ref_emb must be a torch.Tensor, got {type(ref_emb).__name__}")
+        raise ValueError(
+            f"ref_emb must be a torch.Tensor, a numpy.ndarray or FrozenEmbeddings, got {type(ref_emb).__name__}"
+        )
     check_same_device(embeddings, "embeddings", ref_emb, "ref_emb")
-    check_embeddings(embeddings)
-    check_embeddings(ref_emb, "ref_emb")
-    if len(ref_emb) != len(embeddings) or (same_width and ref_emb.shape[1] != embeddings.shape[1]):
-        expected = tuple(embeddings.shape) if same_width else f"{len(embeddings)} rows"
+    check_matrix(embeddings)
+    check_matrix(ref_emb, "ref_emb", width)
+    if len(ref_emb) != len(embeddings) or (not fit and ref_emb.shape[1] != embeddings.shape[1]):
+        expected = f"{len(embeddings)} rows" if fit else tuple(embeddings.shape)
         raise ValueError(
             f"ref_emb must be shaped like embeddings, row i of the same item: expected {expected}, "
-            f"got {tuple(ref_emb.shape) if same_width else len(ref_emb)}"
+            f"got {len(ref_emb) if fit else tuple(ref_emb.shape)}"
         )
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    return embeddings.to(dtype), ref_emb.detach().to(dtype)
+    old = ref_emb.detach().to(dtype)
+    return fit_width(embeddings.to(dtype), old.shape[1]), old
 
 
 def check_row_labels(labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
@@ -49,5 +73,12 @@ def check_row_labels(labels: torch.Tensor, ref_labels: torch.Tensor | None) -> N
     """
     if ref_labels is None or ref_labels is labels:
         return
-    if ref_labels.shape != labels.shape or not torch.equal(c_f.to_device(ref_labels, labels), labels):
-        raise ValueError("ref_labels must equal labels, as row i of ref_emb is the item of row i of embeddings")
+    error = "ref_labels must equal labels, as row i of ref_emb is the item of row i of embeddings"
+    if ref_labels.shape != labels.shape:
+        raise ValueError(error)
+
+    def judge(differ: float) -> None:
+        if differ:
+            raise ValueError(error)
+
+    check_values([(ref_labels.to(labels.device) != labels).any()], judge)

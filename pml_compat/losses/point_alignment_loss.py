@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
-from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_number
+from ..precision import no_autocast
 from ..unit_rows import unit_rows
+from ._base import NamedTermsLoss, per_sample
 from .old_rows import check_old_rows
-from .task_and_terms import per_sample
 
 
-class PointAlignmentLoss(BaseMetricLossFunction):
+class PointAlignmentLoss(NamedTermsLoss):
     r"""Pull every new embedding onto the old embedding of the same item, or to within a distance of it.
 
     .. math:: \ell_i = w \, [d(a_i, o_i) - t]_+^2, \qquad \text{or, with } \texttt{squared=False}, \qquad
@@ -36,11 +36,12 @@ class PointAlignmentLoss(BaseMetricLossFunction):
             ``normalize_embeddings=False`` on the embeddings as they are. ``reducer`` (one loss a row, default
             ``MeanReducer``), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
     Shape:
-        - embeddings ``(N, D)``, carries the gradient; labels are not used
-        - ref_emb ``(N, D)``: the old model's embeddings, row i of the same item; receives no gradient
-        - output: scalar of ``embeddings.dtype``
+        - embeddings ``(N, D)``, carries the gradient, fitted to the old width (:func:`pml_compat.width.fit_width`);
+          labels are not used
+        - ref_emb ``(N, D_old)``: the old model's embeddings, row i of the same item; receives no gradient
+        - output: scalar, float32 or better
     Raises:
-        ValueError: ``weight`` or ``threshold`` < 0; another distance; ``ref_emb`` missing, or not of the same shape;
+        ValueError: ``weight`` or ``threshold`` < 0; another distance; ``ref_emb`` missing, or of another length;
             empty, NaN or infinite; another device; an ``indices_tuple``.
     Example:
         >>> PointAlignmentLoss(weight=0.5)(torch.tensor([[3.0, 0.0]]), ref_emb=torch.tensor([[0.0, 2.0]]))
@@ -51,6 +52,8 @@ class PointAlignmentLoss(BaseMetricLossFunction):
         form and its 10 and 0.2 are of the public code of MixBCT. Differs from public code in: the sum over
         coordinates instead of their mean. Where a distance is 0, and at rows of length 0, the gradient is 0.
     """
+
+    tells_by_its_value = True
 
     def __init__(self, weight: float = 1.0, threshold: float = 0.0, squared: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -65,6 +68,16 @@ class PointAlignmentLoss(BaseMetricLossFunction):
         self.squared = squared
         self.add_to_recordable_attributes(list_of_names=["weight", "threshold"], is_stat=False)
 
+    @property
+    def needs_ref_emb(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def needs_labels(self) -> bool:
+        """Never."""
+        return False
+
     def get_default_distance(self) -> BaseDistance:
         """Euclidean distance of unit rows."""
         return LpDistance(p=2)
@@ -75,11 +88,11 @@ class PointAlignmentLoss(BaseMetricLossFunction):
         """Return one loss a row."""
         c_f.indices_tuple_not_supported(indices_tuple)
         new_emb, old_emb = check_old_rows(embeddings, ref_emb)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with no_autocast(embeddings):
             if self.distance.normalize_embeddings:
                 new_emb, old_emb = (unit_rows(rows, embeddings.dtype) for rows in (new_emb, old_emb))
             losses = hinged_distances(new_emb - old_emb, self.threshold, self.squared)
-            losses = (self.weight * losses).to(embeddings.dtype)
+            losses = self.weight * losses
         return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
 
 

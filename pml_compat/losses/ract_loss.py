@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_integer, check_labels, check_number
+from ..precision import no_autocast
 from ..unit_rows import unit_rows
+from ._base import NamedTermsLoss, per_sample
 from .old_rows import check_old_rows, check_row_labels
-from .task_and_terms import per_sample
 
 
-class RACTLoss(BaseMetricLossFunction):
+class RACTLoss(NamedTermsLoss):
     r"""Bring each new embedding to the old embedding of its own image, away from old and new ones of other labels.
 
     With unit rows :math:`a_i` (new) and :math:`o_i` (old), and the negatives :math:`N_i = \{j: y_j \ne y_i\}`,
@@ -42,11 +42,12 @@ class RACTLoss(BaseMetricLossFunction):
         **kwargs: ``reducer`` (one loss a sample, default ``MeanReducer``), ``embedding_regularizer``,
             ``embedding_reg_weight``, ``collect_stats``.
     Shape:
-        - embeddings ``(N, D)``, carries the gradient, as a sample and as a negative of others; labels ``(N,)``
-        - ref_emb ``(N, D)``: the old model's embeddings, row i of the same item; receives no gradient
-        - output: scalar of ``embeddings.dtype``
+        - embeddings ``(N, D)``, carries the gradient, as a sample and as a negative
+          of others, fitted to the old width (:func:`pml_compat.width.fit_width`); labels ``(N,)``
+        - ref_emb ``(N, D_old)``: the old model's embeddings, row i of the same item; receives no gradient
+        - output: scalar, float32 or better
     Raises:
-        ValueError: a hyper-parameter out of its range; labels missing; ``ref_emb`` missing, or not of the same shape;
+        ValueError: a hyper-parameter out of its range; labels missing; ``ref_emb`` missing, or of another length;
             ``ref_labels`` that are not ``labels``; embeddings empty, NaN, infinite or on another device; an
             ``indices_tuple``.
     Example:
@@ -81,6 +82,15 @@ class RACTLoss(BaseMetricLossFunction):
         used = "temperature" if form == "contrastive" else "margin"
         self.add_to_recordable_attributes(list_of_names=[used], is_stat=False)
 
+    @property
+    def needs_ref_emb(self) -> bool:
+        """Always."""
+        return True
+
+    def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+        """Check that both rows are of the same item."""
+        check_row_labels(check_labels(labels), ref_labels)
+
     def compute_loss(
         self,
         embeddings: torch.Tensor,
@@ -93,8 +103,7 @@ class RACTLoss(BaseMetricLossFunction):
         c_f.indices_tuple_not_supported(indices_tuple)
         new_emb, old_emb = check_old_rows(embeddings, ref_emb)
         labels = check_labels(labels, length=len(embeddings))
-        check_row_labels(labels, None if ref_labels is None else check_labels(ref_labels, "ref_labels"))
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with no_autocast(embeddings):
             new_emb, old_emb = (unit_rows(rows, embeddings.dtype) for rows in (new_emb, old_emb))
             others = [old_emb, new_emb] if self.regression else [old_emb]
             same = labels[:, None] == labels
@@ -102,7 +111,6 @@ class RACTLoss(BaseMetricLossFunction):
                 losses = contrastive_losses(new_emb, old_emb, others, same, self.top_k, self.temperature)
             else:
                 losses = triplet_losses(new_emb, old_emb, others, same, self.top_k, self.margin)
-            losses = losses.to(embeddings.dtype)
         return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
 
 

@@ -49,7 +49,7 @@ class UniBCTLoss(BCTLoss):
         **kwargs: as for :class:`BCTLoss`.
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set
-        - output: scalar of ``embeddings.dtype``; ``terms["task_loss"]`` and ``terms["influence_loss"]`` after the call
+        - output: scalar, float32 or better; ``terms["task_loss"]`` and ``terms["influence_loss"]`` after the call
     Raises:
         ValueError: as :class:`BCTLoss`; ``prototypes`` no ClassCenters; ``scale`` or ``margin`` out of its range.
     Example:

@@ -8,20 +8,22 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance
 from pytorch_metric_learning.miners import BaseMiner
 
+from ..checks import one_read, values_known
 from ..old_references import check_references
 
 
 class CrossModelMiner(BaseMiner):
     """Base of our miners: ``miner(new, labels, old, ref_labels)`` checks, and :meth:`mine` gets what can be relied on.
 
-    In :meth:`mine` embeddings are float32 or better, without a gradient and outside autocast; ``ref_labels`` is never
-    None and never ``labels`` itself. ``ref_labels=None`` in the call means: the labels of the same rows. An item's own
-    old embedding is a reference like any other.
+    In :meth:`mine` embeddings are float32 or better, without a gradient and outside autocast, the new ones fitted to
+    the old width (:func:`pml_compat.width.fit_width`); ``ref_labels`` is never None and never ``labels`` itself.
+    ``ref_labels=None`` in the call means: the labels of the same rows. An item's own old embedding is a reference like
+    any other.
 
     Args:
         **kwargs: ``distance`` (default ``LpDistance(p=2)``, unit rows), ``collect_stats``.
     Raises:
-        ValueError: in a call: ``ref_emb`` missing, of another width or on another device; embeddings empty, NaN or
+        ValueError: in a call: ``ref_emb`` missing or on another device; embeddings empty, NaN or
             infinite; labels missing or not one a row.
     """
 
@@ -38,8 +40,9 @@ class CrossModelMiner(BaseMiner):
     ) -> tuple[torch.Tensor, ...]:
         """Return (anchors, positives, negatives) or (anchors, positives, anchors, negatives)."""
         with torch.no_grad():
-            new, labels, old, ref_labels = check_references(embeddings, labels, ref_emb, ref_labels)
-            with torch.autocast(new.device.type, enabled=False):
+            with one_read():
+                new, labels, old, ref_labels = check_references(embeddings, labels, ref_emb, ref_labels)
+            with torch.autocast(new.device.type, enabled=False), values_known():
                 return super().forward(new, labels, old, ref_labels)
 
     def distances(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

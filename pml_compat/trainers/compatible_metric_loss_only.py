@@ -12,9 +12,10 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.nest import moved_to, rows_of
 from ..frozen import FrozenEmbeddings, FrozenModel, OldEmbeddingDataset, data_and_label
 from ..losses import GatheredLoss
-from ..losses.task_and_terms import TaskAndTermsLoss
+from ..losses._base import unwrapped
 from .resumable_sampler import ResumableSampler
 from .stored_rows import ONE, called, indices_in_batch, rows_in_batch, stored_rows
 
@@ -35,10 +36,12 @@ class CompatibleMetricLossOnly(MetricLossOnly):
     Everything else is PML's: hooks, testers, ``freeze_these``, schedulers, mining functions. The ``tuple_miner`` mines
     among the new embeddings, for the task loss; a miner across models belongs to the loss. The old system is in none
     of ``models``, ``optimizers`` and what hooks save. A loss that adds terms of its own to a task loss but reads no
-    old embeddings (``BCTLoss``, ``LCELoss``), or has no argument ``ref_emb``, is called as PML calls it.
+    old embeddings (``BCTLoss``, ``LCELoss``), or has no argument ``ref_emb``, is called as PML calls it. Losses of this
+    package say so themselves, by ``needs_ref_emb``.
 
     Args:
-        *args: as of PML's ``MetricLossOnly``. Batches may have more parts than data and labels.
+        *args: as of PML's ``MetricLossOnly``. Batches may have more parts than data and labels,
+            and data may be any nest of tensors that the trunk takes: dicts, tuples, lists.
         old_model: the old network, ``(N, ...) -> (N, D_old)``; put in eval mode, moved to ``data_device`` and run in
             its own dtype without a gradient. Or a mapping of names to networks.
         old_embeddings: ``FrozenEmbeddings``, whose ids are the data set's indices, or an ``(N, D_old)`` tensor, array
@@ -138,7 +141,7 @@ class CompatibleMetricLossOnly(MetricLossOnly):
             with torch.no_grad():
                 chosen = self.mining_funcs["subset_batch_miner"](self.compute_embeddings(data), labels)
             self.set_to_train()
-            data, labels = data[chosen], labels[chosen]
+            data, labels = rows_of(data, chosen), labels[chosen]
             looked_up = {name: rows[torch.as_tensor(chosen, device=rows.device)] for name, rows in looked_up.items()}
         return data, labels, looked_up
 
@@ -151,11 +154,15 @@ class CompatibleMetricLossOnly(MetricLossOnly):
     def calculate_loss(self, curr_batch: tuple[Any, torch.Tensor, dict[str, torch.Tensor]]) -> None:
         """Embed, mine and compute the loss as PML does, the loss with the old embeddings."""
         data, labels, looked_up = curr_batch
-        data = c_f.to_device(data, device=self.data_device)  # once, for all models
+        data = moved_to(data, self.data_device)  # once, for all models
         embeddings = self.compute_embeddings(data)
         indices_tuple = self.maybe_mine_embeddings(embeddings, labels)
         ref_emb = self._old(data, embeddings, looked_up) if self._loss_reads_old() else None
         self.losses["metric_loss"] = self.maybe_get_metric_loss(embeddings, labels, indices_tuple, ref_emb)
+
+    def get_trunk_output(self, data: Any) -> Any:
+        """Return what the trunk gives, of any nest of tensors."""
+        return self.models["trunk"](moved_to(data, self.data_device, self.dtype))
 
     def maybe_get_metric_loss(
         self, embeddings: torch.Tensor, labels: torch.Tensor, indices_tuple: Any, ref_emb: Any = None
@@ -180,7 +187,7 @@ class CompatibleMetricLossOnly(MetricLossOnly):
         return {name: stored_rows(stored, index, name) for name, stored in self.old_embeddings.items()}
 
     def _old(
-        self, data: torch.Tensor, embeddings: torch.Tensor, looked_up: Mapping[str, torch.Tensor]
+        self, data: Any, embeddings: torch.Tensor, looked_up: Mapping[str, torch.Tensor]
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return what the loss gets as ``ref_emb``: the batch's embeddings by all old models."""
         found = dict(looked_up)
@@ -198,11 +205,18 @@ class CompatibleMetricLossOnly(MetricLossOnly):
 
 def _reads_ref_emb(loss: torch.nn.Module) -> bool:
     """Tell whether a loss takes old embeddings as ``ref_emb``."""
-    while isinstance(loss, DistributedLossWrapper | GatheredLoss | DistributedDataParallel):
-        loss = loss.module if isinstance(loss, DistributedDataParallel) else loss.loss
-    kind: Any = type(loss)
-    if isinstance(loss, TaskAndTermsLoss):  # as it stands, the base hands ref_emb to the task loss, which wants none
-        return kind.forward is not TaskAndTermsLoss.forward or kind.compute_loss is not TaskAndTermsLoss.compute_loss
+    while True:
+        inner = unwrapped(loss)  # of torch.compile
+        if isinstance(inner, DistributedDataParallel):
+            inner = inner.module
+        elif isinstance(inner, DistributedLossWrapper | GatheredLoss):
+            inner = inner.loss
+        if inner is loss:
+            break
+        loss = inner
+    needs = getattr(loss, "needs_ref_emb", None)
+    if needs is not None:
+        return bool(needs)
     parameters = inspect.signature(loss.forward).parameters
     return "ref_emb" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -253,4 +267,4 @@ def _check_not_trained(
 def _in_its_dtype(data: Any, model: FrozenModel) -> Any:
     """Return the data for an old model that need not have the dtype of the new one."""
     dtypes = (parameter.dtype for parameter in model.model.parameters() if parameter.is_floating_point())
-    return data.to(next(dtypes, data.dtype)) if data.is_floating_point() else data
+    return moved_to(data, dtype=next(dtypes, None))

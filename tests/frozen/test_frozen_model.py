@@ -118,3 +118,13 @@ def test_outputs_that_are_no_embeddings(output):
 def test_no_module():
     with pytest.raises(ValueError, match=r"model must be a torch.nn.Module, got builtin_function_or_method"):
         FrozenModel(torch.relu)
+
+
+def test_buffers_that_move_are_noticed():
+    network = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    old = FrozenModel(network)
+    old(torch.randn(5, 4))
+    old(torch.randn(5, 4))
+    network.train()(torch.randn(5, 4))  # the statistics move
+    with pytest.raises(RuntimeError, match="buffers or parameters changed"):
+        old(torch.randn(5, 4))

@@ -179,7 +179,7 @@ def test_dtypes_stay_what_they_are(dtype, autocast, weight):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = loss_func(low, labels)
     loss.backward()
-    assert loss.dtype == low.grad.dtype == dtype
+    assert low.grad.dtype == dtype and loss.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.isfinite(low.grad).all()
     if dtype != torch.float64:  # PML itself turns its weights to float64 for float64 embeddings
         assert {name: tensor.dtype for name, tensor in loss_func.state_dict().items()} == before

@@ -121,7 +121,7 @@ def test_dtypes(form, unit, dtype, autocast):
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         loss = loss_of(form, unit)(low, ref_emb=old_emb.float())
     loss.backward()
-    assert loss.dtype == low.grad.dtype == dtype
+    assert low.grad.dtype == dtype and loss.dtype == torch.promote_types(dtype, torch.float32)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5 if dtype.itemsize > 2 else 0.03)
     assert torch.isfinite(low.grad).all()
 
@@ -175,8 +175,7 @@ def test_bad_options(options, message):
     ("change", "message"),
     [
         (lambda e, r: (e, None), r"ref_emb must be given: the old model's embeddings .* got None"),
-        (lambda e, r: (e, r[:-1]), r"ref_emb must be shaped like embeddings, .* expected \(7, 5\), got \(6, 5\)"),
-        (lambda e, r: (e, r[:, :1]), r"ref_emb must be shaped like embeddings, .* expected \(7, 5\), got \(7, 1\)"),
+        (lambda e, r: (e, r[:-1]), r"ref_emb must be shaped like embeddings, .* expected 7 rows, got 6"),
         (lambda e, r: (e[:0], r[:0]), r"embeddings must not be empty, got shape \(0, 5\)"),
         (lambda e, r: (e * torch.nan, r), r"embeddings must be finite, row 0 has a NaN or an infinity"),
         (lambda e, r: (e, r / 0), r"ref_emb must be finite, row 0 has a NaN or an infinity"),

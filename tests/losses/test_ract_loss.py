@@ -176,7 +176,7 @@ def test_dtypes(form, dtype, autocast):
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         loss = RACTLoss(**FORMS[form])(low, labels, ref_emb=old_emb.float())
     loss.backward()
-    assert loss.dtype == low.grad.dtype == dtype
+    assert low.grad.dtype == dtype and loss.dtype == torch.promote_types(dtype, torch.float32)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5 if dtype.itemsize > 2 else 0.05)
     assert torch.isfinite(low.grad).all()
 
@@ -227,15 +227,14 @@ def test_bad_options(options, message):
     ("change", "message"),
     [
         (lambda e, r, y: (e, None, y), r"ref_emb must be given: the old model's embeddings .* got None"),
-        (lambda e, r, y: (e, r[:-1], y), r"ref_emb must be shaped like embeddings, .* expected \(9, 5\), got \(8, 5\)"),
-        (lambda e, r, y: (e, r[:, :1], y), r"ref_emb must be shaped like embeddings, .* \(9, 5\), got \(9, 1\)"),
+        (lambda e, r, y: (e, r[:-1], y), r"ref_emb must be shaped like embeddings, .* expected 9 rows, got 8"),
         (lambda e, r, y: (e[:0], r[:0], y[:0]), r"embeddings must not be empty, got shape \(0, 5\)"),
         (lambda e, r, y: (e * torch.nan, r, y), r"embeddings must be finite, row 0 has a NaN or an infinity"),
         (lambda e, r, y: (e, r / 0, y), r"ref_emb must be finite, row 0 has a NaN or an infinity"),
         (lambda e, r, y: (e, r.to("meta"), y), r"embeddings must be on the device of ref_emb: got cpu and meta"),
         (lambda e, r, y: (e, r, None), r"labels must be given, got None"),
         (lambda e, r, y: (e, r, y.float()), r"labels must be integers, got torch.float32"),
-        (lambda e, r, y: (e, r, y[:-1]), r"Number of embeddings must equal number of labels"),
+        (lambda e, r, y: (e, r, y[:-1]), r"labels must have one entry a row: expected 9, got 8"),
     ],
 )
 def test_bad_calls(change, message):

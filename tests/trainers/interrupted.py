@@ -46,7 +46,7 @@ def main(folder, killed_at=None):
         torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(), torch.nn.Linear(8, 4)
     )
     nccl_loss = NCCLLoss(NormalizedSoftmaxLoss(5, 4), queue_size=32, embedding_size=4)  # its queue is a state
-    loss_func = CompatibleLoss(NormalizedSoftmaxLoss(5, 4), {"nccl": nccl_loss, "ract": RACTLoss(0.1)})
+    loss_func = CompatibleLoss(nccl_loss, {"ract": RACTLoss(0.1)})
     miner = BatchEasyHardMiner()
     optimizer = torch.optim.AdamW([*model.parameters(), *loss_func.parameters()], lr=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=EPOCHS * 7)
@@ -65,7 +65,7 @@ def main(folder, killed_at=None):
         while sampler.epoch < EPOCHS:
             for images, classes in loader:
                 optimizer.zero_grad()
-                loss = loss_func(model(images), classes, ref_emb=dict.fromkeys(("nccl", "ract"), old_model(images)))
+                loss = loss_func(model(images), classes, ref_emb=old_model(images))
                 loss.backward()
                 optimizer.step()
                 schedule.step()

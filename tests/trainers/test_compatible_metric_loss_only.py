@@ -493,5 +493,41 @@ def test_an_old_model_changed_by_others_is_refused():
     trainer = make(old_model=old)
     with torch.no_grad():
         old.weight.add_(1)
-    with pytest.raises(RuntimeError, match="the old model's parameters changed"):
+    with pytest.raises(RuntimeError, match="the old model's buffers or parameters changed"):
         train_one_batch(trainer)
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's, of what it cannot see through
+def test_a_compiled_loss():
+    classifier = FrozenClassifier(torch.randn(CLASSES, WIDTH), kind="cosine")
+    for loss in (BCTLoss(task_loss(), classifier), compatible()):
+        trainer = make(torch.compile(loss, backend="eager"), old_model=old_model())
+        assert trainer._loss_reads_old() == isinstance(loss, CompatibleLoss)
+        trainer.train()
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Gives a dict, as a tokenizer does."""
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, index):
+        inputs, label = data()[index]
+        return {"inputs": inputs, "parts": (inputs, index)}, label
+
+
+class OfPairs(torch.nn.Linear):
+    def forward(self, batch):
+        assert batch["parts"][1].dtype == torch.int64
+        return super().forward(batch["inputs"] + batch["parts"][0])
+
+
+def test_batches_that_are_dicts():
+    torch.manual_seed(0)
+    models = {"trunk": OfPairs(IN, 7), "embedder": torch.nn.Linear(7, WIDTH)}
+    before, old = models["trunk"].weight.detach().clone(), OfPairs(IN, WIDTH)
+    make(dataset=Pairs(), models=models, old_model=old).train()
+    assert not models["trunk"].weight.equal(before)
+    tester = CrossModelTester(old, dataloader_num_workers=0, data_device=CPU)
+    assert tester.test({"val": Pairs()}, 1, models["trunk"], models["embedder"])["val"]
