@@ -97,6 +97,7 @@ class LCETransformationLoss(NamedTermsLoss):
         common = (rows >= 0).nonzero()[:, 0]
         self.register_buffer("old_source_directions", source_centers.centers[rows[common]].clone())
         self.register_buffer("old_target_directions", target_centers.centers[common].clone())
+        self.register_load_state_dict_pre_hook(_without_transformation)
         self._report_left_out(source_centers, target_centers, len(common))
         self.add_to_recordable_attributes(list_of_names=["align_weight", "boundary_weight"], is_stat=False)
 
@@ -151,3 +152,9 @@ class LCETransformationLoss(NamedTermsLoss):
 
     def _bounded(self, rows: torch.Tensor) -> torch.Tensor:
         return (rows >= 0) & self.old_bounded[rows.clamp(min=0)]
+
+
+def _without_transformation(loss: LCETransformationLoss, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Pass over the map in states from when the loss owned it: the map is loaded by itself."""
+    for name in [name for name in state if name.startswith(f"{prefix}transformation.")]:
+        del state[name]

@@ -177,3 +177,13 @@ def test_bad_calls():
 def test_reports_what_is_left_out():
     with pytest.warns(UserWarning, match=r"leaves out 1 classes of the source .*; 2 classes of the target that the"):
         LCETransformationLoss(transformation(), centers(OLD, [9, 1]), centers(TARGET, [1, 2, 3]))
+
+
+def test_states_from_when_the_loss_owned_its_map_load():
+    linear = transformation()
+    loss_func = LCETransformationLoss(linear, centers(OLD), centers(TARGET))
+    before = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    state = loss_func.state_dict()
+    owned = {f"transformation.{name}": torch.zeros_like(tensor) for name, tensor in before.items()}
+    loss_func.load_state_dict(state | owned)
+    assert all(linear.state_dict()[name].equal(tensor) for name, tensor in before.items())
