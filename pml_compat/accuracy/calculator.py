@@ -41,7 +41,9 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
     - an item is kept out of its own ranking by position or by id, whatever model embedded it;
     - ranks are exact and full by default (``k=None``), in memory set by a chunk of queries;
     - metrics do not depend on the order of tied items (see :mod:`pml_compat.accuracy.rank_metrics`);
-    - labels are compared as integers of any size, and ``device`` may be a string;
+    - labels are compared by equality, numbers of any size, bools or strings (:mod:`pml_compat.accuracy.items`), and
+      ``device`` may be a string;
+    - embeddings may be whole numbers, such as int8 codes;
     - faiss is not needed: without it NMI and AMI use scikit-learn's k-means;
     - a query of another width than the gallery is fitted to it by :func:`pml_compat.width.fit_width`.
 
@@ -154,7 +156,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
 
         Args:
             query: ``(Q, D_query)`` embeddings, a tensor or an array.
-            query_labels: ``(Q,)``, integers of any size.
+            query_labels: ``(Q,)``, numbers of any type, bools or strings; NaN and None are unknown and match nothing.
             reference: ``(N, D_reference)`` gallery embeddings of any model; by default the queries themselves, each
                 left out of its own ranking.
             reference_labels: ``(N,)``.
@@ -162,15 +164,16 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
                 embedded them, and i is left out of query i's ranking. The gallery may go on after them.
             include: metrics to compute in this call.
             exclude: metrics not to compute in this call.
-            query_ids: ``(Q,)`` item ids, which say the same for galleries in any order: every gallery item with the
-                query's id is left out.
+            query_ids: ``(Q,)`` item ids, numbers or strings, which say the same for galleries in any order: every
+                gallery item with the query's id is left out. A missing one (None, NaN) leaves nothing out.
             reference_ids: ``(N,)``, with ``query_ids``.
             query_cameras: ``(Q,)``; gallery items of the query's own label and camera are left out (the
                 re-identification protocol).
             reference_cameras: ``(N,)``, with ``query_cameras``.
         Raises:
             ValueError: NaN, infinite or empty embeddings; lengths that differ; one of a pair of arguments alone;
-                ids beside ``ref_includes_query``; with ``ref_includes_query`` a gallery that is shorter than the
+                ids beside ``ref_includes_query``; labels or ids of kinds that are never equal (text and numbers); an
+                item with two labels, where no id stands for several items; with ``ref_includes_query`` a gallery that is shorter than the
                 queries or has other labels in their rows.
         """
         search = self._search(

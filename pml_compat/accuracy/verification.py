@@ -119,7 +119,7 @@ def verification(
 
     Args:
         query: ``(Q, D_query)`` embeddings, a tensor or an array.
-        query_labels: ``(Q,)`` integers.
+        query_labels: ``(Q,)`` numbers, bools or strings; an unknown one (NaN, None) is another than all.
         reference: ``(N, D_reference)`` gallery embeddings of any model; queries of another width are fitted to it by
             :func:`pml_compat.width.fit_width`. By default the queries, each left out of its own pairs.
         reference_labels: ``(N,)``.
