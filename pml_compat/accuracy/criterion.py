@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..checks import check_rows
-from ..width import fit_width
+from ..width import as_wide
 from .items import codes, item_codes
 
 _BLOCK_ROWS = 2**10  # of queries and of the gallery at once: 8 MiB of differences, and a few copies and masks
@@ -49,6 +49,7 @@ def pair_criterion(
     ref_includes_query: bool = False,
     query_ids: Any = None,
     reference_ids: Any = None,
+    fit_width: bool = False,
 ) -> PairCriterion:
     r"""Count the pairs of a query i and an old gallery item j that the new model puts no worse than the old one.
 
@@ -63,14 +64,14 @@ def pair_criterion(
 
     Args:
         old_query: ``(Q, D_old)``, the queries as the old model embeds them.
-        new_query: ``(Q, D_new)``, the same items in the same order as the new model embeds them; fitted to ``D_old``
-            by :func:`pml_compat.width.fit_width`.
+        new_query: ``(Q, D_new)``, the same items in the same order as the new model embeds them.
         query_labels: ``(Q,)``; an unknown one (NaN, None) is another than all.
         old_gallery: ``(N, D_old)``; by default ``old_query``, each item without the pair with itself.
         gallery_labels: ``(N,)``, with ``old_gallery``.
         ref_includes_query: row i of ``old_gallery`` is the item of row i of the queries, and not a pair with it.
         query_ids: ``(Q,)`` item ids, which say the same for galleries in any order.
         reference_ids: ``(N,)``, with ``query_ids``.
+        fit_width: fit a new model of another width to the old one by :func:`pml_compat.width.fit_width`.
     Raises:
         ValueError: NaN, infinite or empty embeddings; rows or widths that differ; one of a pair of arguments alone;
             ids beside ``ref_includes_query``; no pair left.
@@ -93,13 +94,14 @@ def pair_criterion(
     new = check_rows(new_query, "new_query").detach().to(gallery.device)
     if len(new) != len(old):
         raise ValueError(f"new_query must have the items of old_query: expected {len(old)} rows, got {len(new)}")
+    new = as_wide(new, gallery, fit_width, ("new_query", "old_gallery"))
     sizes = len(old), len(gallery)
     own_labels, item_labels = codes(query_labels, gallery_labels, ("query_labels", "gallery_labels"), sizes)
     items = item_codes((own_labels, item_labels), ref_includes_query, query_ids, reference_ids, sizes)
     own_labels, item_labels = own_labels.to(gallery.device), item_labels.to(gallery.device)
 
     counts = torch.zeros(2, 2, dtype=torch.int64, device=gallery.device)  # same or different label, pairs and fulfilled
-    for rows, columns, worse, rounding in _distance_changes(old, fit_width(new, gallery.shape[1]), gallery):
+    for rows, columns, worse, rounding in _distance_changes(old, new, gallery):
         same = own_labels[rows, None] == item_labels[columns]
         kinds = [same, ~same]
         if items is not None:

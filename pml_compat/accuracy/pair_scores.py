@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..checks import check_rows
-from ..width import fit_width
+from ..width import as_wide
 from .items import codes, item_codes
 
 GRID = 2**36  # score steps to 1.0
@@ -33,13 +33,13 @@ class PairScores:
     Args:
         query: ``(Q, D_query)`` embeddings, a tensor or an array.
         query_labels: ``(Q,)`` numbers, bools or strings.
-        reference: ``(N, D_reference)``; queries of another width are fitted to it. By default the queries, each left
-            out of its own pairs.
+        reference: ``(N, D_reference)``; by default the queries, each left out of its own pairs.
         reference_labels: ``(N,)``, of the same kind.
         ref_includes_query: row i of both is the same item.
         query_ids: ``(Q,)`` item ids of any type, instead.
         reference_ids: ``(N,)``, with ``query_ids``.
         device: where to compute; by default where ``reference`` is.
+        fit_width: compare widths that differ by :func:`pml_compat.width.fit_width`.
     Raises:
         ValueError: what ``CrossModelAccuracyCalculator.get_accuracy`` raises of these.
     """
@@ -55,6 +55,7 @@ class PairScores:
         query_ids: Any = None,
         reference_ids: Any = None,
         device: str | torch.device | None = None,
+        fit_width: bool = False,
     ) -> None:
         if reference is None:
             if reference_labels is not None or reference_ids is not None:
@@ -76,7 +77,7 @@ class PairScores:
         self.first = np.searchsorted(reference_labels, self.query_labels, side="left")
         self.last = np.searchsorted(reference_labels, self.query_labels, side="right")
         query, reference = query.detach().to(self.device), reference.detach().to(self.device)
-        self._query = _UnitRows(fit_width(query, reference.shape[1]), query_order)
+        self._query = _UnitRows(as_wide(query, reference, fit_width), query_order)
         self._reference = _UnitRows(reference, reference_order)
         self._ids = None if items is None else (items[0].numpy()[query_order], items[1].numpy()[reference_order])
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..checks import as_tensor, check_rows
-from ..width import fit_width
+from ..width import as_wide
 from .gallery import Gallery, agreeing, joined
 from .items import as_values, codes, item_codes, pair_of_codes
 from .matches import Compared, EqualCodes, Matches, SamePosition, mask
@@ -35,11 +35,6 @@ class Search:
     knn_func: Callable | None
     gallery_group: Any
 
-    @property
-    def narrow(self) -> torch.Tensor:
-        """The queries, as wide as the gallery."""
-        return fit_width(self.query, self.reference.shape[1])
-
     def chunks(self) -> Iterator[torch.Tensor]:
         """Yield the numbers of some queries after the other."""
         for rows in query_chunks(len(self.query), len(self.reference_labels)):
@@ -55,42 +50,49 @@ class Search:
         """Yield some queries after the other, and the places of their positives among the first k, or in all."""
         if self.knn_func is None:
             gallery = Gallery(self.reference, self.gallery_group)
-            yield from exact_ranks(self.narrow, gallery, self.positives, self.excluded, k)
+            yield from exact_ranks(self.query, gallery, self.positives, self.excluded, k)
             return
         at_least = None if k is None else max(k, 10)  # cmc_top_10 looks at ten, whatever k is
-        for numbers, indices, kept, out in self._found(at_least):
+        for numbers, _, indices, kept, out in self._found(at_least):
             relevant = mask([self.positives], numbers, len(self.reference))
             yield numbers, listed_ranks(indices, kept, relevant, out)
 
-    def neighbors(self, k: int | None) -> torch.Tensor:
-        """Return the nearest gallery rows of each query, as many as every query has, at most k."""
+    def neighbors(self, k: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the squared distances and the rows of each query's nearest items, at most k and what every query has.
+
+        With a ``knn_func`` the distances are what it returns.
+        """
         size = len(self.reference)
         left = min(size - int(mask(self.excluded, part, size).sum(1).max()) for part in self.chunks())
         k = left if k is None else min(k, left)
         if self.knn_func is None:
-            return torch.cat(list(nearest(self.narrow, self.reference, self.excluded, k)))
+            parts = list(nearest(self.query, self.reference, self.excluded, k))
+            return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         chosen = []
-        for _, indices, kept, _ in self._found(k):
+        for _, distances, indices, kept, _ in self._found(k):
             if int(kept.sum(1).min()) < k:
                 raise ValueError(f"knn_func must find at least {k} gallery items a query, got {int(kept.sum(1).min())}")
-            chosen.append(indices.gather(1, torch.argsort(~kept, dim=1, stable=True)[:, :k]))
-        return torch.cat(chosen)
+            places = torch.argsort(~kept, dim=1, stable=True)[:, :k]
+            chosen.append((distances.gather(1, places), indices.gather(1, places)))
+        return torch.cat([part[0] for part in chosen]), torch.cat([part[1] for part in chosen])
 
-    def _found(self, k: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _found(self, k: int | None) -> Iterator[tuple[torch.Tensor, ...]]:
         """Ask ``knn_func`` for k items, and as many more as are left out of any of these queries' rankings.
 
-        Yields the queries, the ``(q, k')`` gallery rows found, which of them count, and the ``(q, N)`` exclusions.
+        Yields the queries, the ``(q, k')`` distances and gallery rows found, which of them count, and the ``(q, N)``
+        exclusions.
         """
         assert self.knn_func is not None
-        query, reference = self.narrow.float(), self.reference.float()
+        query, reference = self.query.float(), self.reference.float()
         for numbers in self.chunks():
             out = mask(self.excluded, numbers, len(reference))
             size = len(reference) if k is None else min(k + int(out.sum(1).max()), len(reference))
-            _, indices = self.knn_func(query[numbers], size, reference, False)
+            distances, indices = self.knn_func(query[numbers], size, reference, False)
             indices = indices.to(query.device)
             found = indices >= 0  # faiss fills up with -1
             indices = indices.clamp_min(0)
-            yield numbers, indices, found & ~out.gather(1, indices), out
+            distances = torch.full(indices.shape, torch.nan) if distances is None else distances
+            yield numbers, distances.to(query.device), indices, found & ~out.gather(1, indices), out
 
 
 def prepare_search(
@@ -108,6 +110,7 @@ def prepare_search(
     label_comparison_fn: Callable,
     knn_func: Callable | None,
     gallery_group: Any,
+    fit_width: bool,
 ) -> Search:
     """Check what comes in, and say which gallery items are right and which are left out."""
     if reference is None:
@@ -122,6 +125,7 @@ def prepare_search(
     with agreeing(gallery_group):  # or one process would wait for another that has stopped
         query = check_rows(query, "query").detach().to(device)
         reference = check_rows(reference, "reference").detach().to(device)
+        query = as_wide(query, reference, fit_width)
         query_labels = _labels(query_labels, "query_labels", len(query), equal)
         reference_labels = _labels(reference_labels, "reference_labels", len(reference), equal)
     if gallery_group is not None:

@@ -394,7 +394,9 @@ def test_widths_may_differ(query_width, reference_width):
     query, query_labels, reference, reference_labels = sample(0)
     query, reference = query[:, :query_width], reference[:, :reference_width]
     narrow = fit_width(torch.from_numpy(query), reference_width).numpy()
-    got = calculator().get_accuracy(query, query_labels, reference, reference_labels)
+    with pytest.raises(ValueError, match=f"query must be as wide as reference, got widths {query_width} and"):
+        calculator().get_accuracy(query, query_labels, reference, reference_labels)
+    got = calculator(fit_width=True).get_accuracy(query, query_labels, reference, reference_labels)
     same(got, naive_metrics.accuracy(narrow, query_labels, reference, reference_labels))
 
 

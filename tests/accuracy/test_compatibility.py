@@ -64,7 +64,9 @@ def models():
 
 @pytest.fixture
 def calculator():
-    return CrossModelAccuracyCalculator(include=("precision_at_1", "mean_average_precision", "cmc_top_5"), device="cpu")
+    return CrossModelAccuracyCalculator(
+        include=("precision_at_1", "mean_average_precision", "cmc_top_5"), device="cpu", fit_width=True
+    )
 
 
 def test_every_model_against_every_model_with_each_item_left_out(models, calculator):

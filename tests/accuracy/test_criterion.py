@@ -84,8 +84,10 @@ def test_ids_tell_the_same_items_in_any_order(kind):
 @pytest.mark.parametrize("new_width", [2, 7])
 def test_a_new_model_of_another_width(new_width):
     old, new, labels, gallery, gallery_labels = sample(2, new_width=new_width)
+    with pytest.raises(ValueError, match=f"new_query must be as wide as old_gallery, got widths {new_width} and 4"):
+        pair_criterion(old, new, labels, gallery, gallery_labels)
     agree(
-        pair_criterion(old, new, labels, gallery, gallery_labels),
+        pair_criterion(old, new, labels, gallery, gallery_labels, fit_width=True),
         naive(old, fit_width(new, 4), labels, gallery, gallery_labels),
     )
 
@@ -93,11 +95,11 @@ def test_a_new_model_of_another_width(new_width):
 @pytest.mark.parametrize("rows", [1, 3, 5, 100])
 def test_blocks_change_nothing(rows, monkeypatch):
     data, seen = sample(3), []
-    expected = pair_criterion(*data, query_ids=np.arange(13), reference_ids=np.arange(17))
+    expected = pair_criterion(*data, query_ids=np.arange(13), reference_ids=np.arange(17) // 2)
     addmm = torch.addmm
     monkeypatch.setattr(criterion, "_BLOCK_ROWS", rows)
     monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: seen.append(addmm(*args, **kwargs)) or seen[-1])
-    assert pair_criterion(*data, query_ids=np.arange(13), reference_ids=np.arange(17)) == expected
+    assert pair_criterion(*data, query_ids=np.arange(13), reference_ids=np.arange(17) // 2) == expected
     assert max(max(block.shape) for block in seen) <= rows
     assert sum(block.numel() for block in seen) == 13 * 17
 
@@ -127,7 +129,7 @@ def test_by_hand():
 def test_a_model_that_did_not_change_fulfils_it(dtype):
     old, _, labels, gallery, gallery_labels = sample(4)
     old, gallery = old.to(dtype), gallery.to(dtype)
-    got = pair_criterion(old, fit_width(old, 6), labels, gallery, gallery_labels)
+    got = pair_criterion(old, fit_width(old, 6), labels, gallery, gallery_labels, fit_width=True)
     assert got.same_label == got.different_label == got.all_pairs == 1.0
 
 

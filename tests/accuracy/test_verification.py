@@ -263,7 +263,12 @@ SMALL = [
 @pytest.mark.parametrize("seed", range(2))
 def test_chunk_sizes_change_nothing(seed, ties, jitter):
     pairs = data(seed, ties, n=(20, 30), classes=6)
-    options = {"fars": FARS, "thresholds": (0.0, 0.5), "query_ids": torch.arange(20), "reference_ids": torch.arange(30)}
+    options = {
+        "fars": FARS,
+        "thresholds": (0.0, 0.5),
+        "query_ids": torch.arange(20),
+        "reference_ids": torch.arange(30) // 2,
+    }
     expected = verification(*pairs, **options)
     with Jitter() if jitter else contextlib.nullcontext():
         for sizes in SMALL:
@@ -410,7 +415,9 @@ def test_a_query_of_another_width_is_fitted_to_the_gallery(widths):
     query, reference = pairs[0][:, : widths[0]], pairs[2][:, : widths[1]]
     fitted = np.zeros((40, widths[1]))
     fitted[:, : min(widths)] = query[:, : min(widths)].numpy()
-    got = verification(query, pairs[1], reference, pairs[3], fars=FARS)
+    with pytest.raises(ValueError, match="query must be as wide as reference"):
+        verification(query, pairs[1], reference, pairs[3], fars=FARS)
+    got = verification(query, pairs[1], reference, pairs[3], fars=FARS, fit_width=True)
     assert points(got) == naive_verification(fitted, pairs[1], reference, pairs[3], fars=FARS)
 
 
@@ -736,7 +743,7 @@ def test_a_probe_with_nothing_left_in_the_gallery_is_unknown_and_raises_no_alarm
 
 def test_tpir_fits_widths():
     pairs = probes(0, False)
-    assert tpir_at_fpir(pairs[0], pairs[1], pairs[2][:, :3], pairs[3], 0.2) == tpir_at_fpir(
+    assert tpir_at_fpir(pairs[0], pairs[1], pairs[2][:, :3], pairs[3], 0.2, fit_width=True) == tpir_at_fpir(
         pairs[0][:, :3], pairs[1], pairs[2][:, :3], pairs[3], 0.2
     )
 
