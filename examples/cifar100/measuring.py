@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from plots import plot_backfill, plot_trade_off
 
-from pml_compat.accuracy import CrossModelAccuracyCalculator, backfill_curve, is_compatible, negative_flip_rate
-from pml_compat.accuracy import update_gain as gain_of
+from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.gallery import backfill_scores
 from pml_compat.serving import MixedGallery
+from pml_compat.upgrade import backfill_curve, is_compatible, negative_flip_rate
+from pml_compat.upgrade import update_gain as gain_of
 
 AREAS = {
     "backfill": "area",

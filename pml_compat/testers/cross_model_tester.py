@@ -44,8 +44,8 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
             ``precision_at_1`` and ``mean_average_precision``, which compares models of different widths by BCT's rule
             (``fit_width=True``).
         **kwargs: as for PML's ``GlobalEmbeddingSpaceTester``. ``normalize_embeddings`` holds for all models, after
-            the transformation; ``use_trunk_output`` for the new one. PML's ``pca`` is refused: it is fitted anew in every
-            test, so each model's would be a space of its own.
+            the transformation; ``use_trunk_output`` for the new one. PML's ``pca`` is refused: it is fitted anew in
+            every test, so each model's would be a space of its own.
     Raises:
         ValueError: neither ``old_model`` nor ``old_embeddings``; arguments of another type; unknown pairs; a
             transformation or side-information that is missing or not asked for; ``pca``. In a test: a split without

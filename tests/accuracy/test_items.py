@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import CrossModelAccuracyCalculator, pair_criterion, verification
+from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.accuracy.items import codes, item_codes
+from pml_compat.upgrade import pair_criterion
+from pml_compat.verification import verification
 
 NAMES = ("query_labels", "reference_labels")
 RNG = np.random.default_rng(0)

@@ -4,12 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import (
-    CrossModelAccuracyCalculator,
-    compatibility_matrix,
-    is_compatible,
-    update_gain,
-)
+from pml_compat.accuracy import CrossModelAccuracyCalculator
+from pml_compat.upgrade import compatibility_matrix, is_compatible, update_gain
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import BackfillCurve, CrossModelAccuracyCalculator, backfill_curve
+from pml_compat.accuracy import CrossModelAccuracyCalculator
+from pml_compat.upgrade import BackfillCurve, backfill_curve
 from pml_compat.width import fit_width
 from tests.accuracy import naive_metrics
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pml_compat.accuracy import carry_thresholds, pair_scores, tar_at_far, thresholds, tpir_at_fpir, verification
+from pml_compat.verification import carry_thresholds, pair_scores, tar_at_far, thresholds, tpir_at_fpir, verification
 
 FARS = (1e-4, 1e-3, 0.01, 0.1, 0.5, 1.0)
 

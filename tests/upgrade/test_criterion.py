@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import criterion, pair_criterion
+from pml_compat.upgrade import criterion, pair_criterion
 from pml_compat.width import fit_width
 
 

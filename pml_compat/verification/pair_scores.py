@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..accuracy.items import codes, item_codes
 from ..checks import check_rows
 from ..width import as_wide
-from .items import codes, item_codes
 
 GRID = 2**36  # score steps to 1.0
 _BLOCK = 2048, 1024  # queries, gallery items: what a product is taken of at once, 8 MiB of float32

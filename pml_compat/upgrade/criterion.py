@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ..accuracy.items import codes, item_codes
 from ..checks import check_rows
 from ..width import as_wide
-from .items import codes, item_codes
 
 _BLOCK_ROWS = 2**10  # of queries and of the gallery at once: 8 MiB of differences, and a few copies and masks
 

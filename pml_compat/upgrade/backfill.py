@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from ..accuracy import CrossModelAccuracyCalculator
 from ..checks import as_tensor, check_embeddings, check_finite, check_labels
 from ..width import as_wide
 from ..width import fit_width as fitted
-from .calculator import CrossModelAccuracyCalculator
 
 _TENTHS = tuple(step / 10 for step in range(11))
 

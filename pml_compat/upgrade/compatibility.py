@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from .calculator import CrossModelAccuracyCalculator
+from ..accuracy import CrossModelAccuracyCalculator
 
 
 def is_compatible(*, old_to_old: float, new_to_old: float) -> bool:
