@@ -149,7 +149,7 @@ OPEN_METHODS = ["BCT", "LCE", "UniBCT", "PointAlignment", HEAD, *MAPS, *AT_QUERY
 
 def measure(queries: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor) -> Accuracies:
     """Return P@1 and mAP by cosine, each image left out of its own ranking."""
-    calculator = CrossModelAccuracyCalculator(include=METRICS)
+    calculator = CrossModelAccuracyCalculator(include=METRICS, fit_width=True)
     queries, gallery = (torch.nn.functional.normalize(rows, dim=1) for rows in (queries, gallery))
     found = calculator.get_accuracy(queries, labels, gallery, labels, ref_includes_query=True)
     return [found[metric] for metric in METRICS]

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from frozen_classifier import hardware
 
-from pml_compat.accuracy import verification
+from pml_compat.verification import verification
 
 TIME_GOAL, MEMORY_GOAL = 2.5, 150  # of the products; MiB
 CHUNK = 512

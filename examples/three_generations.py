@@ -20,10 +20,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import TensorDataset
 
-from pml_compat.accuracy import average_compatibility, average_multimodel_accuracy, compatibility_matrix
 from pml_compat.frozen import FrozenModel
 from pml_compat.losses import CompatibleLoss, CrossModelLoss, RACTLoss
 from pml_compat.trainers import CompatibleMetricLossOnly
+from pml_compat.upgrade import average_compatibility, average_multimodel_accuracy, compatibility_matrix
 
 WIDTH, METRIC = 32, "mean_average_precision"
 GENERATIONS = {"v1": (8, 5, 20, 40), "v2": (16, 8, 40, 40), "v3": (32, 10, 90, 20)}  # channels, digits, images, epochs

@@ -5,7 +5,9 @@ A plugin for pytorch-metric-learning (PML):
 - ``pml_compat.frozen``: the old system, held still (model, classifier, class centres);
 - ``pml_compat.losses``: PML losses that train a new model to fit it (:class:`~pml_compat.losses.BCTLoss`);
 - :func:`~pml_compat.data.embed` and :func:`~pml_compat.width.fit_width`: embed a data set, serve its queries;
-- ``pml_compat.accuracy``: retrieval measured across models, and what the upgrade gained.
+- ``pml_compat.accuracy``, ``pml_compat.verification``: rankings and pairs measured across models;
+- ``pml_compat.upgrade``: what the upgrade gained, and whether to do it;
+- ``pml_compat.serving``: two finished models at query time, nothing trained.
 
 Importing the package is cheap: it loads no optional dependency, and nothing of torch.
 """

@@ -141,6 +141,15 @@ def check_matrix(value: Any, name: str = "embeddings", width: int | None = None)
     return matrix
 
 
+def check_rows(value: Any, name: str = "embeddings", width: int | None = None) -> torch.Tensor:
+    """:func:`check_embeddings` of floats or whole numbers (codes, quantised vectors), which become floats, exactly."""
+    rows = as_tensor(value, name)
+    if not rows.is_floating_point() and not rows.is_complex():
+        small = rows.dtype in (torch.bool, torch.int8, torch.uint8, torch.int16)
+        rows = rows.to(torch.float32 if small else torch.float64)
+    return check_embeddings(rows, name, width)
+
+
 def check_finite(values: torch.Tensor, name: str, first_row: int = 0) -> None:
     """Raise a ValueError that names the first row of ``values`` with a NaN or an infinity.
 

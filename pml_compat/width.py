@@ -29,3 +29,25 @@ def fit_width(embeddings: torch.Tensor, width: int) -> torch.Tensor:
     if missing == 0:
         return embeddings
     return embeddings[:, :width] if missing < 0 else torch.nn.functional.pad(embeddings, (0, missing))
+
+
+def as_wide(
+    embeddings: torch.Tensor, other: torch.Tensor, fit: bool, names: tuple[str, str] = ("query", "reference")
+) -> torch.Tensor:
+    """Return embeddings that can be compared with ``other``: as they are, or, if asked, by :func:`fit_width`.
+
+    Args:
+        embeddings: ``(Q, D)``.
+        other: ``(N, D_other)``.
+        fit: whether the caller asked for :func:`fit_width`.
+        names: what to call the two in the error message.
+    Raises:
+        ValueError: widths that differ, without ``fit``.
+    """
+    if embeddings.shape[1] != other.shape[1] and not fit:
+        raise ValueError(
+            f"{names[0]} must be as wide as {names[1]}, got widths {embeddings.shape[1]} and {other.shape[1]}; map one "
+            "into the other's space with a transformation, or, where the new model was trained to serve the old "
+            "gallery with its first coordinates (as BCT does), say so with fit_width=True"
+        )
+    return fit_width(embeddings, other.shape[1])

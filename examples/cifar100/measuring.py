@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from plots import plot_backfill, plot_trade_off
 
-from pml_compat.accuracy import CrossModelAccuracyCalculator, backfill_curve, is_compatible, negative_flip_rate
-from pml_compat.accuracy import update_gain as gain_of
+from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.gallery import backfill_scores
 from pml_compat.serving import MixedGallery
+from pml_compat.upgrade import backfill_curve, is_compatible, negative_flip_rate
+from pml_compat.upgrade import update_gain as gain_of
 
 AREAS = {
     "backfill": "area",
@@ -40,7 +41,7 @@ def measure(
         labels: of the parts ``"test"`` and, where a mixed gallery can be calibrated, ``"calibration"``.
         seed: of a random backfill.
     """
-    calculator = CrossModelAccuracyCalculator(include=tuple(METRICS))
+    calculator = CrossModelAccuracyCalculator(include=tuple(METRICS), fit_width=True)
 
     def per_query(query: torch.Tensor, gallery: torch.Tensor) -> dict[str, torch.Tensor]:
         # Queries and gallery are the same images: each is left out of its own ranking.
@@ -82,6 +83,7 @@ def measure(
         for suffix, order in orders.items():
             if order is not None:
                 given = {"order": order, "seed": seed, "calculator": calculator, "query_ids": ids, "reference_ids": ids}
+                given["fit_width"] = True
                 fractions = TENTHS if len(ids) <= 10_000 else TENTHS[::2]
                 measured = backfill_curve(query, labels["test"], old, new, labels["test"], fractions=fractions, **given)
                 found[name + suffix] = {

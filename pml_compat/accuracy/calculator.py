@@ -41,13 +41,15 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
     - an item is kept out of its own ranking by position or by id, whatever model embedded it;
     - ranks are exact and full by default (``k=None``), in memory set by a chunk of queries;
     - metrics do not depend on the order of tied items (see :mod:`pml_compat.accuracy.rank_metrics`);
-    - labels are compared as integers of any size, and ``device`` may be a string;
+    - labels are compared by equality, numbers of any size, bools or strings (:mod:`pml_compat.accuracy.items`), and
+      ``device`` may be a string;
+    - embeddings may be whole numbers, such as int8 codes;
     - faiss is not needed: without it NMI and AMI use scikit-learn's k-means;
-    - a query of another width than the gallery is fitted to it by :func:`pml_compat.width.fit_width`.
+    - queries of another width than the gallery are fitted to it, if asked (``fit_width``).
 
     Distances are Euclidean on the embeddings as given, as with PML's default; normalise them for cosine ranking. A
-    subclass's own metrics (``calculate_<name>``, named in ``requires_knn``) get PML's arguments but for
-    ``knn_distances``.
+    subclass's own metrics (``calculate_<name>``, named in ``requires_knn``) get PML's arguments; ``knn_distances`` are
+    squared, as PML's are.
 
     Args:
         include: names of the metrics to compute; all by default.
@@ -65,6 +67,8 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         gallery_group: a ``torch.distributed`` process group whose processes hold a part of the gallery each. Every
             process passes all queries and its own part as ``reference`` (labels, ids and cameras too), and gets the
             accuracy on the whole gallery, the parts in the order of the ranks. For the ranking metrics.
+        fit_width: compare queries with a gallery of another width by their first coordinates, or with zeros appended
+            (:func:`pml_compat.width.fit_width`): for a new model that was trained so, as BCT's. An error otherwise.
     Example:
         >>> calculator = CrossModelAccuracyCalculator(include=("precision_at_1",))
         >>> old, new, labels = torch.eye(4), torch.eye(4)[:, [1, 0, 3, 2]], torch.tensor([0, 0, 1, 1])
@@ -85,6 +89,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         kmeans_func: Callable | None = None,
         *,
         gallery_group: Any = None,
+        fit_width: bool = False,
     ) -> None:
         device = c_f.use_cuda_if_available() if device is None else torch.device(device)
         if kmeans_func is None:
@@ -101,7 +106,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             knn_func=knn_func or _exact_search,  # given none, PML would reach for faiss
             kmeans_func=kmeans_func,
         )
-        self.gallery_group = gallery_group
+        self.gallery_group, self.fit_width = gallery_group, fit_width
         if gallery_group is not None and knn_func is not None:
             raise ValueError(f"knn_func must be None with gallery_group, got {knn_func!r}; it sees a part alone")
 
@@ -110,9 +115,18 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         return [*RANK_METRICS]
 
     def _mean_of(
-        self, metric: str, per_query: dict[str, torch.Tensor], query_labels: torch.Tensor, **kwargs: Any
+        self, metric: str, query_labels: torch.Tensor, per_query: dict[str, torch.Tensor] | None = None, **kwargs: Any
     ) -> float | list[float]:
-        """Average a metric over the queries that have a positive, as the constructor says."""
+        """Average a metric over the queries that have a positive, as the constructor says.
+
+        Without ``per_query``, of neighbours that the caller found: PML's own function, with PML's arguments.
+        """
+        if per_query is None:
+            if not metric.startswith("cmc_top_"):
+                return getattr(AccuracyCalculator, f"calculate_{metric}")(self, query_labels=query_labels, **kwargs)
+            found = kwargs["knn_labels"][:, : int(metric.removeprefix("cmc_top_"))]
+            hits = self.label_comparison_fn(query_labels[:, None], found).any(1)
+            per_query = {metric: hits.double(), "relevant": kwargs["not_lone_query_mask"].long()}
         scored = per_query["relevant"] > 0
         values, labels = per_query[metric][scored], query_labels[scored]
         if not len(values):
@@ -154,7 +168,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
 
         Args:
             query: ``(Q, D_query)`` embeddings, a tensor or an array.
-            query_labels: ``(Q,)``, integers of any size.
+            query_labels: ``(Q,)``, numbers of any type, bools or strings; NaN and None are unknown and match nothing.
             reference: ``(N, D_reference)`` gallery embeddings of any model; by default the queries themselves, each
                 left out of its own ranking.
             reference_labels: ``(N,)``.
@@ -162,16 +176,18 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
                 embedded them, and i is left out of query i's ranking. The gallery may go on after them.
             include: metrics to compute in this call.
             exclude: metrics not to compute in this call.
-            query_ids: ``(Q,)`` item ids, which say the same for galleries in any order: every gallery item with the
-                query's id is left out.
+            query_ids: ``(Q,)`` item ids, numbers or strings, which say the same for galleries in any order: every
+                gallery item with the query's id is left out. A missing one (None, NaN) leaves nothing out.
             reference_ids: ``(N,)``, with ``query_ids``.
             query_cameras: ``(Q,)``; gallery items of the query's own label and camera are left out (the
                 re-identification protocol).
             reference_cameras: ``(N,)``, with ``query_cameras``.
         Raises:
-            ValueError: NaN, infinite or empty embeddings; lengths that differ; one of a pair of arguments alone;
-                ids beside ``ref_includes_query``; with ``ref_includes_query`` a gallery that is shorter than the
-                queries or has other labels in their rows.
+            ValueError: NaN, infinite or empty embeddings; lengths that differ; widths that differ, without
+                ``fit_width``; one of a pair of arguments alone; ids beside ``ref_includes_query``; labels or ids of
+                kinds that are never equal (text and numbers); an item with two labels, where no id stands for several
+                items; with ``ref_includes_query`` a gallery that is shorter than the queries or has other labels in
+                their rows.
         """
         search = self._search(
             query,
@@ -186,7 +202,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         )
         self.curr_function_dict = self.get_function_dict(include, exclude)
         metrics = set(self.get_curr_metrics())
-        own_metrics = metrics & (set(self.requires_knn()) - set(RANK_METRICS))  # a subclass's
+        own_metrics = self._own(metrics) if metrics & set(self.requires_knn()) else set()
         if self.gallery_group is not None and metrics - set(RANK_METRICS):
             raise ValueError(
                 f"include must name ranking metrics alone with gallery_group, got {sorted(metrics - set(RANK_METRICS))}"
@@ -200,11 +216,15 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             "label_comparison_fn": self.label_comparison_fn,
         }
         k = self._cut_off(search)
+        c_f.LOGGER.info(f"ranking {len(search.reference_labels)} items for each of {len(search.query)} queries")
+        if isinstance(k, int):
+            self.determine_k(search.positives.most(), len(search.reference_labels), search.ref_includes_query)  # warns
         if metrics & set(RANK_METRICS):
             kwargs["per_query"] = _score(search.ranks(k), k, len(search.query))
         if own_metrics:
             scored = search.count_positives() > 0
-            kwargs["knn_labels"] = search.reference_labels[search.neighbors(k)]
+            kwargs["knn_distances"], rows = search.neighbors(k)
+            kwargs["knn_labels"] = search.reference_labels[rows]
             kwargs["label_counts"] = get_label_match_counts(
                 search.query_labels, search.reference_labels, self.label_comparison_fn
             )
@@ -257,6 +277,12 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         lone = found["relevant"] == 0
         return {name: found[name].double().masked_fill(lone, torch.nan).cpu() for name in names}
 
+    def _own(self, metrics: set[str]) -> set[str]:
+        """Return the metrics that a subclass computes itself, from neighbours."""
+        mro = type(self).__mro__
+        classes = mro[: mro.index(CrossModelAccuracyCalculator)]
+        return {metric for metric in metrics if any(f"calculate_{metric}" in vars(one) for one in classes)}
+
     def _search(self, *arguments: Any) -> Search:
         return prepare_search(
             *arguments,
@@ -264,6 +290,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             label_comparison_fn=self.label_comparison_fn,
             knn_func=None if self.knn_func is _exact_search else self.knn_func,
             gallery_group=self.gallery_group,
+            fit_width=self.fit_width,
         )
 
     def _cut_off(self, search: Search) -> int | None:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from .items import as_values
+
 _BLOCK = 2**19  # numbers turned to float64 at once
 
 
@@ -97,7 +99,7 @@ def joined(part: Any, group: Any) -> torch.Tensor | np.ndarray | None:
         raise ValueError("reference_ids and reference_cameras must be given in every process of gallery_group, or none")
     if all(isinstance(one, torch.Tensor) for one in parts):
         return torch.cat(parts)
-    return np.concatenate([np.asarray(one) for one in parts])
+    return np.concatenate([as_values(one, "reference_ids and reference_cameras") for one in parts])
 
 
 @contextmanager

@@ -17,6 +17,10 @@ class Matches:
         """Return ``(q, P)`` gallery rows of the ``(q,)`` queries, and which entries are no padding."""
         raise NotImplementedError
 
+    def most(self) -> torch.Tensor:
+        """Return the number of items that a query has at most; 0 where that would have to be counted."""
+        return torch.zeros(1, dtype=torch.long)
+
     def pairs(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the same as pairs: the place in ``queries``, and the gallery row."""
         index, valid = self.lists(queries)
@@ -30,6 +34,10 @@ class EqualCodes(Matches):
         ordered, self.order = torch.sort(reference_codes, stable=True)
         self.start = torch.searchsorted(ordered, query_codes.contiguous())
         self.count = torch.searchsorted(ordered, query_codes.contiguous(), right=True) - self.start
+
+    def most(self) -> torch.Tensor:
+        """Return the number of items that a query has at most."""
+        return self.count.max()
 
     def lists(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the items with each query's code."""

@@ -5,10 +5,11 @@ scores of a chunk of queries (one float32 matrix product) are put into narrow bu
 bucket are compared with it one by one, those in nearer buckets by number. No more than one chunk of queries by the
 gallery is ever held.
 
-Where the rounding of the scores could show in a metric (among the first places, across a cut-off, or by much in the
-average precision), float64 decides: the query is ranked again by sorted float64 distances, in which items tie where
-their distances differ by no more than the rounding of that product: copies of a vector, or codes at the same distance,
-wherever they stand. So no order of the rows can change a metric.
+Where the rounding of the scores could show in a metric (among the first places, across a cut-off, or by more than a
+thousandth of the query's average precision or reciprocal rank, in the worst case), float64 decides: the query is ranked
+again by sorted float64 distances, in which items tie where their distances differ by no more than the rounding of that
+product: copies of a vector, or codes at the same distance, wherever they stand. So no order of the rows can change a
+metric.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _COUNTED_ELEMENTS = 2**20  # scores counted at once, with some 20 bytes each
 _MIN_QUERIES = 16  # a matrix product of fewer rows would spend its time reading the gallery
 _FEW_QUERIES = 4  # the least that float64 works at: each time it reads the gallery
 _FIRST_PLACES = 10  # where the order is not left to rounding
-_CHANGE = 1e-3  # of one query's average precision, in the worst case, that is left to rounding; either way as likely
+_CHANGE = 1e-3  # share of a query's average precision, or of its reciprocal rank, that is left to rounding at most
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,24 @@ class PositiveRanks:
     def of(self, queries: torch.Tensor) -> PositiveRanks:
         """Return the ranks of some of the queries."""
         return PositiveRanks(**{field.name: getattr(self, field.name)[queries] for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class PlaceBounds:
+    """What rounding leaves of the places of positives; every tensor is ``(Q, P)``."""
+
+    closer: torch.Tensor  # gallery items that are closer for sure
+    within: torch.Tensor  # gallery items that may be as close, itself included
+    positives_closer: torch.Tensor  # positives that are closer for sure
+    positives_within: torch.Tensor  # positives that may be as close, itself included
+
+    def precisions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the least and the largest precision that each positive may end a list with."""
+        wrong_before = (self.closer - self.positives_closer).clamp_min(0)
+        wrong_within = (self.within - self.positives_within).clamp_min(0)
+        least = (self.positives_closer + 1).double()
+        most = self.positives_within.clamp_min(1).double()
+        return least / (least + wrong_within), most / (most + wrong_before)
 
 
 def query_chunks(n_query: int, n_reference: int) -> Iterator[slice]:
@@ -169,7 +188,10 @@ class _Counting:
         )
         surely_closer = before + torch.searchsorted(near, below)
         maybe_within = after + torch.searchsorted(near, above, right=True)
-        return ranks, _unsure(ranks, surely_closer, maybe_within, k)
+        surely_before = torch.searchsorted(own, below.contiguous())
+        maybe_here = torch.searchsorted(own, above.contiguous(), right=True).minimum(relevant[:, None])
+        bounds = PlaceBounds(surely_closer, maybe_within, surely_before, maybe_here)
+        return ranks, _unsure(ranks, bounds, k)
 
 
 def _sorted_ranks(
@@ -205,32 +227,36 @@ def _sorted_ranks(
         )
 
 
-def _unsure(
-    ranks: PositiveRanks, surely_closer: torch.Tensor, maybe_within: torch.Tensor, k: int | None
-) -> torch.Tensor:
+def _unsure(ranks: PositiveRanks, bounds: PlaceBounds, k: int | None) -> torch.Tensor:
     """Tell for which queries rounding could move a positive that a metric looks at, or much of average precision."""
-    others = (maybe_within - surely_closer - 1) * ranks.valid
-    seen = surely_closer < _FIRST_PLACES
+    others = (bounds.within - bounds.closer - 1) * ranks.valid
+    seen = bounds.closer < _FIRST_PLACES
     cuts = [ranks.relevant[:, None]]
     if k is not None:
         cuts += [torch.full_like(cuts[0], k), cuts[0].clamp_max(k)]
     for cut in cuts:
-        seen = seen | ((surely_closer < cut) & (maybe_within > cut))
-    # A place more or less changes the precision at a place by at most its share of the items up to there.
-    change = (ranks.positives_within * others / maybe_within.clamp_min(1).square()).sum(1)
-    return (seen & (others > 0)).any(1) | (change > _CHANGE * ranks.relevant)
+        seen = seen | ((bounds.closer < cut) & (bounds.within > cut))
+    least, most = bounds.precisions()
+    precision = ranks.positives_within.double() / ranks.within.clamp_min(1)
+    change = torch.maximum(most - precision, precision - least).mul_(ranks.valid).sum(1)
+    first = bounds.closer[:, 0] + 1, bounds.within[:, 0].clamp_min(1)  # whose reciprocals differ by (b - a) / (a b)
+    reciprocal = (first[1] - first[0]).double() / first[1] * ranks.valid[:, 0]
+    unsure = (change > _CHANGE * precision.mul_(ranks.valid).sum(1)) | (reciprocal > _CHANGE)
+    return unsure | (seen & (others > 0)).any(1)
 
 
 def nearest(
     query: torch.Tensor, reference: torch.Tensor, excluded: Sequence[Matches], k: int
-) -> Iterator[torch.Tensor]:
-    """Yield the ``(q, k)`` row numbers of the nearest gallery items, chunk by chunk."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the ``(q, k)`` squared distances and row numbers of the nearest gallery items, chunk by chunk."""
     gallery = Gallery(reference)
     for rows in query_chunks(len(query), len(reference)):
         numbers = torch.arange(rows.start, rows.stop, device=query.device)
         distances = gallery.squared_distances(query[rows])
         distances.masked_fill_(mask(list(excluded), numbers, len(reference)), torch.inf)
-        yield distances.topk(k, dim=1, largest=False).indices
+        found = distances.topk(k, dim=1, largest=False)
+        own = query[rows].to(distances.dtype).square().sum(1, keepdim=True)
+        yield (found.values + own).clamp_min_(0), found.indices
 
 
 def listed_ranks(

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import as_tensor, check_embeddings
-from ..width import fit_width
+from ..checks import as_tensor, check_rows
+from ..width import as_wide
 from .gallery import Gallery, agreeing, joined
+from .items import as_values, codes, item_codes, pair_of_codes
 from .matches import Compared, EqualCodes, Matches, SamePosition, mask
 from .ranking import PositiveRanks, exact_ranks, listed_ranks, nearest, query_chunks
 
@@ -35,11 +35,6 @@ class Search:
     knn_func: Callable | None
     gallery_group: Any
 
-    @property
-    def narrow(self) -> torch.Tensor:
-        """The queries, as wide as the gallery."""
-        return fit_width(self.query, self.reference.shape[1])
-
     def chunks(self) -> Iterator[torch.Tensor]:
         """Yield the numbers of some queries after the other."""
         for rows in query_chunks(len(self.query), len(self.reference_labels)):
@@ -55,42 +50,49 @@ class Search:
         """Yield some queries after the other, and the places of their positives among the first k, or in all."""
         if self.knn_func is None:
             gallery = Gallery(self.reference, self.gallery_group)
-            yield from exact_ranks(self.narrow, gallery, self.positives, self.excluded, k)
+            yield from exact_ranks(self.query, gallery, self.positives, self.excluded, k)
             return
         at_least = None if k is None else max(k, 10)  # cmc_top_10 looks at ten, whatever k is
-        for numbers, indices, kept, out in self._found(at_least):
+        for numbers, _, indices, kept, out in self._found(at_least):
             relevant = mask([self.positives], numbers, len(self.reference))
             yield numbers, listed_ranks(indices, kept, relevant, out)
 
-    def neighbors(self, k: int | None) -> torch.Tensor:
-        """Return the nearest gallery rows of each query, as many as every query has, at most k."""
+    def neighbors(self, k: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the squared distances and the rows of each query's nearest items, at most k and what every query has.
+
+        With a ``knn_func`` the distances are what it returns.
+        """
         size = len(self.reference)
         left = min(size - int(mask(self.excluded, part, size).sum(1).max()) for part in self.chunks())
         k = left if k is None else min(k, left)
         if self.knn_func is None:
-            return torch.cat(list(nearest(self.narrow, self.reference, self.excluded, k)))
+            parts = list(nearest(self.query, self.reference, self.excluded, k))
+            return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         chosen = []
-        for _, indices, kept, _ in self._found(k):
+        for _, distances, indices, kept, _ in self._found(k):
             if int(kept.sum(1).min()) < k:
                 raise ValueError(f"knn_func must find at least {k} gallery items a query, got {int(kept.sum(1).min())}")
-            chosen.append(indices.gather(1, torch.argsort(~kept, dim=1, stable=True)[:, :k]))
-        return torch.cat(chosen)
+            places = torch.argsort(~kept, dim=1, stable=True)[:, :k]
+            chosen.append((distances.gather(1, places), indices.gather(1, places)))
+        return torch.cat([part[0] for part in chosen]), torch.cat([part[1] for part in chosen])
 
-    def _found(self, k: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _found(self, k: int | None) -> Iterator[tuple[torch.Tensor, ...]]:
         """Ask ``knn_func`` for k items, and as many more as are left out of any of these queries' rankings.
 
-        Yields the queries, the ``(q, k')`` gallery rows found, which of them count, and the ``(q, N)`` exclusions.
+        Yields the queries, the ``(q, k')`` distances and gallery rows found, which of them count, and the ``(q, N)``
+        exclusions.
         """
         assert self.knn_func is not None
-        query, reference = self.narrow.float(), self.reference.float()
+        query, reference = self.query.float(), self.reference.float()
         for numbers in self.chunks():
             out = mask(self.excluded, numbers, len(reference))
             size = len(reference) if k is None else min(k + int(out.sum(1).max()), len(reference))
-            _, indices = self.knn_func(query[numbers], size, reference, False)
+            distances, indices = self.knn_func(query[numbers], size, reference, False)
             indices = indices.to(query.device)
             found = indices >= 0  # faiss fills up with -1
             indices = indices.clamp_min(0)
-            yield numbers, indices, found & ~out.gather(1, indices), out
+            distances = torch.full(indices.shape, torch.nan) if distances is None else distances
+            yield numbers, distances.to(query.device), indices, found & ~out.gather(1, indices), out
 
 
 def prepare_search(
@@ -108,6 +110,7 @@ def prepare_search(
     label_comparison_fn: Callable,
     knn_func: Callable | None,
     gallery_group: Any,
+    fit_width: bool,
 ) -> Search:
     """Check what comes in, and say which gallery items are right and which are left out."""
     if reference is None:
@@ -118,31 +121,34 @@ def prepare_search(
         reference, reference_labels = query, query_labels
         reference_ids, reference_cameras = query_ids, query_cameras
         ref_includes_query = query_ids is None
+    equal = label_comparison_fn is torch.eq
     with agreeing(gallery_group):  # or one process would wait for another that has stopped
-        query = check_embeddings(query, "query").detach().to(device)
-        reference = check_embeddings(reference, "reference").detach().to(device)
-        one_number = label_comparison_fn is torch.eq
-        query_labels = _labels(query_labels, "query_labels", len(query), one_number).to(device)
-        reference_labels = _labels(reference_labels, "reference_labels", len(reference), one_number).to(device)
+        query = check_rows(query, "query").detach().to(device)
+        reference = check_rows(reference, "reference").detach().to(device)
+        query = as_wide(query, reference, fit_width)
+        query_labels = _labels(query_labels, "query_labels", len(query), equal)
+        reference_labels = _labels(reference_labels, "reference_labels", len(reference), equal)
     if gallery_group is not None:
         reference_labels, reference_ids, reference_cameras = (
             joined(part, gallery_group) for part in (reference_labels, reference_ids, reference_cameras)
         )
-        reference_labels = reference_labels.to(device)
-    n_reference = len(reference_labels)
-    if ref_includes_query:
-        _check_same_items(query_labels, reference_labels, query_ids)
-    ids = _codes(query_ids, reference_ids, "ids", len(query), n_reference, device)
-    cameras = _codes(query_cameras, reference_cameras, "cameras", len(query), n_reference, device)
+    sizes = len(query), len(reference_labels)
+    label_codes = None
+    if equal:
+        label_codes = codes(query_labels, reference_labels, ("query_labels", "reference_labels"), sizes)
+        query_labels, reference_labels = _as_tensors(query_labels, reference_labels, label_codes)
+    items = item_codes(label_codes, ref_includes_query, query_ids, reference_ids, sizes)
+    cameras = pair_of_codes(query_cameras, reference_cameras, "cameras", sizes)
+    query_labels, reference_labels = query_labels.to(device), reference_labels.to(device)
 
-    positives = _positives(query_labels, reference_labels, label_comparison_fn)
+    positives = _positives(label_codes, query_labels, reference_labels, label_comparison_fn)
     excluded: list[Matches] = []
     if ref_includes_query:
         excluded.append(SamePosition())
-    if ids is not None:
-        excluded.append(EqualCodes(*ids))
+    elif items is not None:
+        excluded.append(EqualCodes(items[0].to(device), items[1].to(device)))
     if cameras is not None:
-        excluded.append(_same_label_and_camera(positives, *cameras))
+        excluded.append(_same_label_and_camera(positives, cameras[0].to(device), cameras[1].to(device)))
     return Search(
         query,
         reference,
@@ -156,39 +162,35 @@ def prepare_search(
     )
 
 
-def _labels(labels: Any, name: str, length: int, one_number: bool) -> torch.Tensor:
-    if labels is None:
-        raise ValueError(f"{name} must be given, got None")
-    labels = as_tensor(labels, name)
-    if labels.ndim == 0 or len(labels) != length:
-        got = len(labels) if labels.ndim else "a single number"
+def _labels(labels: Any, name: str, length: int, equal: bool) -> Any:
+    """Return labels as an array of their own type; as a tensor for a function of the user's own."""
+    values = as_values(labels, name) if equal else as_tensor(labels, name)
+    if values.ndim == 0 or len(values) != length:
+        got = len(values) if values.ndim else "a single number"
         raise ValueError(f"{name} must have one entry an embedding: expected {length}, got {got}")
-    if labels.ndim != 1 and one_number:
-        raise ValueError(f"{name} must be 1-dimensional without a label_comparison_fn, got {tuple(labels.shape)}")
-    return labels
+    if values.ndim != 1 and equal:
+        raise ValueError(f"{name} must be 1-dimensional without a label_comparison_fn, got {tuple(values.shape)}")
+    return values
 
 
-def _check_same_items(query_labels: torch.Tensor, reference_labels: torch.Tensor, query_ids: Any) -> None:
-    if query_ids is not None:
-        raise ValueError("ref_includes_query must be False where query_ids tell which items are the same")
-    if len(reference_labels) < len(query_labels):
-        raise ValueError(
-            "reference must hold every query with ref_includes_query=True, got "
-            f"{len(reference_labels)} rows for {len(query_labels)} queries"
-        )
-    if not torch.equal(query_labels, reference_labels[: len(query_labels)]):
-        raise ValueError(
-            "reference_labels must begin with query_labels with ref_includes_query=True, as row i is the same item "
-            "in both; where the order differs, pass query_ids and reference_ids"
-        )
+def _as_tensors(
+    query: np.ndarray, reference: np.ndarray, label_codes: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return labels as tensors that PML's functions and a subclass's can compare: as given, or else their codes."""
+    plain = query.dtype == reference.dtype and (query.dtype.kind in "bif" or query.dtype == np.uint8)
+    if not plain or any(bool((side < 0).any()) for side in label_codes):
+        return label_codes
+    return as_tensor(query, "query_labels"), as_tensor(reference, "reference_labels")
 
 
 def _positives(
-    query_labels: torch.Tensor, reference_labels: torch.Tensor, label_comparison_fn: Callable[..., torch.Tensor]
+    label_codes: tuple[torch.Tensor, torch.Tensor] | None,
+    query_labels: torch.Tensor,
+    reference_labels: torch.Tensor,
+    label_comparison_fn: Callable[..., torch.Tensor],
 ) -> Matches:
-    if label_comparison_fn is torch.eq and query_labels.ndim == 1:
-        dtype = torch.promote_types(query_labels.dtype, reference_labels.dtype)
-        return EqualCodes(query_labels.to(dtype), reference_labels.to(dtype))
+    if label_codes is not None:
+        return EqualCodes(label_codes[0].to(query_labels.device), label_codes[1].to(query_labels.device))
 
     def match(queries: torch.Tensor) -> torch.Tensor:
         own = query_labels[queries, None]
@@ -204,22 +206,3 @@ def _same_label_and_camera(positives: Matches, query_cameras: torch.Tensor, refe
             return index, valid & (query_cameras[queries, None] == reference_cameras[index])
 
     return LabelAndCamera()
-
-
-def _codes(
-    query: Any, reference: Any, name: str, n_query: int, n_reference: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Number the distinct values of a pair of ``(Q,)`` and ``(N,)`` arguments, whatever their type."""
-    if query is None and reference is None:
-        return None
-    if query is None or reference is None:
-        missing, given = ("query", "reference") if query is None else ("reference", "query")
-        raise ValueError(f"{missing}_{name} must be given with {given}_{name}, got None")
-    values = [c_f.to_numpy(side) for side in (query, reference)]
-    for side, value, length in zip(("query", "reference"), values, (n_query, n_reference), strict=True):
-        if np.shape(value) != (length,):
-            raise ValueError(f"{side}_{name} must have shape ({length},), got {np.shape(value)}")
-    if {np.asarray(value).dtype.kind for value in values} == {"i", "u"}:  # their common type would be a float
-        values = [np.asarray(value).astype(object) for value in values]
-    codes = torch.from_numpy(np.unique(np.concatenate(values), return_inverse=True)[1]).to(device)
-    return codes[:n_query], codes[n_query:]

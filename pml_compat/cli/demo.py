@@ -92,7 +92,7 @@ def run_demo(out: Path, seeds: Sequence[int], methods: Sequence[str] = METHODS) 
         },
         seeds=list(seeds),
     )
-    calculator = CrossModelAccuracyCalculator(include=tuple(METRICS))
+    calculator = CrossModelAccuracyCalculator(include=tuple(METRICS), fit_width=True)
     examples: list[RetrievalExample] = []
     start = time.perf_counter()
     with whole_folder(out) as folder, tqdm(total=len(seeds) * count_epochs(methods), unit="epoch") as progress:
@@ -161,7 +161,7 @@ def _examples(
         if pair in CROSS_PAIRS:
             narrow = fit_width(embeddings[query_name][queries], embeddings[gallery].shape[1])
             depth = _CANDIDATES if method == "two_stage" else _DEPTH
-            found[method] = torch.cat(list(nearest(narrow, embeddings[gallery], itself, depth)))
+            found[method] = torch.cat([rows for _, rows in nearest(narrow, embeddings[gallery], itself, depth)])
             if method == "two_stage":
                 new = embeddings["independent"]
                 distances = torch.linalg.vector_norm(new[found[method]] - new[queries][:, None], dim=2)

@@ -11,15 +11,16 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..accuracy import CrossModelAccuracyCalculator, backfill_curve, pair_criterion, verification
+from ..accuracy import CrossModelAccuracyCalculator
 from ..extras import import_extra
 from ..files import whole_folder
-from ..report.evaluation import ALL_METRICS, PAIR_NAMES, Backfill, Evaluation, flips_to_json
 from ..report.evaluation_table import summary_table, to_rich
 from ..report.html_page import html_page
 from ..report.markdown_page import markdown_page
-from ..report.results import METRICS
-from ..report.upgrade_verdict import UpgradeVerdict, upgrade_verdict
+from ..upgrade import backfill_curve, pair_criterion
+from ..upgrade.evaluation import ALL_METRICS, METRICS, PAIR_NAMES, Backfill, Evaluation, flips_to_json
+from ..upgrade.verdict import UpgradeVerdict, upgrade_verdict
+from ..verification import verification
 from .estimate import print_estimate
 from .inputs import Embeddings, Inputs, load
 

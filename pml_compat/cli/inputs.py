@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from ..accuracy import CrossModelAccuracyCalculator
-from ..accuracy.thresholds import check_rates
 from ..checks import check_finite
 from ..transformations import load_transformation
+from ..verification.thresholds import check_rates
 from .stored import StoredEmbeddings, read_array, read_stored
 
 

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..extras import import_extra
-from .evaluation import PAIR_NAMES, Evaluation
-from .results import METRICS
-from .upgrade_verdict import UpgradeVerdict
+from ..upgrade.evaluation import METRICS, PAIR_NAMES, Evaluation
+from ..upgrade.verdict import UpgradeVerdict
 
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _COLORS = {

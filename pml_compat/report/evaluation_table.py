@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..accuracy import BootstrapInterval
 from ..extras import import_extra
-from .evaluation import ALL_METRICS, PAIR_NAMES, Evaluation
-from .results import METRICS
-from .upgrade_verdict import UpgradeVerdict
+from ..upgrade import BootstrapInterval
+from ..upgrade.evaluation import ALL_METRICS, METRICS, PAIR_NAMES, Evaluation
+from ..upgrade.verdict import UpgradeVerdict
 
 
 class Table(NamedTuple):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from html import escape
 
-from .evaluation import Evaluation, criterion_in_words
+from ..upgrade.evaluation import Evaluation, criterion_in_words
+from ..upgrade.verdict import UpgradeVerdict
 from .evaluation_plots import draw_backfill, draw_cmc, draw_flips, draw_matrix
 from .evaluation_table import all_tables, to_html
 from .markdown_page import details_in_words
-from .upgrade_verdict import UpgradeVerdict
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --card: #f5f6f8; --ink: #1d2129; --soft: #5b6470;

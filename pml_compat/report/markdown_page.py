@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from .. import __version__
-from .evaluation import Evaluation, criterion_in_words
+from ..upgrade.evaluation import Evaluation, criterion_in_words
+from ..upgrade.verdict import UpgradeVerdict
 from .evaluation_table import all_tables, to_markdown
-from .upgrade_verdict import UpgradeVerdict
 
 
 def details_in_words(evaluation: Evaluation) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..extras import import_extra
-from .results import METRICS, PAIRS, Results
+from ..upgrade.evaluation import METRICS, PAIRS
+from .results import Results
 
 _COLORS = {
     "old_to_old": "#8a8f98",

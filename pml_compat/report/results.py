@@ -9,15 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..accuracy import is_compatible, update_gain
+from ..upgrade import is_compatible, update_gain
+from ..upgrade.evaluation import METRICS
 
-METRICS = {"precision_at_1": "P@1", "mean_average_precision": "mAP"}
-PAIRS = {
-    "old_to_old": "old/old",
-    "new_to_old": "new/old",
-    "new_to_transformed_old": "new/transformed old",
-    "new_to_new": "new/new",
-}
 COSTS = {"milliseconds_per_step": "ms/step", "extra_mebibytes": "+MiB"}  # of a method's training
 CROSS_PAIRS = ("new_to_transformed_old", "new_to_old")  # what an upgrade without re-embedding serves
 

@@ -42,9 +42,11 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
         pairs: what to measure, ``{query}_to_{gallery}`` of "old", "new" and "transformed_old"; by default
             "old_to_old", "new_to_old", "new_to_new" and, with a transformation, "new_to_transformed_old".
         accuracy_calculator: a :class:`~pml_compat.accuracy.CrossModelAccuracyCalculator`; by default of
-            ``precision_at_1`` and ``mean_average_precision``.
+            ``precision_at_1`` and ``mean_average_precision``, which compares models of different widths by BCT's rule
+            (``fit_width=True``).
         **kwargs: as for PML's ``GlobalEmbeddingSpaceTester``. ``normalize_embeddings`` holds for all models, after
-            the transformation; ``use_trunk_output`` for the new one.
+            the transformation; ``use_trunk_output`` for the new one. PML's ``pca`` is refused: it is fitted anew in
+            every test, so each model's would be a space of its own.
     Raises:
         ValueError: neither ``old_model`` nor ``old_embeddings``; arguments of another type; unknown pairs; a
             transformation or side-information that is missing or not asked for; ``pca``. In a test: a split without
@@ -89,7 +91,8 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
             raise ValueError(f"side_info must be None where {taker}, got that of {list(self.side_info)}")
         calculator = accuracy_calculator
         if calculator is None:
-            calculator = CrossModelAccuracyCalculator(include=("precision_at_1", "mean_average_precision"))
+            metrics = ("precision_at_1", "mean_average_precision")
+            calculator = CrossModelAccuracyCalculator(include=metrics, fit_width=True)
         if not isinstance(calculator, CrossModelAccuracyCalculator):
             raise ValueError(
                 f"accuracy_calculator must be a CrossModelAccuracyCalculator, got {type(calculator).__name__}: it "

@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pml_compat.accuracy import gallery, ranking
+from pml_compat.accuracy import CrossModelAccuracyCalculator, gallery, ranking
 from pml_compat.accuracy.gallery import Gallery
 from pml_compat.accuracy.matches import Compared, EqualCodes, SamePosition, mask
 from pml_compat.accuracy.rank_metrics import average_precision, hit_rate, r_precision, reciprocal_rank
@@ -145,10 +145,10 @@ def test_one_long_gallery_row_leaves_the_others_ranks_alone():
 def test_nearest_leaves_out_the_excluded():
     reference = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
     excluded = torch.tensor([[True, False, False, False], [False, False, True, False]])
-    found = torch.cat(
-        list(ranking.nearest(torch.tensor([[0.1], [2.1]]), reference, [Compared(lambda queries: excluded[queries])], 2))
-    )
+    query = torch.tensor([[0.1], [2.1]])
+    ((distances, found),) = ranking.nearest(query, reference, [Compared(lambda queries: excluded[queries])], 2)
     assert found.tolist() == [[1, 2], [3, 1]]
+    assert torch.allclose(distances, torch.tensor([[0.81, 3.61], [0.81, 1.21]], dtype=torch.float64))
 
 
 def test_listed_ranks_close_the_gaps_of_removed_items():
@@ -327,3 +327,40 @@ def test_compared_gives_the_lists_of_its_answers():
     answers = torch.tensor([[True, False, True], [False, False, False], [False, True, False]])
     index, valid = Compared(lambda queries: answers[queries]).lists(torch.tensor([1, 0, 2]))
     assert [index[i][valid[i]].tolist() for i in range(3)] == [[], [0, 2], [1]]
+
+
+def test_near_copies_behind_nearer_items_are_told_apart():
+    """One positive is the nearest of 6,000 near-copies of a vector, behind 11 other items: place 12 in each ranking."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.nn.functional.normalize(torch.randn(20, 16, generator=generator), dim=1)
+    copies = 3e-8 * torch.randn(6000, 16, generator=generator)
+    copies[:, 0] = 1.0
+    precision, reciprocal = [], []
+    for query in queries:
+        nearer = torch.nn.functional.normalize(query + 0.1 * torch.randn(11, 16, generator=generator), dim=1)
+        positive = int((copies.double() - query.double()).square().sum(1).argmin())
+        labels = torch.ones(6011, dtype=torch.long)
+        labels[11 + positive] = 0
+        calculator = CrossModelAccuracyCalculator(("mean_average_precision", "mean_reciprocal_rank"), device="cpu")
+        found = calculator.get_accuracy(query[None], torch.tensor([0]), torch.cat([nearer, copies]), labels)
+        precision.append(found["mean_average_precision"])
+        reciprocal.append(found["mean_reciprocal_rank"])
+    assert precision == pytest.approx([1 / 12] * 20)
+    assert reciprocal == pytest.approx([1 / 12] * 20)
+
+
+@pytest.mark.parametrize("form", ["bits", "signs", "unit"])
+def test_ties_of_binary_codes_count_as_in_scikit_learn(form):
+    generator = np.random.default_rng(0)
+    query, gallery = generator.integers(0, 2, (10, 200)), generator.integers(0, 2, (20_000, 200))
+    labels, gallery_labels = generator.integers(0, 1000, 10), generator.integers(0, 1000, 20_000)
+    hamming = (query[:, None] != gallery).sum(2)
+    expected = [average_precision_score(gallery_labels == labels[row], -hamming[row]) for row in range(10)]
+    sides = [torch.from_numpy(side).float() for side in (query, gallery)]
+    if form != "bits":
+        sides = [2 * side - 1 for side in sides]
+    if form == "unit":
+        sides = [torch.nn.functional.normalize(side, dim=1) for side in sides]
+    calculator = CrossModelAccuracyCalculator(("mean_average_precision",), device="cpu")
+    found = calculator.get_per_query_accuracy(sides[0], labels, sides[1], gallery_labels)
+    assert found["mean_average_precision"].tolist() == pytest.approx(expected, rel=1e-6)

@@ -1,5 +1,6 @@
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,3 +81,52 @@ def test_without_faiss(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match=r'pip install "pml-compat\[faiss-cpu\]"'):
         ServedIndex("Flat")
+
+
+def test_an_index_is_trained_once_for_one_gallery(monkeypatch):
+    rows, labels = data()
+    served, made = ServedIndex("Flat"), []
+    factory = served.faiss.index_factory
+    monkeypatch.setattr(served.faiss, "index_factory", lambda *a: made.append(a) or factory(*a))
+    calculator = CrossModelAccuracyCalculator(("precision_at_1",), device="cpu", knn_func=served)
+    for _ in range(3):
+        calculator.get_accuracy(rows[:40], labels[:40], rows, labels)
+    calculator.get_accuracy(rows[:40], labels[:40], rows.clone(), labels)
+    assert len(made) == 1
+    rows[0] += 1
+    calculator.get_accuracy(rows[:40], labels[:40], rows, labels)
+    assert len(made) == 2
+
+
+def test_an_id_map_in_a_factory_string():
+    assert accuracy(knn_func=ServedIndex("IDMap,Flat")) == pytest.approx(accuracy(), abs=1e-9)
+
+
+def test_ids_of_an_index_of_ones_own_are_asked_for():
+    rows, _ = data()
+    ids = np.random.default_rng(0).permutation(300) + 1000
+    index = faiss.IndexIDMap2(faiss.IndexFlatL2(16))
+    index.add_with_ids(rows.numpy(), ids)
+    with pytest.raises(ValueError, match="ids must be given for an index with ids of its own, as this IndexIDMap2"):
+        ServedIndex(index)
+    assert accuracy(knn_func=ServedIndex(index, ids=ids)) == pytest.approx(accuracy(), abs=1e-9)
+    with pytest.raises(ValueError, match="ids must hold every id of the index"):
+        accuracy(knn_func=ServedIndex(index, ids=ids + 1))
+    with pytest.raises(ValueError, match="ids must have one entry a gallery row: expected 300, got 299"):
+        accuracy(knn_func=ServedIndex(index, ids=ids[1:]))
+    quantizer = faiss.IndexFlatL2(16)
+    cells = faiss.IndexIVFFlat(quantizer, 16, 4)
+    cells.train(rows.numpy())
+    cells.add_with_ids(rows.numpy(), ids)
+    with pytest.raises(
+        ValueError, match="ids must be given for an index whose ids are not the gallery's rows 0 to 299"
+    ):
+        accuracy(knn_func=ServedIndex(cells, nprobe=4))
+    assert accuracy(knn_func=ServedIndex(cells, nprobe=4, ids=ids)) == pytest.approx(accuracy(), abs=1e-9)
+
+
+def test_what_faiss_does_not_know_is_named():
+    with pytest.raises(ValueError, match="index must be a faiss factory string, got 'Flatt'"):
+        accuracy(knn_func=ServedIndex("Flatt"))
+    with pytest.raises(ValueError, match="nprobe must be None for an index without cells, got 4 for Flat"):
+        accuracy(knn_func=ServedIndex("Flat", nprobe=4))

@@ -13,17 +13,12 @@ import pytest
 import torch
 
 from pml_compat import __version__
-from pml_compat.accuracy import (
-    CrossModelAccuracyCalculator,
-    backfill_curve,
-    negative_flips,
-    pair_criterion,
-    paired_bootstrap,
-    verification,
-)
+from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.cli import estimate, evaluate
 from pml_compat.cli.main import main
 from pml_compat.transformations import LinearTransformation
+from pml_compat.upgrade import backfill_curve, negative_flips, pair_criterion, paired_bootstrap
+from pml_compat.verification import verification
 
 ROOT = Path(__file__).parents[2]
 METRICS = ("precision_at_1", "mean_average_precision")

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import backfill_curve
 from pml_compat.gallery import backfill_scores
+from pml_compat.upgrade import backfill_curve
 
 
 def naive_scores(gallery, labels, by):

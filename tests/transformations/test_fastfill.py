@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import backfill_curve
 from pml_compat.frozen import FrozenClassifier
 from pml_compat.losses import FastFillLoss, FCTLoss
 from pml_compat.transformations import (
@@ -18,6 +17,7 @@ from pml_compat.transformations import (
     save_numpy,
 )
 from pml_compat.transformations.fastfill import gaussian_losses
+from pml_compat.upgrade import backfill_curve
 from tests import reference
 from tests.transformations.cases import batch, build
 

@@ -4,12 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import (
-    CrossModelAccuracyCalculator,
-    compatibility_matrix,
-    is_compatible,
-    update_gain,
-)
+from pml_compat.accuracy import CrossModelAccuracyCalculator
+from pml_compat.upgrade import compatibility_matrix, is_compatible, update_gain
 
 
 @pytest.mark.parametrize(
@@ -64,7 +60,9 @@ def models():
 
 @pytest.fixture
 def calculator():
-    return CrossModelAccuracyCalculator(include=("precision_at_1", "mean_average_precision", "cmc_top_5"), device="cpu")
+    return CrossModelAccuracyCalculator(
+        include=("precision_at_1", "mean_average_precision", "cmc_top_5"), device="cpu", fit_width=True
+    )
 
 
 def test_every_model_against_every_model_with_each_item_left_out(models, calculator):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import BackfillCurve, CrossModelAccuracyCalculator, backfill_curve
+from pml_compat.accuracy import CrossModelAccuracyCalculator
+from pml_compat.upgrade import BackfillCurve, backfill_curve
 from pml_compat.width import fit_width
 from tests.accuracy import naive_metrics
 
@@ -14,7 +15,7 @@ METRICS = ("precision_at_1", "mean_average_precision", "cmc_top_5")
 
 @pytest.fixture
 def calculator():
-    return CrossModelAccuracyCalculator(include=METRICS, device="cpu")
+    return CrossModelAccuracyCalculator(include=METRICS, device="cpu", fit_width=True)
 
 
 def sample(seed, n_query=12, n_gallery=25, old_width=5, new_width=5):
@@ -71,7 +72,7 @@ def test_every_metric_of_the_calculator_and_no_other(calculator):
 @pytest.mark.parametrize(("old_width", "new_width"), [(5, 5), (3, 6), (6, 3)])
 def test_the_ends_are_the_cross_test_and_the_self_test(old_width, new_width, calculator):
     query, query_labels, old, new, labels = sample(1, old_width=old_width, new_width=new_width)
-    curve = backfill_curve(query, query_labels, old, new, labels, calculator=calculator)
+    curve = backfill_curve(query, query_labels, old, new, labels, calculator=calculator, fit_width=True)
     cross = calculator.get_accuracy(query, query_labels, old, labels)
     own = calculator.get_accuracy(query, query_labels, new, labels)
     assert {metric: values[0] for metric, values in curve.values.items()} == pytest.approx(cross)
@@ -82,7 +83,9 @@ def test_the_ends_are_the_cross_test_and_the_self_test(old_width, new_width, cal
 @pytest.mark.parametrize(("old_width", "new_width"), [(3, 6), (6, 3)])
 def test_spaces_of_different_widths_meet_in_the_wider(old_width, new_width, calculator):
     query, query_labels, old, new, labels = sample(2, old_width=old_width, new_width=new_width)
-    curve = backfill_curve(query, query_labels, old, new, labels, calculator=calculator)
+    with pytest.raises(ValueError, match=f"new_gallery must be as wide as old_gallery, got widths {new_width} and"):
+        backfill_curve(query, query_labels, old, new, labels, calculator=calculator)
+    curve = backfill_curve(query, query_labels, old, new, labels, calculator=calculator, fit_width=True)
     padded = fit_width(query, 6), query_labels, fit_width(old, 6), fit_width(new, 6), labels
     expected = naive(*padded, curve.order.tolist(), curve.fractions, "mean_average_precision")
     assert curve.values["mean_average_precision"] == pytest.approx(expected)

@@ -37,7 +37,7 @@ def find_thresholds(
         given: other thresholds, as keys.
     Returns:
         ``(threshold, impostors accepted)`` for each of ``allowed``, and the impostors that each of ``given`` accepts.
-        Thresholds are keys, see :func:`pml_compat.accuracy.pair_scores.to_keys`; they accept what equals them.
+        Thresholds are keys, see :func:`pml_compat.verification.pair_scores.to_keys`; they accept what equals them.
     """
     everything = (-GRID, pairs.impostors)
     ranks = sorted({count for count in allowed if count < pairs.impostors})

@@ -111,6 +111,7 @@ def verification(
     query_ids: Any = None,
     reference_ids: Any = None,
     device: str | torch.device | None = None,
+    fit_width: bool = False,
 ) -> VerificationResult:
     r"""Measure TAR@FAR over all pairs of a query and a gallery item, whatever models embedded them.
 
@@ -119,9 +120,9 @@ def verification(
 
     Args:
         query: ``(Q, D_query)`` embeddings, a tensor or an array.
-        query_labels: ``(Q,)`` integers.
-        reference: ``(N, D_reference)`` gallery embeddings of any model; queries of another width are fitted to it by
-            :func:`pml_compat.width.fit_width`. By default the queries, each left out of its own pairs.
+        query_labels: ``(Q,)`` numbers, bools or strings; an unknown one (NaN, None) is another than all.
+        reference: ``(N, D_reference)`` gallery embeddings of any model; by default the queries, each left out of its
+            own pairs.
         reference_labels: ``(N,)``.
         fars: the false accept rates to measure at, each above 0 and at most 1. A rate of up to 4 million impostor
             pairs costs one pass over the pairs in float32, beyond that two in float64.
@@ -130,10 +131,13 @@ def verification(
         query_ids: ``(Q,)`` item ids, which say the same for galleries in any order.
         reference_ids: ``(N,)``, with ``query_ids``.
         device: where to compute; by default where ``reference`` is.
+        fit_width: compare queries of another width by :func:`pml_compat.width.fit_width`: for a new model that was
+            trained so.
     Shape:
         - memory: never ``(Q, N)``, but tens of MiB beyond the inputs; up to 225 for 4 million impostors to accept
     Raises:
-        ValueError: NaN, infinite or empty embeddings; lengths that differ; no genuine or no impostor pair; a rate or
+        ValueError: NaN, infinite or empty embeddings; lengths that differ; widths that do, without
+            ``fit_width``; no genuine or no impostor pair; a rate or
             threshold out of range; one of a pair of arguments alone; ids beside ``ref_includes_query``; with
             ``ref_includes_query`` a gallery that is shorter than the queries or has other labels in their rows.
     Example:
@@ -154,6 +158,7 @@ def verification(
         query_ids=query_ids,
         reference_ids=reference_ids,
         device=device,
+        fit_width=fit_width,
     )
     _check_counts("query_labels and reference_labels", pairs.genuine, pairs.impostors)
     allowed = [number_allowed(rate, pairs.impostors) for rate in rates]
@@ -202,7 +207,8 @@ def carry_thresholds(
         new_reference: ``(N, D_new)`` the gallery embedded anew, where there is one.
         reference_labels: ``(N,)``, with ``old_reference``.
         fars: the false accept rates that the old system was calibrated for.
-        **kwargs: for :func:`verification`: ``query_ids``, ``reference_ids``, ``ref_includes_query``, ``device``.
+        **kwargs: for :func:`verification`: ``query_ids``, ``reference_ids``, ``ref_includes_query``, ``device``,
+            ``fit_width``.
     Returns:
         Results by ``"old_to_old"``, ``"new_to_old"`` and, but for a gallery that was not embedded anew,
         ``"new_to_new"``.

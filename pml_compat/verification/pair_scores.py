@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import check_embeddings, check_labels
-from ..width import fit_width
+from ..accuracy.items import codes, item_codes
+from ..checks import check_rows
+from ..width import as_wide
 
 GRID = 2**36  # score steps to 1.0
 _BLOCK = 2048, 1024  # queries, gallery items: what a product is taken of at once, 8 MiB of float32
@@ -31,14 +32,14 @@ class PairScores:
 
     Args:
         query: ``(Q, D_query)`` embeddings, a tensor or an array.
-        query_labels: ``(Q,)`` integers.
-        reference: ``(N, D_reference)``; queries of another width are fitted to it. By default the queries, each left
-            out of its own pairs.
-        reference_labels: ``(N,)`` integers.
+        query_labels: ``(Q,)`` numbers, bools or strings.
+        reference: ``(N, D_reference)``; by default the queries, each left out of its own pairs.
+        reference_labels: ``(N,)``, of the same kind.
         ref_includes_query: row i of both is the same item.
         query_ids: ``(Q,)`` item ids of any type, instead.
         reference_ids: ``(N,)``, with ``query_ids``.
         device: where to compute; by default where ``reference`` is.
+        fit_width: compare widths that differ by :func:`pml_compat.width.fit_width`.
     Raises:
         ValueError: what ``CrossModelAccuracyCalculator.get_accuracy`` raises of these.
     """
@@ -54,18 +55,20 @@ class PairScores:
         query_ids: Any = None,
         reference_ids: Any = None,
         device: str | torch.device | None = None,
+        fit_width: bool = False,
     ) -> None:
         if reference is None:
             if reference_labels is not None or reference_ids is not None:
                 raise ValueError("reference must be given with reference_labels or reference_ids, got None")
             reference, reference_labels, reference_ids = query, query_labels, query_ids
             ref_includes_query = query_ids is None
-        query, reference = check_embeddings(query, "query"), check_embeddings(reference, "reference")
+        query, reference = check_rows(query, "query"), check_rows(reference, "reference")
         device = reference.device if device is None else torch.device(device)
         self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        query_labels = check_labels(query_labels, "query_labels", len(query)).cpu().numpy()
-        reference_labels = check_labels(reference_labels, "reference_labels", len(reference)).cpu().numpy()
-        ids = _item_ids(query_labels, reference_labels, ref_includes_query, query_ids, reference_ids)
+        sizes = len(query), len(reference)
+        labels = codes(query_labels, reference_labels, ("query_labels", "reference_labels"), sizes)
+        items = item_codes(labels, ref_includes_query, query_ids, reference_ids, sizes)
+        query_labels, reference_labels = labels[0].numpy(), labels[1].numpy()
 
         query_order = np.argsort(query_labels, kind="stable")
         reference_order = np.argsort(reference_labels, kind="stable")
@@ -74,9 +77,9 @@ class PairScores:
         self.first = np.searchsorted(reference_labels, self.query_labels, side="left")
         self.last = np.searchsorted(reference_labels, self.query_labels, side="right")
         query, reference = query.detach().to(self.device), reference.detach().to(self.device)
-        self._query = _UnitRows(fit_width(query, reference.shape[1]), query_order)
+        self._query = _UnitRows(as_wide(query, reference, fit_width), query_order)
         self._reference = _UnitRows(reference, reference_order)
-        self._ids = None if ids is None else (ids[0][query_order], ids[1][reference_order])
+        self._ids = None if items is None else (items[0].numpy()[query_order], items[1].numpy()[reference_order])
 
         same_label = int((self.last - self.first).sum())
         excluded, excluded_same_label = self._count_excluded(reference_labels)
@@ -211,39 +214,3 @@ def _matches(query: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.n
 def _count_matches(query: np.ndarray, reference: np.ndarray) -> int:
     ordered = np.sort(reference)
     return int((np.searchsorted(ordered, query, side="right") - np.searchsorted(ordered, query, side="left")).sum())
-
-
-def _item_ids(
-    query_labels: np.ndarray, reference_labels: np.ndarray, ref_includes_query: bool, query_ids: Any, reference_ids: Any
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return both sides' items as whole numbers, or None where all are different."""
-    sizes = len(query_labels), len(reference_labels)
-    if ref_includes_query:
-        if query_ids is not None or reference_ids is not None:
-            raise ValueError("ref_includes_query must be False where ids tell which items are the same, got both")
-        if sizes[1] < sizes[0]:
-            raise ValueError(
-                "reference must hold every query with ref_includes_query=True, got "
-                f"{sizes[1]} rows for {sizes[0]} queries"
-            )
-        if not np.array_equal(query_labels, reference_labels[: sizes[0]]):
-            raise ValueError(
-                "reference_labels must begin with query_labels with ref_includes_query=True, as row i is the same item "
-                "in both; where the order differs, pass query_ids and reference_ids"
-            )
-        return np.arange(sizes[0]), np.arange(sizes[1])
-    if query_ids is None and reference_ids is None:
-        return None
-    if query_ids is None or reference_ids is None:
-        missing, given = ("query", "reference") if query_ids is None else ("reference", "query")
-        raise ValueError(f"{missing}_ids must be given with {given}_ids, got None")
-    sides = []
-    for name, ids, size in zip(("query", "reference"), (query_ids, reference_ids), sizes, strict=True):
-        values = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
-        if values.shape != (size,):
-            raise ValueError(f"{name}_ids must have shape ({size},), got {values.shape}")
-        sides.append(values)
-    if {side.dtype.kind for side in sides} == {"i", "u"}:  # their common type would be a float
-        sides = [side.astype(object) for side in sides]
-    codes = np.unique(np.concatenate(sides), return_inverse=True)[1]
-    return codes[: sizes[0]], codes[sizes[0] :]

@@ -4,13 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import (
-    CrossModelAccuracyCalculator,
-    average_compatibility,
-    average_multimodel_accuracy,
-    compatibility_matrix,
-    is_compatible,
-)
+from pml_compat.accuracy import CrossModelAccuracyCalculator
+from pml_compat.upgrade import average_compatibility, average_multimodel_accuracy, compatibility_matrix, is_compatible
 
 MATRIX = [[0.3, 0, 0], [0.3, 0.5, 0], [0.4, 0.45, 0.6]]  # equal, better, worse
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import ClassFlips, CrossModelAccuracyCalculator, negative_flip_rate, negative_flips
+from pml_compat.accuracy import CrossModelAccuracyCalculator
+from pml_compat.upgrade import ClassFlips, negative_flip_rate, negative_flips
 
 nan = math.nan
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ..accuracy import BootstrapInterval, NegativeFlips
-from .evaluation import PAIR_NAMES, STARTS, Evaluation, without_nan
-from .results import METRICS
+from .bootstrap import BootstrapInterval
+from .evaluation import METRICS, PAIR_NAMES, STARTS, Evaluation, without_nan
+from .negative_flips import NegativeFlips
 
 Differences = Mapping[str, BootstrapInterval]  # metric to how much better than old/old
 _NOTABLE_FLIPS = 0.01  # share of the queries that break: from here on a warning
@@ -49,7 +49,7 @@ class UpgradeVerdict:
     """What to do, and why.
 
     Args:
-        outcome: see the module :mod:`pml_compat.report.evaluation`; None: there is nothing to compare with.
+        outcome: see the module :mod:`pml_compat.upgrade.evaluation`; None: there is nothing to compare with.
         certain: whether the intervals of P@1 and mAP exclude that it is no better than today.
         title: the verdict in a few words.
         summary: what to do, in a sentence.

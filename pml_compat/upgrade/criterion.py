@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ..checks import check_embeddings, check_labels
-from ..width import fit_width
+from ..accuracy.items import codes, item_codes
+from ..checks import check_rows
+from ..width import as_wide
 
 _BLOCK_ROWS = 2**10  # of queries and of the gallery at once: 8 MiB of differences, and a few copies and masks
 
@@ -48,6 +49,7 @@ def pair_criterion(
     ref_includes_query: bool = False,
     query_ids: Any = None,
     reference_ids: Any = None,
+    fit_width: bool = False,
 ) -> PairCriterion:
     r"""Count the pairs of a query i and an old gallery item j that the new model puts no worse than the old one.
 
@@ -62,14 +64,14 @@ def pair_criterion(
 
     Args:
         old_query: ``(Q, D_old)``, the queries as the old model embeds them.
-        new_query: ``(Q, D_new)``, the same items in the same order as the new model embeds them; fitted to ``D_old``
-            by :func:`pml_compat.width.fit_width`.
-        query_labels: ``(Q,)``.
+        new_query: ``(Q, D_new)``, the same items in the same order as the new model embeds them.
+        query_labels: ``(Q,)``; an unknown one (NaN, None) is another than all.
         old_gallery: ``(N, D_old)``; by default ``old_query``, each item without the pair with itself.
         gallery_labels: ``(N,)``, with ``old_gallery``.
         ref_includes_query: row i of ``old_gallery`` is the item of row i of the queries, and not a pair with it.
         query_ids: ``(Q,)`` item ids, which say the same for galleries in any order.
         reference_ids: ``(N,)``, with ``query_ids``.
+        fit_width: fit a new model of another width to the old one by :func:`pml_compat.width.fit_width`.
     Raises:
         ValueError: NaN, infinite or empty embeddings; rows or widths that differ; one of a pair of arguments alone;
             ids beside ``ref_includes_query``; no pair left.
@@ -87,21 +89,23 @@ def pair_criterion(
             raise ValueError("old_gallery must be given with gallery_labels or reference_ids, got None")
         old_gallery, gallery_labels, reference_ids = old_query, query_labels, query_ids
         ref_includes_query = query_ids is None
-    gallery = check_embeddings(old_gallery, "old_gallery").detach()
-    old = check_embeddings(old_query, "old_query", gallery.shape[1]).detach().to(gallery.device)
-    new = check_embeddings(new_query, "new_query").detach().to(gallery.device)
+    gallery = check_rows(old_gallery, "old_gallery").detach()
+    old = check_rows(old_query, "old_query", gallery.shape[1]).detach().to(gallery.device)
+    new = check_rows(new_query, "new_query").detach().to(gallery.device)
     if len(new) != len(old):
         raise ValueError(f"new_query must have the items of old_query: expected {len(old)} rows, got {len(new)}")
-    labels = check_labels(query_labels, "query_labels", len(old)).to(gallery.device)
-    gallery_labels = check_labels(gallery_labels, "gallery_labels", len(gallery)).to(gallery.device)
-    ids = _item_ids(ref_includes_query, query_ids, reference_ids, len(old), len(gallery))
+    new = as_wide(new, gallery, fit_width, ("new_query", "old_gallery"))
+    sizes = len(old), len(gallery)
+    own_labels, item_labels = codes(query_labels, gallery_labels, ("query_labels", "gallery_labels"), sizes)
+    items = item_codes((own_labels, item_labels), ref_includes_query, query_ids, reference_ids, sizes)
+    own_labels, item_labels = own_labels.to(gallery.device), item_labels.to(gallery.device)
 
     counts = torch.zeros(2, 2, dtype=torch.int64, device=gallery.device)  # same or different label, pairs and fulfilled
-    for rows, columns, worse, rounding in _distance_changes(old, fit_width(new, gallery.shape[1]), gallery):
-        same = labels[rows, None] == gallery_labels[columns]
+    for rows, columns, worse, rounding in _distance_changes(old, new, gallery):
+        same = own_labels[rows, None] == item_labels[columns]
         kinds = [same, ~same]
-        if ids is not None:
-            other = (ids[0][rows, None] != ids[1][columns]).to(gallery.device)
+        if items is not None:
+            other = (items[0][rows, None] != items[1][columns]).to(gallery.device)
             kinds = [kind & other for kind in kinds]
         fulfilled = worse <= rounding, worse >= -rounding
         for row, (kind, good) in enumerate(zip(kinds, fulfilled, strict=True)):
@@ -138,30 +142,3 @@ def _distance_changes(
 
 def _slices(length: int) -> Iterator[slice]:
     return (slice(start, min(start + _BLOCK_ROWS, length)) for start in range(0, length, _BLOCK_ROWS))
-
-
-def _item_ids(
-    ref_includes_query: bool, query_ids: Any, reference_ids: Any, n_query: int, n_gallery: int
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Number the items, so that a query and its own gallery item have one number."""
-    if ref_includes_query:
-        if query_ids is not None or reference_ids is not None:
-            raise ValueError("query_ids and reference_ids must not be given with ref_includes_query; they say the same")
-        if n_gallery < n_query:
-            raise ValueError(
-                f"old_gallery must begin with the queries for ref_includes_query: {n_query} queries, {n_gallery} items"
-            )
-        return torch.arange(n_query), torch.arange(n_gallery)
-    if query_ids is None and reference_ids is None:
-        return None
-    if query_ids is None or reference_ids is None:
-        missing, given = ("query", "reference") if query_ids is None else ("reference", "query")
-        raise ValueError(f"{missing}_ids must be given with {given}_ids, got None")
-    numbers: dict[Any, int] = {}
-    sides = []
-    for name, ids, length in (("query_ids", query_ids, n_query), ("reference_ids", reference_ids, n_gallery)):
-        if len(ids) != length:
-            raise ValueError(f"{name} must have one entry a row: expected {length}, got {len(ids)}")
-        values = ids.tolist() if hasattr(ids, "tolist") else ids
-        sides.append(torch.tensor([numbers.setdefault(value, len(numbers)) for value in values]))
-    return sides[0], sides[1]

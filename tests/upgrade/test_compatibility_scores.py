@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import compatibility_scores, update_gain
+from pml_compat.upgrade import compatibility_scores, update_gain
 
 # The published table of AdvBCT (CVPR 2023): mAP in percent on RParis, ROxford and GLDv2.
 # Each block: old self-test, independent self-test, and rows of (self-test, cross-test, P_up, P_comp, P_1).

@@ -3,9 +3,8 @@ import json
 import pytest
 import torch
 
-from pml_compat.accuracy import BootstrapInterval
-from pml_compat.report import Backfill, Evaluation, upgrade_verdict
-from pml_compat.report.upgrade_verdict import Option, choose, is_better, is_surely_better, smallest_share
+from pml_compat.upgrade import Backfill, BootstrapInterval, Evaluation, upgrade_verdict
+from pml_compat.upgrade.verdict import Option, choose, is_better, is_surely_better, smallest_share
 
 QUERIES = 400
 METRICS = ("precision_at_1", "mean_average_precision")

@@ -5,13 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import (
-    CrossModelAccuracyCalculator,
-    bootstrap,
-    bootstrap_update_gain,
-    paired_bootstrap,
-    update_gain,
-)
+from pml_compat.accuracy import CrossModelAccuracyCalculator
+from pml_compat.upgrade import bootstrap, bootstrap_update_gain, paired_bootstrap, update_gain
 
 nan = math.nan
 

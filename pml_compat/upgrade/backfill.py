@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from ..accuracy import CrossModelAccuracyCalculator
 from ..checks import as_tensor, check_embeddings, check_finite, check_labels
-from ..width import fit_width
-from .calculator import CrossModelAccuracyCalculator
+from ..width import as_wide
+from ..width import fit_width as fitted
 
 _TENTHS = tuple(step / 10 for step in range(11))
 
@@ -53,6 +54,7 @@ def backfill_curve(
     fractions: Sequence[float] = _TENTHS,
     seed: int = 0,
     calculator: CrossModelAccuracyCalculator | None = None,
+    fit_width: bool = False,
     **kwargs: Any,
 ) -> BackfillCurve:
     r"""Measure new queries on a gallery of which a growing share is replaced by new embeddings.
@@ -61,10 +63,10 @@ def backfill_curve(
         G_\beta: \text{the first } \lfloor \beta N \rfloor \text{ items of the order new, the others old}
 
     Old and new items are ranked together, by Euclidean distance on the embeddings as given. So their lengths must be
-    alike, or one kind stands in front whatever it shows: give unit-length rows. Where the two spaces have
-    different widths, the gallery has the wider one's, and the narrower embeddings (new queries too) end in zeros
-    (:func:`pml_compat.width.fit_width`). This changes neither end: fraction 0 is the cross-test on ``old_gallery``,
-    fraction 1 the new model's self-test.
+    alike, or one kind stands in front whatever it shows: give unit-length rows. Where the two spaces have different
+    widths and ``fit_width`` is asked for, the gallery has the wider one's, and the narrower embeddings (new queries
+    too) end in zeros (:func:`pml_compat.width.fit_width`). This changes neither end: fraction 0 is the cross-test on
+    ``old_gallery``, fraction 1 the new model's self-test.
 
     Args:
         query: ``(Q, D_new)``, as the new model embeds them.
@@ -78,11 +80,13 @@ def backfill_curve(
         seed: of a random order.
         calculator: what measures; by default a :class:`CrossModelAccuracyCalculator` of ``precision_at_1`` and
             ``mean_average_precision``.
+        fit_width: mix vectors of different widths all the same: for a new model that was trained to serve the old
+            gallery with its first coordinates.
         **kwargs: for ``calculator.get_accuracy``: ``ref_includes_query``, ``query_ids``, ``query_cameras``, ...
     Raises:
-        ValueError: galleries of different lengths; queries not as wide as ``new_gallery``; an unknown order, scores
-            that are NaN, integers that are no permutation; fractions that do not rise from 0 to 1; a calculator that
-            returns a list a metric; what ``get_accuracy`` raises.
+        ValueError: galleries of different lengths, or of different widths without ``fit_width``; queries not as wide as
+            ``new_gallery``; an unknown order, scores that are NaN, integers that are no permutation; fractions that do
+            not rise from 0 to 1; a calculator that returns a list a metric; what ``get_accuracy`` raises.
     Example:
         >>> labels = torch.tensor([0, 1])
         >>> new, old = torch.eye(2), torch.eye(2).flip(0)
@@ -114,9 +118,10 @@ def backfill_curve(
         raise ValueError("calculator must return one number a metric, got one with return_per_class=True")
     rows = _replacement_order(order, gallery_labels, len(old), seed)
 
+    as_wide(new, old, fit_width, ("new_gallery", "old_gallery"))
     width = max(old.shape[1], new.shape[1])
-    query, new = fit_width(query, width), fit_width(new, width)
-    gallery = fit_width(old, width).to(torch.promote_types(old.dtype, new.dtype), copy=True)
+    query, new = fitted(query, width), fitted(new, width)
+    gallery = fitted(old, width).to(torch.promote_types(old.dtype, new.dtype), copy=True)
     values: dict[str, list[float]] = {}
     done = 0
     for fraction in fractions:

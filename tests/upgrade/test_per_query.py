@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy.per_query import as_vector, complete_queries
+from pml_compat.upgrade.per_query import as_vector, complete_queries
 
 nan = np.nan
 

@@ -23,7 +23,7 @@
 
 A pair is ``old_to_old``, ``new_to_old``, ``new_to_transformed_old``, ``new_to_new`` or ``old_to_new``, the query's
 model first; a start is ``old`` or ``transformed_old``. INTERVAL is ``{"estimate", "low", "high", "probability",
-"level", "queries", "left_out"}`` (:class:`pml_compat.accuracy.BootstrapInterval`), POINT ``{"threshold", "far",
+"level", "queries", "left_out"}`` (:class:`pml_compat.upgrade.BootstrapInterval`), POINT ``{"threshold", "far",
 "tar"}``. What needs ``--old-queries`` or a gallery that was not given is an empty object, or null. ``outcome`` is
 ``swap_now``, ``swap_with_transformed_gallery``, ``backfill_first``, ``do_not_upgrade``, or null without
 ``--old-queries``.
@@ -40,17 +40,18 @@ from typing import Any
 
 import torch
 
-from ..accuracy import (
-    BootstrapInterval,
-    NegativeFlips,
-    PairCriterion,
-    VerificationResult,
-    bootstrap_update_gain,
-    negative_flips,
-    paired_bootstrap,
-)
-from .results import METRICS, PAIRS
+from ..verification import VerificationResult
+from .bootstrap import BootstrapInterval, bootstrap_update_gain, paired_bootstrap
+from .criterion import PairCriterion
+from .negative_flips import NegativeFlips, negative_flips
 
+METRICS = {"precision_at_1": "P@1", "mean_average_precision": "mAP"}
+PAIRS = {
+    "old_to_old": "old/old",
+    "new_to_old": "new/old",
+    "new_to_transformed_old": "new/transformed old",
+    "new_to_new": "new/new",
+}
 PAIR_NAMES = {**PAIRS, "old_to_new": "old/new"}
 UPGRADES = ("new_to_old", "new_to_transformed_old", "new_to_new")  # pairs that could take the place of old/old
 STARTS = {"old": "new_to_old", "transformed_old": "new_to_transformed_old"}  # a backfill's start: its pair at 0 %

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from .calculator import CrossModelAccuracyCalculator
+from ..accuracy import CrossModelAccuracyCalculator
 
 
 def is_compatible(*, old_to_old: float, new_to_old: float) -> bool:
@@ -84,7 +84,8 @@ def compatibility_matrix(
             item left out of its own ranking.
         gallery_labels: ``(M,)``, with ``galleries``.
         calculator: what measures; by default a :class:`CrossModelAccuracyCalculator` of ``precision_at_1`` and
-            ``mean_average_precision``.
+            ``mean_average_precision``, which compares models of different widths by
+            :func:`pml_compat.width.fit_width`.
         ref_includes_query: row i of every gallery is the item of row i of the queries. By default True without
             ``galleries``, False with them.
         **kwargs: for ``calculator.get_accuracy``: ``query_ids``, ``reference_ids``, ``query_cameras``, ...
@@ -108,7 +109,8 @@ def compatibility_matrix(
         ref_includes_query = kwargs.get("query_ids") is None if ref_includes_query is None else ref_includes_query
     elif gallery_labels is None:
         raise ValueError("gallery_labels must be given with galleries, got None")
-    calculator = calculator or CrossModelAccuracyCalculator(include=("precision_at_1", "mean_average_precision"))
+    metrics = ("precision_at_1", "mean_average_precision")
+    calculator = calculator or CrossModelAccuracyCalculator(include=metrics, fit_width=True)
     return {
         query_name: {
             gallery_name: calculator.get_accuracy(

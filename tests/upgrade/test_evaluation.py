@@ -4,9 +4,10 @@ import math
 import pytest
 import torch
 
-from pml_compat.report import Backfill, Evaluation, html_page, upgrade_verdict
-from pml_compat.report.evaluation import without_nan
+from pml_compat.report import html_page
 from pml_compat.report.evaluation_table import all_tables, flip_table, gain_table, to_html, to_markdown
+from pml_compat.upgrade import Backfill, Evaluation, upgrade_verdict
+from pml_compat.upgrade.evaluation import without_nan
 
 METRICS = ("precision_at_1", "mean_average_precision")
 

@@ -1,0 +1,27 @@
+import importlib
+
+import pytest
+
+import pml_compat.accuracy
+import pml_compat.report
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "new"),
+    [
+        ("pml_compat.accuracy", "update_gain", "pml_compat.upgrade"),
+        ("pml_compat.accuracy", "negative_flips", "pml_compat.upgrade"),
+        ("pml_compat.accuracy", "verification", "pml_compat.verification"),
+        ("pml_compat.report", "Evaluation", "pml_compat.upgrade"),
+    ],
+)
+def test_an_old_path_works_and_names_the_new_one(old, name, new):
+    with pytest.warns(DeprecationWarning, match=f"from {new} import {name}"):
+        found = getattr(importlib.import_module(old), name)
+    assert found is getattr(importlib.import_module(new), name)
+
+
+def test_every_name_that_moved_is_where_it_is_said_to_be():
+    for name in (*pml_compat.accuracy._UPGRADE, *pml_compat.accuracy._VERIFICATION):
+        with pytest.warns(DeprecationWarning):
+            assert getattr(pml_compat.accuracy, name) is not None
