@@ -5,46 +5,51 @@ from __future__ import annotations
 import os
 import sys
 import time
+from typing import Any
+
+import torch
 
 from ..accuracy import CrossModelAccuracyCalculator
-from .inputs import Embeddings
+from ..upgrade.evaluate import count_rankings
+from ..upgrade.evaluation import ALL_METRICS
+from .inputs import Inputs
 
 _SAMPLE = 200  # queries ranked to estimate the time
 
 
-def print_estimate(embeddings: Embeddings, calculator: CrossModelAccuracyCalculator, rankings: int) -> None:
+def print_estimate(arrays: dict[str, Any], inputs: Inputs) -> None:
     """Rank a few queries, and say on stderr what all rankings will take; warn where memory will not do."""
-    labels, gallery = embeddings.query_labels.cpu(), embeddings.galleries["old"]
-    size = min(_SAMPLE, len(labels))
-    codes = {n: value[:size] if n.startswith("query_") else value for n, value in embeddings.codes.items()}
+    queries, gallery, device = arrays["queries"], arrays["gallery"], arrays["device"]
+    size = min(_SAMPLE, len(queries))
+    calculator = CrossModelAccuracyCalculator(include=tuple(ALL_METRICS), k=inputs.k, device=device, fit_width=True)
+    labels = torch.arange(size), torch.arange(len(gallery)) % size
     start = time.perf_counter()
-    calculator.get_per_query_accuracy(
-        embeddings.queries["new"][:size], labels[:size], gallery, embeddings.gallery_labels, **codes
-    )
-    seconds = (time.perf_counter() - start) * len(labels) / size * rankings
-    memory = estimate_memory(embeddings)
+    calculator.get_per_query_accuracy(queries[:size], labels[0], gallery, labels[1])
+    rankings = count_rankings(arrays)
+    seconds = (time.perf_counter() - start) * len(queries) / size * rankings
+    memory = estimate_memory(arrays)
     print(
-        f"{rankings} rankings of {len(labels):,} queries on {len(gallery):,} vectors: about {duration(seconds)} and "
+        f"{rankings} rankings of {len(queries):,} queries on {len(gallery):,} vectors: about {duration(seconds)} and "
         f"{size_in_words(memory)} of memory beside the program's own",
         file=sys.stderr,
     )
     available = available_memory()
-    if available is not None and memory > available and gallery.device.type == "cpu":
+    if available is not None and memory > available and device.type == "cpu":
         print(
             f"pml-compat: that is more than the {size_in_words(available)} of this machine; sample the gallery",
             file=sys.stderr,
         )
 
 
-def estimate_memory(embeddings: Embeddings) -> int:
+def estimate_memory(arrays: dict[str, Any]) -> int:
     """Return about how many bytes the embeddings take, with what ranking and backfilling hold beside them."""
-    held = [*embeddings.queries.values(), *embeddings.galleries.values()]
-    widest = max(held, key=lambda matrix: matrix.shape[1])
-    n_gallery = len(embeddings.gallery_labels)
-    row = widest.shape[1] * widest.element_size()
-    copies = 3 if "new" in embeddings.galleries else 1  # the mixed gallery, one fitted to its width; and squares
+    names = ("queries", "old_queries", "gallery", "transformed_gallery", "new_gallery")
+    held = [arrays[name] for name in names if arrays[name] is not None]
+    n_gallery = len(arrays["gallery"])
+    row = 4 * max(matrix.shape[1] for matrix in held)
+    copies = 3 if arrays["new_gallery"] is not None else 1  # the mixed gallery, one fitted to its width; and squares
     chunk = max(16 * n_gallery, 3 * 2**19) * 40
-    return sum(matrix.nbytes for matrix in held) + copies * n_gallery * row + chunk
+    return sum(4 * matrix.shape[0] * matrix.shape[1] for matrix in held) + copies * n_gallery * row + chunk
 
 
 def available_memory() -> int | None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from .. import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status: 0, 1 where it failed, 2 for unusable arguments, 130 interrupted."""
+    """Run the command; return its exit status.
+
+    ``demo``: 0, or 1 where it failed. ``evaluate``: 0 go, 1 no, 2 not enough to say, 3 could not run. 130: interrupted.
+    """
     parser = argparse.ArgumentParser(
         prog="pml-compat", description="Upgrade an embedding model without re-embedding what is stored."
     )
@@ -24,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2, 3, 4], help="one upgrade a seed (0 1 2 3 4)")
     demo.add_argument("--methods", nargs="+", metavar="METHOD", help="what to compare, or 'all', with what each costs "
         "(independent bct lce lce_backward fct fct_side)")  # fmt: skip
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, failed=1)
     _add_evaluate(commands)
     options = parser.parse_args(arguments)
     # A plain 'kill' then ends the program as Ctrl-C does, and temporary files go.
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except (ImportError, OSError, ValueError) as error:
         print(f"pml-compat: {error}", file=sys.stderr)
-        return 1
+        return options.failed
     except KeyboardInterrupt:
         print("pml-compat: interrupted, nothing was written", file=sys.stderr)
         return 130
@@ -61,7 +65,8 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         help="measure an upgrade on stored embeddings, and say what to do",
         description="Measure new queries on an old gallery, and say what to do: swap now, swap with a transformed "
         "gallery, backfill a share first, or do not upgrade.",
-        epilog="FILE is an .npz file with the keys embeddings and labels (optional: ids, cameras), an .npy file of "
+        epilog="Exit status: 0 go, 1 no, 2 not enough to say, 3 could not run. "
+        "FILE is an .npz file with the keys embeddings and labels (optional: ids, cameras), an .npy file of "
         "embeddings, a .parquet file with the columns embedding and label (optional: id, camera), or a folder written "
         "by FrozenEmbeddings.",
     )
@@ -88,22 +93,42 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         metavar="FAR",
         help="verification, too, at these false accept rates",
     )
+    add("--margin", type=float, default=0.01, help="a difference in accuracy that does not matter (%(default)s)")
+    add("--fit-width", action="store_true", help="compare models of different widths by the first coordinates, as BCT "
+        "trains them")  # fmt: skip
+    for column in ("embedding", "label", "id"):
+        add(f"--{column}-column", metavar="NAME", help=f"the {column} column of Parquet files, in place of known names")
+    add("--json", action="store_true", help="print metrics.json on standard output, in place of the table")
     add("--k", type=_positive, help="cut rankings off after k items (full rankings)")
     add("--seed", type=_seed, default=0, help="of the backfill's order and of the resamples (%(default)s)")
     add("--device", help="where to compute, such as cpu or cuda (a GPU where there is one)")
     add("--out", type=Path, default=Path("evaluation_output"), help="folder for the results (%(default)s)")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=_evaluate, failed=3)
+    evaluate.error = _unusable(evaluate)  # type: ignore[method-assign]
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     from .evaluate import run_evaluate  # imports torch and PML: not for --help
     from .inputs import Inputs
+    from .stored import Columns
 
-    settings = {key: value for key, value in vars(options).items() if key not in ("run", "out", "labels")}
+    own = ("run", "out", "labels", "json", "failed", "embedding_column", "label_column", "id_column")
+    settings = {key: value for key, value in vars(options).items() if key not in own}
+    named = {"embeddings": options.embedding_column, "labels": options.label_column, "ids": options.id_column}
+    settings["columns"] = Columns(**{key: (name,) for key, name in named.items() if name is not None})
     settings["query_labels"] = options.query_labels or options.labels
     settings["gallery_labels"] = options.gallery_labels or options.labels
-    run_evaluate(Inputs(**settings), options.out)
-    return 0
+    return run_evaluate(Inputs(**settings), options.out, as_json=options.json).verdict.exit_code
+
+
+def _unusable(parser: argparse.ArgumentParser) -> Callable[[str], NoReturn]:
+    """Return a parser's ``error`` that ends with 3: 2 means that there are not enough queries."""
+
+    def error(message: str) -> NoReturn:
+        parser.print_usage(sys.stderr)
+        parser.exit(3, f"{parser.prog}: error: {message}\n")
+
+    return error
 
 
 def _positive(text: str) -> int:

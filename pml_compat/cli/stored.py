@@ -11,16 +11,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import check_labels, check_matrix
+from ..checks import check_matrix
 from ..extras import import_extra
 from ..frozen import FrozenEmbeddings
 from ..frozen.embedding_files import borrow, map_array
+from .parquet_columns import embedding_rows
 
 FORMATS = (
     "an .npz file with the keys embeddings and labels (optional: ids, cameras), an .npy file of embeddings, a .parquet "
     "file with the columns embedding and label (optional: id, camera), or a folder written by FrozenEmbeddings"
 )
-_KEYS = {"embeddings": "embedding", "labels": "label", "ids": "id", "cameras": "camera"}  # npz key -> Parquet column
+_KEYS = ("embeddings", "labels", "ids", "cameras")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a Parquet file, the first of each that it has; as vector databases export them."""
+
+    embeddings: tuple[str, ...] = ("embedding", "embeddings", "vector", "vectors", "values")
+    labels: tuple[str, ...] = ("label", "labels", "class")
+    ids: tuple[str, ...] = ("id", "ids", "_id", "pk", "uuid")
+    cameras: tuple[str, ...] = ("camera", "cameras")
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class StoredEmbeddings:
         option: the command's option that named it, for error messages.
         path: the file or folder.
         embeddings: ``(N, D)``, floating point, as stored.
-        labels: ``(N,)`` int64, or None.
+        labels: ``(N,)`` integers or strings, or None.
         ids: ``(N,)`` integers or strings, or None.
         cameras: ``(N,)`` integers or strings, or None.
         side_info: ``(N, S)``, or None.
@@ -40,7 +51,7 @@ class StoredEmbeddings:
     option: str
     path: Path
     embeddings: torch.Tensor
-    labels: torch.Tensor | None = None
+    labels: np.ndarray | None = None
     ids: np.ndarray | None = None
     cameras: np.ndarray | None = None
     side_info: torch.Tensor | None = None
@@ -53,7 +64,7 @@ class StoredEmbeddings:
         """``D``."""
         return self.embeddings.shape[1]
 
-    def require_labels(self, label_option: str) -> torch.Tensor:
+    def require_labels(self, label_option: str) -> np.ndarray:
         """Return the labels, or raise a ValueError that says how to give them."""
         if self.labels is None:
             raise ValueError(
@@ -69,20 +80,34 @@ class StoredEmbeddings:
         Raises:
             ValueError: other items, or items with other labels.
         """
-        if len(self) != len(other):
+        sample = len(self) < len(other) and self.ids is not None and other.ids is not None
+        if len(self) != len(other) and not sample:
             raise ValueError(
                 f"{self.option} must have the items of {other.option}: expected {len(other)} rows, got {len(self)}; "
-                "to try a sample, give the same sample of both"
+                "to try a sample of the gallery, give ids in both files, or the same sample of both"
             )
-        rows = self._rows_of(other)
+        rows = None if sample else self._rows_of(other)
         ordered = self if rows is None else self._reordered(rows)
-        if ordered.labels is not None and other.labels is not None and not torch.equal(ordered.labels, other.labels):
-            row = int((ordered.labels != other.labels).nonzero()[0])
+        theirs = other.labels
+        if sample:
+            places = self._places_in(other)
+            theirs = None if theirs is None else theirs[places]
+        if ordered.labels is not None and theirs is not None and not np.array_equal(ordered.labels, theirs):
+            row = int((ordered.labels != theirs).nonzero()[0][0])
             raise ValueError(
                 f"{self.option} must have the items of {other.option} in the same order, or ids in both files: the "
-                f"label of row {row} is {int(ordered.labels[row])}, and {int(other.labels[row])} in {other.option}"
+                f"label of row {row} is {ordered.labels[row]}, and {theirs[row]} in {other.option}"
             )
         return ordered
+
+    def _places_in(self, other: StoredEmbeddings) -> np.ndarray:
+        """Return the rows of ``other`` that these are a sample of."""
+        assert self.ids is not None and other.ids is not None
+        order = np.argsort(other.ids, kind="stable")
+        places = order[np.searchsorted(other.ids[order], self.ids).clip(max=len(order) - 1)]
+        if not np.array_equal(other.ids[places], self.ids) or len(np.unique(self.ids)) < len(self.ids):
+            raise ValueError(f"{self.option} must have ids that {other.option} has, each once")
+        return places
 
     def _rows_of(self, other: StoredEmbeddings) -> np.ndarray | None:
         if self.ids is None or other.ids is None or np.array_equal(self.ids, other.ids):
@@ -100,19 +125,20 @@ class StoredEmbeddings:
         return replace(
             self,
             embeddings=self.embeddings[index],
-            labels=None if self.labels is None else self.labels[index],
+            labels=None if self.labels is None else self.labels[rows],
             ids=None if self.ids is None else self.ids[rows],
             side_info=None if self.side_info is None else self.side_info[index],
         )
 
 
-def read_stored(path: Path, option: str, labels: Path | None = None) -> StoredEmbeddings:
+def read_stored(path: Path, option: str, labels: Path | None = None, columns: Columns = Columns()) -> StoredEmbeddings:
     """Read a file or folder of stored embeddings; nothing is unpickled.
 
     Args:
         path: see ``FORMATS``.
         option: what to call it in error messages.
         labels: an ``.npy`` file of labels, in place of those in the file.
+        columns: of a Parquet file.
     Raises:
         FileNotFoundError: there is nothing at ``path``.
         ImportError: a Parquet file, and pyarrow is not installed.
@@ -122,9 +148,12 @@ def read_stored(path: Path, option: str, labels: Path | None = None) -> StoredEm
     if not path.exists():
         raise FileNotFoundError(f"{option}: there is no {str(path)!r}")
     side_info = None
-    if path.is_dir():
+    parts = sorted([*path.rglob("*.parquet"), *path.rglob("*.pq")]) if path.is_dir() else []
+    if parts:
+        arrays: dict[str, Any] = _joined([_read_parquet(part, option, columns) for part in parts], option)
+    elif path.is_dir():
         folder = _open_folder(path, option)
-        arrays: dict[str, Any] = {"embeddings": map_array(path / "embeddings.npy")}
+        arrays = {"embeddings": map_array(path / "embeddings.npy")}
         arrays |= {"ids": folder.ids.numpy()} if (path / "ids.npy").exists() else {}
         side_info = None if folder.side_info is None else map_array(path / "side_info.npy")
     elif path.suffix == ".npy":
@@ -132,14 +161,16 @@ def read_stored(path: Path, option: str, labels: Path | None = None) -> StoredEm
     elif path.suffix == ".npz":
         arrays = _read_npz(path, option)
     elif path.suffix in (".parquet", ".pq"):
-        arrays = _read_parquet(path, option)
+        arrays = _read_parquet(path, option, columns)
     else:
         raise ValueError(f"{option} must be {FORMATS}; got {str(path)!r}")
     embeddings = arrays["embeddings"]
     if isinstance(embeddings, np.ndarray):
-        if embeddings.dtype not in (np.float16, np.float32, np.float64):
-            raise ValueError(f"embeddings of {option} must be floating point, got {embeddings.dtype}")
+        if embeddings.dtype.kind not in "fiu":
+            raise ValueError(f"embeddings of {option} must be numbers, got {embeddings.dtype}")
         embeddings = borrow(embeddings)
+    if not embeddings.is_floating_point():  # int8 vectors
+        embeddings = embeddings.float()
     check_matrix(embeddings, f"embeddings of {option}")
     length = len(embeddings)
     found = _read_labels_file(labels) if labels is not None else arrays.get("labels")
@@ -147,7 +178,7 @@ def read_stored(path: Path, option: str, labels: Path | None = None) -> StoredEm
         option=option,
         path=path,
         embeddings=embeddings,
-        labels=None if found is None else _check_labels(found, f"labels of {option}", length),
+        labels=_check_codes(found, f"labels of {option}", length),
         ids=_check_codes(arrays.get("ids"), f"ids of {option}", length),
         cameras=_check_codes(arrays.get("cameras"), f"cameras of {option}", length),
         side_info=side_info,
@@ -185,45 +216,38 @@ def _read_npz(path: Path, option: str) -> dict[str, Any]:
     raise ValueError(f"{option} must have the key embeddings, {str(path)!r} has {sorted(keys)}")
 
 
-def _read_parquet(path: Path, option: str) -> dict[str, Any]:
+def _read_parquet(path: Path, option: str, columns: Columns) -> dict[str, Any]:
     parquet = import_extra("pyarrow.parquet", "parquet")
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            columns = [column for column in _KEYS.values() if column in names]
-            table = file.read(columns) if "embedding" in columns else None
+            chosen = {key: next((c for c in getattr(columns, key) if c in names), None) for key in _KEYS}
+            wanted = [column for column in chosen.values() if column is not None]
+            table = file.read(wanted) if chosen["embeddings"] is not None else None
     except (ValueError, OSError) as error:
         raise ValueError(f"{option} must be a whole Parquet file, {str(path)!r} is not: {error}") from error
     if table is None:
-        raise ValueError(f"{option} must have the column embedding, {str(path)!r} has {sorted(names)}")
-    for column in columns:
-        if table[column].null_count:
-            raise ValueError(f"{option} must have a value in every row, column {column} has nulls in {str(path)!r}")
-    arrays = {key: table[column].to_numpy() for key, column in _KEYS.items() if column in columns[1:]}
-    for key in set(arrays) - {"labels"}:  # strings come as objects
-        arrays[key] = arrays[key].astype(str) if arrays[key].dtype == object else arrays[key]
-    return {"embeddings": _rows_of_lists(table["embedding"], option), **arrays}
-
-
-def _rows_of_lists(column: Any, option: str) -> np.ndarray:
-    """Return a column of lists, all of one length, as a matrix."""
-    kind = str(column.type)
-    if "list" not in kind:
-        raise ValueError(f"{option} must have lists of numbers in the column embedding, got {kind}")
-    lists = column.combine_chunks()
-    values = lists.flatten()
-    if values.null_count:
-        raise ValueError(f"{option} must have a number in every place of the column embedding, got nulls")
-    flat = values.to_numpy(zero_copy_only=False)
-    width = len(flat) // max(1, len(lists))
-    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
-    if (lengths != width).any():
-        row = int((lengths != lengths[0]).argmax())
         raise ValueError(
-            f"{option} must have embeddings of one width, got {int(lengths[0])} in row 0 and {int(lengths[row])} in "
-            f"row {row}"
+            f"{option} must have the column {columns.embeddings[0]}, {str(path)!r} has {sorted(names)}; name it with "
+            "--embedding-column"
         )
-    return flat.reshape(len(lists), width)
+    for column in wanted:
+        if table[column].null_count and column != chosen["ids"]:
+            raise ValueError(f"{option} must have a value in every row, column {column} has nulls in {str(path)!r}")
+    arrays = {key: table[column].to_numpy() for key, column in chosen.items() if column and key != "embeddings"}
+    for key, values in arrays.items():  # strings come as objects
+        if values.dtype == object and key != "ids":
+            arrays[key] = values.astype(str)
+    column = chosen["embeddings"]
+    assert column is not None
+    return {"embeddings": embedding_rows(table[column], option, column), **arrays}
+
+
+def _joined(parts: list[dict[str, Any]], option: str) -> dict[str, Any]:
+    keys = set(parts[0])
+    if any(set(part) != keys for part in parts):
+        raise ValueError(f"{option} must have the same columns in every part of its folder")
+    return {key: np.concatenate([part[key] for part in parts]) for key in keys}
 
 
 def _read_labels_file(path: Path) -> np.ndarray:
@@ -238,20 +262,12 @@ def _read_labels_file(path: Path) -> np.ndarray:
         raise ValueError(f"labels must be a whole .npy file of integers, {str(path)!r} is not: {error}") from error
 
 
-def _check_labels(values: np.ndarray, name: str, length: int) -> torch.Tensor:
-    if values.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} must be integers, got {values.dtype}; number them, with one numbering for queries and gallery"
-        )
-    if values.dtype == np.uint64 and values.size and values.max() >= 2**63:
-        raise ValueError(f"{name} must be below 2**63, got {values.max()}")
-    return check_labels(values.astype(np.int64), name, length)
-
-
 def _check_codes(values: np.ndarray | None, name: str, length: int) -> np.ndarray | None:
     if values is None:
         return None
-    if values.dtype.kind not in "iuU":
+    if values.dtype.kind == "S":
+        values = np.char.decode(values, "utf-8")
+    if values.dtype.kind not in "biuUfO":
         raise ValueError(f"{name} must be integers or strings, got {values.dtype}")
     if values.shape != (length,):
         raise ValueError(f"{name} must have one entry a row: expected shape ({length},), got {values.shape}")

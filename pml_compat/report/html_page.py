@@ -38,7 +38,9 @@ tbody th { font-weight: 500; } footer { margin-top: 2.5rem; }
 """
 _CLASSES = {
     "swap_now": "good",
+    "swap_with_a_new_threshold": "mixed",
     "swap_with_transformed_gallery": "good",
+    "not_enough_queries": "mixed",
     "backfill_first": "mixed",
     "do_not_upgrade": "bad",
 }
@@ -80,8 +82,10 @@ def html_page(evaluation: Evaluation, verdict: UpgradeVerdict, title: str) -> st
 {_list("h2", "About the input", evaluation.notes)}
 </main>
 <footer>Names are query model/gallery. A query counts where the gallery has an item of its label; an item is left out of
-its own ranking where the input tells which it is. Intervals come from 2,000 resamples of the queries, paired; they do
-not cover another gallery or another training run. The same numbers are in metrics.json.</footer>
+its own ranking where the input tells which it is. Intervals come from 2,000 resamples, paired, of the classes where
+labels repeat, else of the queries; they do not cover another gallery or another training run. The verdict is made of
+these numbers; it is not validated against what an upgrade did to a service. The same numbers are in metrics.json.
+</footer>
 </body>
 </html>
 """

@@ -6,6 +6,7 @@ from .chain import average_compatibility, average_multimodel_accuracy
 from .compatibility import compatibility_matrix, is_compatible, update_gain
 from .compatibility_scores import compatibility_scores
 from .criterion import PairCriterion, pair_criterion
+from .evaluate import evaluate
 from .evaluation import Backfill, Evaluation
 from .negative_flips import ClassFlips, NegativeFlips, negative_flip_rate, negative_flips
 from .verdict import UpgradeVerdict, upgrade_verdict
@@ -25,6 +26,7 @@ __all__ = [
     "bootstrap_update_gain",
     "compatibility_matrix",
     "compatibility_scores",
+    "evaluate",
     "is_compatible",
     "negative_flip_rate",
     "negative_flips",

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
+from scipy.stats import norm as normal
+from scipy.stats import t as student_t
 
 from ..checks import check_integer
 from .per_query import complete_queries
 
 _BLOCK_ELEMENTS = 2**22  # counts drawn at once: 32 MiB, and a copy of them as floats
+_FEW = 25  # queries that differ, up to which the exact sign test has a say
 _MANY = 0.1  # distinct values a query, above which queries are drawn one by one
 
 
@@ -30,6 +34,8 @@ class BootstrapInterval:
         queries: how many queries were resampled.
         left_out: how many were not, for want of a value in one of the systems.
         undefined: how many resamples have no value (:func:`bootstrap_update_gain`); they count nowhere else.
+        classes: how many classes were resampled; 0, single queries were.
+        p: two-sided, of the exact sign test, where few queries differ; 0 where the interval alone decides.
     """
 
     estimate: float
@@ -40,6 +46,13 @@ class BootstrapInterval:
     queries: int
     left_out: int
     undefined: int = 0
+    classes: int = 0
+    p: float = 0.0
+
+    @property
+    def above(self) -> bool:
+        """Whether the difference is above 0 for sure: the interval, and with few queries the exact test, say so."""
+        return self.low > 0 and self.p <= 1 - self.level
 
     def __str__(self) -> str:
         return (
@@ -49,7 +62,7 @@ class BootstrapInterval:
 
 
 def paired_bootstrap(
-    first: Any, second: Any, *, samples: int = 2000, level: float = 0.95, seed: int = 0
+    first: Any, second: Any, *, samples: int = 2000, level: float = 0.95, seed: int = 0, groups: Any = None
 ) -> BootstrapInterval:
     r"""Return how much better ``second`` is than ``first`` on average, with its percentile bootstrap interval.
 
@@ -67,6 +80,9 @@ def paired_bootstrap(
         samples: how many resamples.
         level: of the interval, between 0 and 1.
         seed: of the resamples.
+        groups: ``(Q,)`` what queries belong together, such as their labels: where a class has several queries, their
+            results depend on each other, and whole classes are drawn. The interval is widened for few classes, by
+            Student's t.
     Raises:
         ValueError: lengths that differ; infinite values; no query left; ``samples`` < 1; ``level`` not between 0 and 1.
     Example:
@@ -77,7 +93,49 @@ def paired_bootstrap(
         Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
     (one, other), kept = complete_queries(first=first, second=second)
-    return _interval(lambda means: means[..., 0], (other - one)[None], kept, samples, level, seed)
+    found = _interval(lambda means: means[..., 0], (other - one)[None], kept, samples, level, seed)
+    found = replace(found, p=_sign_test(other - one))
+    return found if groups is None else _of_classes(found, other - one, np.asarray(groups)[kept], samples, seed)
+
+
+def _of_classes(
+    found: BootstrapInterval, differences: np.ndarray, groups: np.ndarray, samples: int, seed: int
+) -> BootstrapInterval:
+    """Return the interval of resampled classes, of which there must be 2 and fewer than queries."""
+    group = np.unique(groups, return_inverse=True)[1]
+    sizes = np.bincount(group)
+    if not 2 <= len(sizes) < len(differences):
+        return found
+    totals, rng = np.bincount(group, differences), np.random.default_rng(seed)
+    values = np.empty(samples)
+    block = max(1, _BLOCK_ELEMENTS // len(sizes))
+    for start in range(0, samples, block):
+        n_rows = min(block, samples - start)
+        times = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=n_rows)
+        values[start : start + n_rows] = (times @ totals) / (times @ sizes)
+    tail = (1 + found.level) / 2
+    wider = student_t.ppf(tail, len(sizes) - 1) / normal.ppf(tail) * math.sqrt(len(sizes) / (len(sizes) - 1))
+    low, high = np.quantile(values, [1 - tail, tail])
+    return replace(
+        found,
+        low=float(found.estimate - wider * (found.estimate - low)),
+        high=float(found.estimate + wider * (high - found.estimate)),
+        probability=float((values > 0).mean()),
+        classes=len(sizes),
+    )
+
+
+def _sign_test(differences: np.ndarray) -> float:
+    """Return the two-sided p of the exact sign test, where so few queries differ that an interval may mislead.
+
+    Of differences of other sizes than 1 (mAP), the least p that so many queries can have.
+    """
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    if better + worse > _FEW:
+        return 0.0
+    if not np.isin(differences, (-1, 0, 1)).all():
+        return min(1.0, 2.0 ** (1 - better - worse))
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def bootstrap_update_gain(

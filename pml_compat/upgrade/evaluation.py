@@ -16,34 +16,42 @@
       "criterion": {"same_label", "different_label", "n_same_label", "n_different_label"} | null,
       "verification": {pair: {"at_far": {FAR: POINT}, "at_old_threshold": {FAR: POINT}, "genuine_pairs",
                               "impostor_pairs"}} | null,
-      "verdict": {"outcome", "certain", "share", "vectors", "start", "title", "summary", "reasons": [],
-                  "warnings": [], "missing": []},
-      "notes": []
+      "verdict": {"outcome", "certain", "share", "share_range": [low, high], "vectors", "start", "queries_needed",
+                  "title", "summary", "reasons": [], "warnings": [], "missing": []},
+      "notes": [], "suspicions": []
     }
 
 A pair is ``old_to_old``, ``new_to_old``, ``new_to_transformed_old``, ``new_to_new`` or ``old_to_new``, the query's
 model first; a start is ``old`` or ``transformed_old``. INTERVAL is ``{"estimate", "low", "high", "probability",
-"level", "queries", "left_out"}`` (:class:`pml_compat.upgrade.BootstrapInterval`), POINT ``{"threshold", "far",
-"tar"}``. What needs ``--old-queries`` or a gallery that was not given is an empty object, or null. ``outcome`` is
-``swap_now``, ``swap_with_transformed_gallery``, ``backfill_first``, ``do_not_upgrade``, or null without
-``--old-queries``.
+"level", "queries", "left_out", "classes", "p"}`` (:class:`pml_compat.upgrade.BootstrapInterval`), POINT ``{"threshold",
+"far", "tar"}``. What needs ``--old-queries`` or a gallery that was not given is an empty object, or null. ``outcome``
+is ``swap_now``, ``swap_with_a_new_threshold``, ``swap_with_transformed_gallery``, ``backfill_first``,
+``do_not_upgrade``, ``not_enough_queries``, or null without ``--old-queries`` and where the input cannot be right.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from .. import __version__
+from ..accuracy.items import as_values
 from ..verification import VerificationResult
+from .as_json import flips_to_json, interval_to_json, intervals_to_json, verification_to_json, without_nan
 from .bootstrap import BootstrapInterval, bootstrap_update_gain, paired_bootstrap
 from .criterion import PairCriterion
 from .negative_flips import NegativeFlips, negative_flips
+
+if TYPE_CHECKING:
+    from .verdict import UpgradeVerdict
 
 METRICS = {"precision_at_1": "P@1", "mean_average_precision": "mAP"}
 PAIRS = {
@@ -74,17 +82,29 @@ class Backfill:
         order: how the vectors to replace were chosen, in one word.
         fractions: from 0 to 1.
         vectors: how many vectors are new at each.
-        per_query: at each, metric to ``(Q,)`` values.
+        per_query: at each, metric to ``(Q,)`` values, in the first order.
+        repeats: ``per_query`` in several orders.
     """
 
     order: str
     fractions: tuple[float, ...]
     vectors: tuple[int, ...]
     per_query: list[dict[str, torch.Tensor]]
+    repeats: list[list[dict[str, torch.Tensor]]] = field(default_factory=list)
+
+    @cached_property
+    def steps(self) -> list[dict[str, torch.Tensor]]:
+        """``per_query``, averaged over the orders."""
+        if not self.repeats:
+            return self.per_query
+        return [
+            {metric: torch.stack([one[metric] for one in same]).mean(0) for metric in METRICS}
+            for same in zip(*self.repeats, strict=True)
+        ]
 
     def values(self, metric: str) -> list[float]:
-        """Return the metric's mean at each share."""
-        return [mean(step[metric]) for step in self.per_query]
+        """Return the metric's mean at each share, over the orders."""
+        return [mean(step[metric]) for step in self.steps]
 
     def area(self, metric: str) -> float:
         """Return the metric's average over the backfill, by the trapezoidal rule."""
@@ -106,10 +126,12 @@ class Evaluation:
         verification: pair to result, where it was asked for.
         notes: what a reader should know about the input, one sentence each.
         seed: of the bootstrap.
+        suspicions: what cannot be right about the input, one sentence each.
+        margin: a difference that does not matter.
     """
 
     data: dict[str, Any]
-    labels: torch.Tensor
+    labels: Any
     gallery_size: int
     pairs: dict[str, dict[str, torch.Tensor]]
     backfill: dict[str, Backfill] = field(default_factory=dict)
@@ -117,6 +139,8 @@ class Evaluation:
     verification: dict[str, VerificationResult] | None = None
     notes: list[str] = field(default_factory=list)
     seed: int = 0
+    suspicions: list[str] = field(default_factory=list)
+    margin: float = 0.01
 
     def accuracy(self, pair: str, metric: str) -> float:
         """Return the mean over the queries that have a positive."""
@@ -145,7 +169,7 @@ class Evaluation:
         """The same for each step of each backfill."""
         if "old_to_old" not in self.pairs:
             return {}
-        return {start: [self._against_old(step) for step in curve.per_query] for start, curve in self.backfill.items()}
+        return {start: [self._against_old(step) for step in curve.steps] for start, curve in self.backfill.items()}
 
     @cached_property
     def gains(self) -> dict[str, dict[str, BootstrapInterval]]:
@@ -187,27 +211,63 @@ class Evaluation:
 
     def _against_old(self, per_query: dict[str, torch.Tensor]) -> dict[str, BootstrapInterval]:
         old = self.pairs["old_to_old"]
-        return {metric: paired_bootstrap(old[metric], per_query[metric], seed=self.seed) for metric in METRICS}
+        return {
+            metric: paired_bootstrap(old[metric], per_query[metric], seed=self.seed, groups=self._classes)
+            for metric in METRICS
+        }
 
-    def to_json(self) -> dict[str, Any]:
-        """Return everything but the verdict, of types that strict JSON has; see the module."""
+    @cached_property
+    def _classes(self) -> np.ndarray:
+        return np.unique(as_values(self.labels, "labels").astype(str), return_inverse=True)[1]
+
+    @cached_property
+    def verdict(self) -> UpgradeVerdict:
+        """What to do, by the rule of :mod:`pml_compat.upgrade.verdict`."""
+        from .verdict import upgrade_verdict
+
+        return upgrade_verdict(self)
+
+    def table(self) -> str:
+        """Return the numbers that decide, as Markdown."""
+        from ..report.evaluation_table import summary_table, to_markdown
+
+        return to_markdown(summary_table(self))
+
+    def to_html(self, path: Any, title: str = "Upgrade report") -> None:
+        """Write one HTML page that needs nothing else; needs the ``report`` extra."""
+        from ..report.html_page import html_page
+
+        Path(path).write_text(html_page(self, self.verdict, title), encoding="utf-8")
+
+    def to_json(self, path: Any = None) -> dict[str, Any]:
+        """Return everything, of types that strict JSON has; see the module. With a path, write it there too."""
+        out = {"pml_compat": __version__, **self._measured(), "verdict": self.verdict.to_json()}
+        if self.verdict.flips is not None and self.verdict.outcome == "backfill_first":
+            out["negative_flips"]["backfill"] = flips_to_json(self.verdict.flips)
+        out = without_nan(out)
+        if path is not None:
+            Path(path).write_text(json.dumps(out, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        return out
+
+    def _measured(self) -> dict[str, Any]:
         out = {
             "data": self.data,
             "pairs": {
                 pair: {**{metric: self.accuracy(pair, metric) for metric in values}, "cmc": self.cmc(pair)}
                 for pair, values in self.pairs.items()
             },
-            "differences": {pair: _intervals(found) for pair, found in self.differences.items()},
-            "update_gain": {pair: _intervals(found) for pair, found in self.gains.items()},
+            "differences": {pair: intervals_to_json(found) for pair, found in self.differences.items()},
+            "update_gain": {pair: intervals_to_json(found) for pair, found in self.gains.items()},
             "negative_flips": {pair: flips_to_json(found) for pair, found in self.pair_flips.items()},
             "backfill": {start: self._backfill_to_json(start) for start in self.backfill},
             "criterion": None if self.criterion is None else dataclasses.asdict(self.criterion),
             "verification": None
             if self.verification is None
-            else {pair: _verification_to_json(found) for pair, found in self.verification.items()},
+            else {pair: verification_to_json(found) for pair, found in self.verification.items()},
             "notes": self.notes,
+            "suspicions": self.suspicions,
         }
-        return without_nan(out)
+        return out
 
     def _backfill_to_json(self, start: str) -> dict[str, Any]:
         curve = self.backfill[start]
@@ -218,25 +278,15 @@ class Evaluation:
             "vectors": list(curve.vectors),
             "values": {metric: curve.values(metric) for metric in METRICS},
             "area": {metric: curve.area(metric) for metric in METRICS},
-            "differences": {metric: [_interval(step[metric]) for step in steps] for metric in METRICS} if steps else {},
+            "differences": {metric: [interval_to_json(step[metric]) for step in steps] for metric in METRICS}
+            if steps
+            else {},
         }
 
 
 def mean(values: torch.Tensor) -> float:
     """Return the mean of what is not NaN."""
     return float(values.nanmean())
-
-
-def flips_to_json(flips: NegativeFlips) -> dict[str, Any]:
-    """Return rates and the worst classes."""
-    return {
-        "rate": flips.rate,
-        "positive_rate": flips.positive_rate,
-        "relative_rate": flips.relative_rate,
-        "queries": flips.queries,
-        "left_out": flips.left_out,
-        "worst": [one._asdict() for one in flips.worst()],
-    }
 
 
 def criterion_in_words(evaluation: Evaluation) -> str:
@@ -250,31 +300,3 @@ def criterion_in_words(evaluation: Evaluation) -> str:
     if criterion.n_different_label:
         parts.append(f"{criterion.different_label:.1%} of the pairs of two labels are no closer")
     return f"With new queries on the stored gallery, {' and '.join(parts)} than with old queries."
-
-
-def without_nan(value: Any) -> Any:
-    """Return nested dicts and lists with None for NaN and infinity, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _interval(found: BootstrapInterval) -> dict[str, Any]:
-    values = dataclasses.asdict(found)
-    del values["undefined"]
-    return values
-
-
-def _intervals(found: dict[str, BootstrapInterval]) -> dict[str, Any]:
-    return {metric: _interval(one) for metric, one in found.items()}
-
-
-def _verification_to_json(found: VerificationResult) -> dict[str, Any]:
-    return {
-        "at_far": {f"{far:g}": dataclasses.asdict(point) for far, point in found.at_far.items()},
-        "at_old_threshold": {f"{far:g}": dataclasses.asdict(point) for far, point in found.at_threshold.items()},
-        "genuine_pairs": found.genuine_pairs,
-        "impostor_pairs": found.impostor_pairs,
-    }

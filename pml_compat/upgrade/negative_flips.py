@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..checks import check_labels
+from ..accuracy.items import as_values
 from .per_query import complete_queries
 
 
 class ClassFlips(NamedTuple):
     """One class: its label, how many of its queries flipped from right to wrong, and of how many."""
 
-    label: int
+    label: Any
     flips: float
     queries: int
 
@@ -43,7 +43,7 @@ class NegativeFlips:
     relative_rate: float
     queries: int
     left_out: int
-    labels: torch.Tensor
+    labels: torch.Tensor | np.ndarray
     class_flips: torch.Tensor
     class_queries: torch.Tensor
 
@@ -57,7 +57,7 @@ class NegativeFlips:
         flips, queries = self.class_flips.numpy(), self.class_queries.numpy()
         order = np.lexsort((-self.class_rates.numpy(), -flips))  # stable, and labels ascend
         return [
-            ClassFlips(int(self.labels[row]), float(flips[row]), int(queries[row])) for row in order[:k] if flips[row]
+            ClassFlips(self.labels[row].item(), float(flips[row]), int(queries[row])) for row in order[:k] if flips[row]
         ]
 
 
@@ -96,7 +96,7 @@ def negative_flips(old_correct: Any, new_correct: Any, labels: Any) -> NegativeF
         new_correct: as in :func:`negative_flip_rate`.
         labels: ``(Q,)`` query labels.
     Raises:
-        ValueError: as :func:`negative_flip_rate`; labels that are not one integer a query.
+        ValueError: as :func:`negative_flip_rate`; labels that are not one a query.
     Example:
         >>> flips = negative_flips([1, 1, 0, 1], [1, 0, 1, 1], torch.tensor([5, 5, 7, 7]))
         >>> flips.rate, flips.positive_rate, flips.worst()
@@ -106,19 +106,23 @@ def negative_flips(old_correct: Any, new_correct: Any, labels: Any) -> NegativeF
         Yan et al., "Positive-Congruent Training: Towards Regression-Free Model Updates", CVPR 2021.
     """
     (old, new), kept = _correct(old_correct, new_correct)
-    labels = check_labels(labels, "labels", len(kept)).cpu()[torch.from_numpy(kept)]
+    labels = as_values(labels, "labels")
+    if labels.shape != (len(kept),):
+        raise ValueError(f"labels must have one entry a row: expected {len(kept)}, got {len(labels)}")
+    labels = labels[kept].astype(str) if labels.dtype.kind in "OS" else labels[kept]
     lost = torch.from_numpy(old * (1 - new))
     by_chance = old.mean() * (1 - new.mean())
-    classes, row, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    classes, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    row = torch.from_numpy(place)
     return NegativeFlips(
         rate=float(lost.mean()),
         positive_rate=float(((1 - old) * new).mean()),
         relative_rate=float(lost.mean() / by_chance) if by_chance else math.nan,
         queries=len(old),
         left_out=int((~kept).sum()),
-        labels=classes,
+        labels=torch.from_numpy(classes) if classes.dtype.kind in "bi" else classes,
         class_flips=torch.zeros(len(classes), dtype=torch.float64).index_add_(0, row, lost),
-        class_queries=counts,
+        class_queries=torch.from_numpy(counts),
     )
 
 

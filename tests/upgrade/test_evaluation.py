@@ -7,7 +7,7 @@ import torch
 from pml_compat.report import html_page
 from pml_compat.report.evaluation_table import all_tables, flip_table, gain_table, to_html, to_markdown
 from pml_compat.upgrade import Backfill, Evaluation, upgrade_verdict
-from pml_compat.upgrade.evaluation import without_nan
+from pml_compat.upgrade.as_json import without_nan
 
 METRICS = ("precision_at_1", "mean_average_precision")
 
@@ -88,7 +88,7 @@ def test_flip_table_names_classes():
 @pytest.mark.parametrize(
     ("pairs", "card"),
     [
-        ({"old_to_old": OLD, "new_to_old": NEW}, "verdict mixed"),  # swap now, not certain on so few queries
+        ({"old_to_old": OLD, "new_to_old": NEW}, "verdict mixed"),  # so few queries say nothing
         ({"old_to_old": NEW, "new_to_old": OLD}, "verdict bad"),
         ({"old_to_old": values(*[0.5] * 50), "new_to_old": values(*[1] * 50)}, "verdict good"),
         ({"new_to_old": NEW}, "verdict "),

@@ -166,5 +166,5 @@ def test_unusable_arguments_are_named():
         negative_flip_rate([nan, 1], [1, nan])
     with pytest.raises(ValueError, match="labels must have one entry a row: expected 2, got 3"):
         negative_flips([0, 1], [0, 1], torch.tensor([0, 1, 2]))
-    with pytest.raises(ValueError, match=r"labels must be integers, got torch\.float32"):
-        negative_flips([0, 1], [0, 1], torch.tensor([0.0, 1.0]))
+    flips = negative_flips([1, 1], [0, 1], ["cat", "dog"])
+    assert flips.worst()[0] == ("cat", 1.0, 1)

@@ -1,10 +1,11 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from pml_compat.upgrade import Backfill, BootstrapInterval, Evaluation, upgrade_verdict
-from pml_compat.upgrade.verdict import Option, choose, is_better, is_surely_better, smallest_share
+from pml_compat.upgrade.options import Option, choose, is_better, is_surely_better, smallest_share
 
 QUERIES = 400
 METRICS = ("precision_at_1", "mean_average_precision")
@@ -41,18 +42,16 @@ def test_equal_is_not_better():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ([SURE, SURE], (0, True)),
-        ([UNSURE, SURE], (1, True)),  # a sure one that costs more beats an unsure one
-        ([WORSE, UNSURE, MIXED], (1, False)),
-        ([UNSURE, UNSURE], (0, False)),
-        ([WORSE, MIXED], (None, False)),
-        ([], (None, False)),
+        ([SURE, SURE], 0),
+        ([UNSURE, SURE], 1),  # a sure one that costs more beats an unsure one
+        ([WORSE, UNSURE, MIXED], None),
+        ([WORSE, MIXED], None),
+        ([], None),
     ],
 )
 def test_the_first_sure_option_is_chosen(given, expected):
     options = [Option(f"option {place}", found) for place, found in enumerate(given)]
-    place, certain = expected
-    assert choose(options) == (None if place is None else options[place], certain)
+    assert choose(options) is (None if expected is None else options[expected])
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,7 @@ def hits(share):
     return {"precision_at_1": right.double(), "mean_average_precision": 0.5 * right.double()}
 
 
-def evaluation(old=0.5, new=None, mapped=None, new_new=None, curve=None, mapped_curve=None):
+def evaluation(old=0.5, new=None, mapped=None, new_new=None, curve=None, mapped_curve=None, labels=None):
     shares = {"old_to_old": old, "new_to_old": new, "new_to_transformed_old": mapped, "new_to_new": new_new}
     backfill = {}
     for start, values in (("old", curve), ("transformed_old", mapped_curve)):
@@ -89,7 +88,7 @@ def evaluation(old=0.5, new=None, mapped=None, new_new=None, curve=None, mapped_
             backfill[start] = Backfill("random", fractions, vectors, [hits(value) for value in values])
     return Evaluation(
         data={},
-        labels=torch.arange(QUERIES) // 40,
+        labels=torch.arange(QUERIES) if labels is None else labels,
         gallery_size=1000,
         pairs={pair: hits(share) for pair, share in shares.items() if share is not None},
         backfill=backfill,
@@ -108,12 +107,15 @@ def test_swap_now():
     assert verdict.warnings == verdict.missing == []
 
 
-def test_swap_now_that_is_not_certain():
-    verdict = upgrade_verdict(evaluation(new=0.5 + 2 / QUERIES))
-    assert (verdict.outcome, verdict.certain) == ("swap_now", False)
-    assert verdict.title == "Swap now, but this is not certain"
+def test_too_few_queries_to_say():
+    one = evaluation(new=0.5 + 2 / QUERIES)
+    assert upgrade_verdict(one).outcome == "do_not_upgrade"  # for what it could gain at most
+    one.margin = 0.002
+    verdict = upgrade_verdict(one)
+    assert (verdict.outcome, verdict.certain, verdict.exit_code) == ("not_enough_queries", False, 2)
+    assert verdict.title == "Not enough queries to say"
     assert "but not for certain" in verdict.reasons[0]
-    assert verdict.warnings[0].startswith("Not certain: an interval reaches down to 0 or below")
+    assert verdict.queries_needed > QUERIES and f"{verdict.queries_needed:,} queries" in verdict.summary
 
 
 def test_a_sure_transformed_gallery_goes_before_an_unsure_swap():
@@ -180,7 +182,7 @@ def test_better_in_one_metric_only_is_said():
     one.pairs["new_to_old"]["mean_average_precision"] *= 0.1
     verdict = upgrade_verdict(one)
     assert verdict.outcome == "do_not_upgrade"
-    assert "better than old queries are today in one metric only: P@1 60.0%" in verdict.reasons[0]
+    assert "are better than old queries are today in P@1, and worse in mAP: P@1 60.0%" in verdict.reasons[0]
 
 
 def test_no_verdict_without_old_queries():
@@ -198,6 +200,8 @@ def test_no_verdict_without_old_queries():
 
 def test_flips_are_a_warning_with_the_worst_classes():
     one = evaluation(new=0.7)
+    one.labels = torch.arange(QUERIES) // 40
+    one.__dict__["_classes"] = np.arange(QUERIES)
     one.pairs["new_to_old"]["precision_at_1"][:20] = 0
     one.pairs["new_to_old"]["precision_at_1"][41] = 0
     verdict = upgrade_verdict(one)
@@ -221,6 +225,8 @@ def test_json_is_strict():
         "outcome",
         "certain",
         "share",
+        "share_range",
+        "queries_needed",
         "vectors",
         "start",
         "title",
