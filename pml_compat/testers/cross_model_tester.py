@@ -12,6 +12,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from ..accuracy import CrossModelAccuracyCalculator
 from ..frozen import FrozenEmbeddings, FrozenModel
 from ..transformations import Transformation
+from ..width import fit_width
 
 _SPACES = ("old", "new", "transformed_old")
 _PAIRS = {f"{query}_to_{gallery}": (query, gallery) for query in _SPACES for gallery in _SPACES}
@@ -41,8 +42,8 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
         pairs: what to measure, ``{query}_to_{gallery}`` of "old", "new" and "transformed_old"; by default
             "old_to_old", "new_to_old", "new_to_new" and, with a transformation, "new_to_transformed_old".
         accuracy_calculator: a :class:`~pml_compat.accuracy.CrossModelAccuracyCalculator`; by default of
-            ``precision_at_1`` and ``mean_average_precision``, which compares models of different widths by BCT's rule
-            (``fit_width=True``).
+            ``precision_at_1`` and ``mean_average_precision``. Models of different widths are compared by
+            :func:`pml_compat.width.fit_width`.
         **kwargs: as for PML's ``GlobalEmbeddingSpaceTester``. ``normalize_embeddings`` holds for all models, after
             the transformation; ``use_trunk_output`` for the new one. PML's ``pca`` is refused: it is fitted anew in
             every test, so each model's would be a space of its own.
@@ -90,8 +91,7 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
             raise ValueError(f"side_info must be None where {taker}, got that of {list(self.side_info)}")
         calculator = accuracy_calculator
         if calculator is None:
-            metrics = ("precision_at_1", "mean_average_precision")
-            calculator = CrossModelAccuracyCalculator(include=metrics, fit_width=True)
+            calculator = CrossModelAccuracyCalculator(include=("precision_at_1", "mean_average_precision"))
         if not isinstance(calculator, CrossModelAccuracyCalculator):
             raise ValueError(
                 f"accuracy_calculator must be a CrossModelAccuracyCalculator, got {type(calculator).__name__}: it "
@@ -235,9 +235,9 @@ class _EveryPair:
     ) -> dict[str, Any]:
         accuracies = {}
         for pair, (query_model, gallery_model) in self.pairs.items():
-            found = self.calculator.get_accuracy(
-                query[query_model], query_labels, reference[gallery_model], reference_labels, ref_includes_query
-            )
+            gallery = reference[gallery_model]
+            own = fit_width(query[query_model], gallery.shape[1])
+            found = self.calculator.get_accuracy(own, query_labels, gallery, reference_labels, ref_includes_query)
             accuracies.update({f"{pair}_{metric}": value for metric, value in found.items()})
         return accuracies
 
