@@ -10,7 +10,6 @@ from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..accuracy import CrossModelAccuracyCalculator
-from ..data.nest import moved_to
 from ..frozen import FrozenEmbeddings, FrozenModel
 from ..transformations import Transformation
 from ..width import fit_width
@@ -43,8 +42,8 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
         pairs: what to measure, ``{query}_to_{gallery}`` of "old", "new" and "transformed_old"; by default
             "old_to_old", "new_to_old", "new_to_new" and, with a transformation, "new_to_transformed_old".
         accuracy_calculator: a :class:`~pml_compat.accuracy.CrossModelAccuracyCalculator`; by default of
-            ``precision_at_1`` and ``mean_average_precision``. Models of different widths are compared by BCT's rule
-            (:func:`pml_compat.width.fit_width`).
+            ``precision_at_1`` and ``mean_average_precision``. Models of different widths are compared by
+            :func:`pml_compat.width.fit_width`.
         **kwargs: as for PML's ``GlobalEmbeddingSpaceTester``. ``normalize_embeddings`` holds for all models, after
             the transformation; ``use_trunk_output`` for the new one. PML's ``pca`` is refused: it is fitted anew in
             every test, so each model's would be a space of its own.
@@ -92,8 +91,7 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
             raise ValueError(f"side_info must be None where {taker}, got that of {list(self.side_info)}")
         calculator = accuracy_calculator
         if calculator is None:
-            metrics = ("precision_at_1", "mean_average_precision")
-            calculator = CrossModelAccuracyCalculator(include=metrics)
+            calculator = CrossModelAccuracyCalculator(include=("precision_at_1", "mean_average_precision"))
         if not isinstance(calculator, CrossModelAccuracyCalculator):
             raise ValueError(
                 f"accuracy_calculator must be a CrossModelAccuracyCalculator, got {type(calculator).__name__}: it "
@@ -126,11 +124,6 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
         return super().get_all_embeddings_for_all_splits(
             dataset_dict, trunk_model, embedder_model, splits_to_compute_embeddings, collate_fn
         )
-
-    def get_embeddings_for_eval(self, trunk_model: Any, embedder_model: Any, input_imgs: Any) -> torch.Tensor:
-        """Embed a batch, as PML does, of any nest of tensors that the trunk takes."""
-        output = trunk_model(moved_to(input_imgs, self.data_device, self.dtype))
-        return output if self.use_trunk_output else embedder_model(output)
 
     def set_reference_and_query(
         self,
@@ -243,8 +236,8 @@ class _EveryPair:
         accuracies = {}
         for pair, (query_model, gallery_model) in self.pairs.items():
             gallery = reference[gallery_model]
-            narrow = fit_width(query[query_model], gallery.shape[1])
-            found = self.calculator.get_accuracy(narrow, query_labels, gallery, reference_labels, ref_includes_query)
+            own = fit_width(query[query_model], gallery.shape[1])
+            found = self.calculator.get_accuracy(own, query_labels, gallery, reference_labels, ref_includes_query)
             accuracies.update({f"{pair}_{metric}": value for metric, value in found.items()})
         return accuracies
 

@@ -68,7 +68,9 @@ def side_of(n, seed=5):
 
 
 def calculator(*metrics, **kwargs):
-    return CrossModelAccuracyCalculator(include=metrics or ("precision_at_1", "mean_average_precision"), **kwargs)
+    return CrossModelAccuracyCalculator(
+        include=metrics or ("precision_at_1", "mean_average_precision"), fit_width=True, **kwargs
+    )
 
 
 def make(*args, **kwargs):
