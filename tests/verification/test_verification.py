@@ -598,12 +598,14 @@ def upgrade():
 def test_carried_over_thresholds_of_a_gallery_and_its_re_embedding(upgrade):
     old, new, labels, gallery, new_gallery, gallery_labels = upgrade
     fars = (0.01, 0.1)
-    results = carry_thresholds(*upgrade, fars=fars)
+    results = carry_thresholds(*upgrade, fars=fars, fit_width=True)
     assert list(results) == ["old_to_old", "new_to_old", "new_to_new"]
     assert results["old_to_old"] == verification(old, labels, gallery, gallery_labels, fars=fars)
     carried = results["old_to_old"].thresholds
     for name, side in (("new_to_old", gallery), ("new_to_new", new_gallery)):
-        assert results[name] == verification(new, labels, side, gallery_labels, fars=fars, thresholds=carried)
+        assert results[name] == verification(
+            new, labels, side, gallery_labels, fars=fars, thresholds=carried, fit_width=True
+        )
     # By the definition: false accepts of the new pairs at the old threshold.
     fitted = np.pad(new.numpy(), ((0, 0), (0, 0)))[:, :5]
     for far in fars:
@@ -617,20 +619,22 @@ def test_carried_over_thresholds_of_a_gallery_and_its_re_embedding(upgrade):
 
 def test_carried_over_thresholds_of_a_gallery_that_stays(upgrade):
     old, new, labels, gallery, _, gallery_labels = upgrade
-    results = carry_thresholds(old, new, labels, gallery, None, gallery_labels, fars=0.1)
-    expected = carry_thresholds(*upgrade, fars=0.1)
+    results = carry_thresholds(old, new, labels, gallery, None, gallery_labels, fars=0.1, fit_width=True)
+    expected = carry_thresholds(*upgrade, fars=0.1, fit_width=True)
     assert results == {name: expected[name] for name in ("old_to_old", "new_to_old")}
 
 
 def test_carried_over_thresholds_of_queries_that_are_the_gallery(upgrade):
     old, new, labels, *_ = upgrade
-    results = carry_thresholds(old, new, labels, fars=0.1)
-    assert results == carry_thresholds(old, new, labels, old, new, labels, fars=0.1, ref_includes_query=True)
+    results = carry_thresholds(old, new, labels, fars=0.1, fit_width=True)
+    assert results == carry_thresholds(
+        old, new, labels, old, new, labels, fars=0.1, ref_includes_query=True, fit_width=True
+    )
     assert results["new_to_old"].genuine_pairs + results["new_to_old"].impostor_pairs == 50 * 49
     ids = torch.arange(50) // 2
-    results = carry_thresholds(old, new, labels, fars=0.1, query_ids=ids)
+    results = carry_thresholds(old, new, labels, fars=0.1, query_ids=ids, fit_width=True)
     ids = {"query_ids": ids, "reference_ids": ids}
-    assert results == carry_thresholds(old, new, labels, old, new, labels, fars=0.1, **ids)
+    assert results == carry_thresholds(old, new, labels, old, new, labels, fars=0.1, **ids, fit_width=True)
 
 
 def test_a_new_model_that_is_the_old_one_keeps_its_rates(upgrade):
