@@ -74,9 +74,8 @@ train(model, loss_func, train_images, train_labels, epochs=40)
 
 # Evaluation, query model / gallery model: each held-out image searches all the others.
 new = embed(model, test_images)
-calculator = CrossModelAccuracyCalculator(
-    include=("precision_at_1", "mean_average_precision"), fit_width=True
-)  # upgrade
+metrics = ("precision_at_1", "mean_average_precision")
+calculator = CrossModelAccuracyCalculator(include=metrics, fit_width=True)  # upgrade
 show("new/new", calculator.get_accuracy(new, test_labels))
 old = embed(old_model, test_images)  # upgrade
 show("new/old", calculator.get_accuracy(new, test_labels, old, test_labels, ref_includes_query=True))  # upgrade
