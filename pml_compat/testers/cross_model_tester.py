@@ -10,6 +10,7 @@ from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..accuracy import CrossModelAccuracyCalculator
+from ..data.nest import moved_to
 from ..frozen import FrozenEmbeddings, FrozenModel
 from ..transformations import Transformation
 from ..width import fit_width
@@ -124,6 +125,11 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
         return super().get_all_embeddings_for_all_splits(
             dataset_dict, trunk_model, embedder_model, splits_to_compute_embeddings, collate_fn
         )
+
+    def get_embeddings_for_eval(self, trunk_model: Any, embedder_model: Any, input_imgs: Any) -> torch.Tensor:
+        """Embed a batch, as PML does, of any nest of tensors that the trunk takes."""
+        output = trunk_model(moved_to(input_imgs, self.data_device, self.dtype))
+        return output if self.use_trunk_output else embedder_model(output)
 
     def set_reference_and_query(
         self,
