@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from ..checks import as_tensor, check_embeddings, check_labels, check_matrix, check_same_device
+from ..checks import check_labels, check_matrix, check_same_device
 from ..extras import import_extra
 from ..files import load_tensors, save_tensors, whole_file
 from ..stored_rows import stored_rows
@@ -386,4 +386,4 @@ def _coefficients(cosine: torch.Tensor, share: float) -> tuple[torch.Tensor, tor
 
 
 def _unit(rows: Any, name: str) -> torch.Tensor:
-    return normalize(check_embeddings(as_tensor(rows, name), name).detach().float(), dim=1)
+    return normalize(check_matrix(rows, name).detach().float(), dim=1)
