@@ -21,7 +21,7 @@ from .stores import Manifest, Store, is_taken, open_store, open_writer, read_man
 from .stores.base import Batch, check_finite_vectors
 
 _FORMAT = "pml_compat.Manifest/1"
-_BATCH_BYTES = 2**26  # of the wider vectors of a batch
+_BATCH_BYTES = 2**25  # of the wider vectors of a batch
 _READ_BACK = 256  # items that are compared at the end
 _FIXED = ("old", "width", "rows", "batch_size", "transformation", "normalize", "side_info", "old_model", "new_model")
 
@@ -94,7 +94,7 @@ def migrate(
             store's order, or for ``side_ids[i]``.
         side_ids: ``(N,)`` ids of the rows of ``side_info``, or an ``.npy`` file of them.
         normalize: scale mapped vectors to length 1.
-        batch_size: items that are read, mapped and written at once; 64 MiB of vectors by default.
+        batch_size: items that are read, mapped and written at once; 32 MiB of vectors by default.
         old_model: fingerprint of the model behind the old vectors; a gallery that says another is refused.
         new_model: fingerprint of the model whose queries will be answered; it is kept in the manifest.
         dry_run: write nothing, and return the :class:`Plan`.
@@ -256,7 +256,9 @@ class _Sample:
         found, mapped = (_unit(rows) for rows in (store.fetch(self.ids), self.vectors))
         wrong = np.abs(found - mapped).max(1) > 1e-3
         if wrong.any():
-            raise RuntimeError(f"{address} gives back another vector than was written for {self.ids[wrong.argmax()]!r}")
+            raise RuntimeError(
+                f"{address} gives back another vector than was written for {self.ids[wrong.argmax()].item()!r}"
+            )
         return len(self.ids)
 
 

@@ -92,6 +92,6 @@ def check_finite_vectors(batch: Batch, address: str) -> None:
     bad = ~np.isfinite(batch.vectors).all(1)
     if bad.any():
         raise ValueError(
-            f"{address} must hold finite vectors, item {batch.ids[int(bad.argmax())]!r} has NaN or infinity; mend or "
+            f"{address} must hold finite vectors, item {batch.ids[int(bad.argmax())].item()!r} has NaN or infinity; mend or "
             "remove it, and run again"
         )

@@ -77,6 +77,14 @@ class NpyWriter(Writer):
         rows.flush()
         self.keep(manifest)
 
+    def replace(self, ids: np.ndarray, vectors: np.ndarray, manifest: Manifest) -> None:
+        """Write other vectors for some items of the finished file, then the manifest."""
+        rows = np.lib.format.open_memmap(self.path, "r+")
+        own = np.asarray(open_array(ids_path(self.path))) if ids_path(self.path).exists() else np.arange(len(rows))
+        rows[rows_of(ids, own, str(self.path))] = vectors
+        rows.flush()
+        self.keep(manifest)
+
     def finish(self) -> None:
         """Copy the ids, and give the file its name."""
         if self.ids is not None and self.ids.exists():
@@ -120,5 +128,7 @@ def rows_of(ids: np.ndarray, known: np.ndarray, address: str) -> np.ndarray:
     rows = order[places]
     missing = known[rows] != ids
     if missing.any():
-        raise ValueError(f"{address} must hold the ids that are asked for, it lacks {ids[int(missing.argmax())]!r}")
+        raise ValueError(
+            f"{address} must hold the ids that are asked for, it lacks {ids[int(missing.argmax())].item()!r}"
+        )
     return rows

@@ -116,7 +116,9 @@ class ParquetStore(Store):
                 missing &= ~here
             if not missing.any():
                 return found
-        raise ValueError(f"{self.address} must hold the ids asked for, it lacks {wanted[int(missing.argmax())]!r}")
+        raise ValueError(
+            f"{self.address} must hold the ids asked for, it lacks {wanted[int(missing.argmax())].item()!r}"
+        )
 
 
 class ParquetWriter(Writer):

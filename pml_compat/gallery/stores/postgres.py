@@ -115,20 +115,9 @@ class PostgresWriter(Writer):
 
     def commit(self, batch: Batch, manifest: Manifest) -> None:
         """Write a batch and the manifest, both or neither."""
-        key_kind = self.key_kind or ("text" if batch.ids.dtype.kind == "U" else "bigint")
-        vectors = import_extra("pgvector", "postgres")
-        make = vectors.HalfVector if self.kind == "halfvec" else vectors.Vector
-        kept = "" if self.column_alone else ", payload jsonb"
         with self.connection.transaction():
-            self._create(key_kind)
-            self._run(f"CREATE TEMP TABLE rows_to_write (k {key_kind}, v {self.kind}{kept}) ON COMMIT DROP")
-            copy = "COPY rows_to_write FROM STDIN WITH (FORMAT BINARY)"
-            with self.connection.cursor() as writing, writing.copy(copy) as rows:
-                rows.set_types([key_kind, self.kind] + ([] if self.column_alone else ["jsonb"]))
-                for key, vector, payload in zip(batch.ids.tolist(), batch.vectors, batch.records(), strict=True):
-                    own = uuid.UUID(key) if key_kind == "uuid" else key
-                    row = (own, make(vector)) if self.column_alone else (own, make(vector), self._payload(payload))
-                    rows.write_row(row)
+            self._create(self._key_kind(batch.ids))
+            self._send(batch, with_payload=not self.column_alone)
             if self.column_alone:
                 self._run("UPDATE {table} SET {column} = v FROM rows_to_write WHERE {key} = k")
             else:
@@ -137,6 +126,34 @@ class PostgresWriter(Writer):
                     "ON CONFLICT ({key}) DO UPDATE SET {column} = EXCLUDED.{column}, payload = EXCLUDED.payload"
                 )
             self._keep(manifest)
+
+    def replace(self, ids: np.ndarray, vectors: np.ndarray, manifest: Manifest) -> None:
+        """Give some rows other vectors and keep the manifest, both or neither."""
+        with self.connection.transaction():
+            self._send(Batch(ids, vectors, None, None), with_payload=False)
+            done = self._run("UPDATE {table} SET {column} = v FROM rows_to_write WHERE {key} = k")
+            if done.rowcount != len(ids):
+                raise ValueError(
+                    f"{self.table} must hold the keys that are asked for, it lacks {len(ids) - done.rowcount}"
+                )
+            self._keep(manifest)
+
+    def _key_kind(self, ids: np.ndarray) -> str:
+        return self.key_kind or ("text" if ids.dtype.kind == "U" else "bigint")
+
+    def _send(self, batch: Batch, *, with_payload: bool) -> None:
+        """Copy a batch into a table that lives as long as the transaction."""
+        key_kind = self._key_kind(batch.ids)
+        vectors = import_extra("pgvector", "postgres")
+        make = vectors.HalfVector if self.kind == "halfvec" else vectors.Vector
+        kept = ", payload jsonb" if with_payload else ""
+        self._run(f"CREATE TEMP TABLE rows_to_write (k {key_kind}, v {self.kind}{kept}) ON COMMIT DROP")
+        copy = "COPY rows_to_write FROM STDIN WITH (FORMAT BINARY)"
+        with self.connection.cursor() as writing, writing.copy(copy) as rows:
+            rows.set_types([key_kind, self.kind] + (["jsonb"] if with_payload else []))
+            for key, vector, payload in zip(batch.ids.tolist(), batch.vectors, batch.records(), strict=True):
+                own = uuid.UUID(key) if key_kind == "uuid" else key
+                rows.write_row((own, make(vector), self._payload(payload)) if with_payload else (own, make(vector)))
 
     def _payload(self, payload: dict[str, Any]) -> Any:
         return self.json.Jsonb(payload, dumps=lambda value: json.dumps(value, default=str))

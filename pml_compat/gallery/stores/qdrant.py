@@ -117,6 +117,17 @@ class QdrantWriter(Writer):
             self.client.upsert(self.collection, points=points, wait=True)
         self.keep(manifest)
 
+    def replace(self, ids: np.ndarray, vectors: np.ndarray, manifest: Manifest) -> None:
+        """Give some points other vectors, wait for it, then keep the manifest."""
+        known = {str(one.id) for one in self.client.retrieve(self.collection, ids.tolist(), with_payload=False)}
+        missing = [one for one in ids.tolist() if str(one) not in known]
+        if missing:
+            raise ValueError(f"{self.collection} must hold the ids that are asked for, it lacks {missing[0]!r}")
+        rows = [{self.name: row} if self.name else row for row in vectors.tolist()]
+        points = [self.models.PointVectors(id=one, vector=row) for one, row in zip(ids.tolist(), rows, strict=True)]
+        self.client.update_vectors(self.collection, points=points, wait=True)
+        self.keep(manifest)
+
     def keep(self, manifest: Manifest) -> None:
         """Keep the manifest, as a point's payload."""
         if not self.client.collection_exists(_MANIFESTS):
