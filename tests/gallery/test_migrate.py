@@ -5,12 +5,14 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from pml_compat.cli.main import main
 from pml_compat.gallery import backfill, migrate, open_store, rollback
@@ -169,6 +171,7 @@ def killed_runs(run, kills, longest):
     while True:
         child = os.fork()
         if not child:
+            tqdm.set_lock(threading.RLock())  # its own is shared with the parent, and dies with whoever holds it
             try:
                 run()
             except BaseException:
