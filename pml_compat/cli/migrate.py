@@ -40,6 +40,7 @@ def add_migrate(commands: argparse._SubParsersAction) -> None:
         "embeddings by the new model")  # fmt: skip
     add("--budget", metavar="AMOUNT", help="as far as this goes: 20%%, a number of items, or 90s, 30min, 8h")
     add("--order", type=Path, metavar="NPY", help="ids, the most urgent first (random)")
+    add("--ray", metavar="ADDRESS", help="over a Ray cluster, Parquet alone: its address, auto, or local for one here")
     add("--dry-run", action="store_true", help="say what it would do: items, widths, space, time; write nothing")
     add("--rollback", action="store_true", help="remove what a migration has written at this one address")
     migrate.set_defaults(run=_migrate, failed=3, interrupted="what is written stays; run it again to go on")
@@ -48,7 +49,7 @@ def add_migrate(commands: argparse._SubParsersAction) -> None:
 def _migrate(options: argparse.Namespace) -> int:
     import numpy as np
 
-    from ..gallery import Plan, backfill, migrate, rollback  # imports torch: not for --help
+    from ..gallery import Plan, backfill, migrate, migrate_with_ray, rollback  # imports torch: not for --help
 
     if options.rollback:
         if options.new is not None or options.transformation is not None:
@@ -64,7 +65,13 @@ def _migrate(options: argparse.Namespace) -> int:
     names = ("side_info", "side_ids", "normalize", "batch_size", "old_model", "new_model", "dry_run")
     arguments = {name: getattr(options, name) for name in names}
     try:
-        found = migrate(options.old, options.new, options.transformation, **arguments)
+        if options.ray is not None and not arguments.pop("dry_run"):
+            address = None if options.ray == "local" else options.ray
+            found: Any = migrate_with_ray(
+                options.old, options.new, options.transformation, address=address, **arguments
+            )
+        else:
+            found = migrate(options.old, options.new, options.transformation, **arguments)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     if isinstance(found, Plan):

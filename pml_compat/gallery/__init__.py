@@ -4,8 +4,9 @@ from ..moved import moved
 from .backfill import backfill
 from .backfill_order import backfill_scores
 from .migrate import Plan, migrate, rollback
+from .ray_migrate import migrate_with_ray
 from .stores import open_store
 
-__all__ = ["Plan", "backfill", "backfill_scores", "migrate", "open_store", "rollback"]
+__all__ = ["Plan", "backfill", "backfill_scores", "migrate", "migrate_with_ray", "open_store", "rollback"]
 
 __getattr__ = moved(__name__, {"MixedGallery": "pml_compat.serving"})

@@ -17,7 +17,7 @@ from .. import __version__
 from ..checks import check_integer
 from ..frozen import model_fingerprint
 from ..transformations import Transformation, load_transformation
-from .stores import Manifest, Store, is_taken, open_store, open_writer, read_manifest
+from .stores import Manifest, Store, Writer, is_taken, open_store, open_writer, read_manifest
 from .stores.base import Batch, check_finite_vectors
 
 _FORMAT = "pml_compat.Manifest/1"
@@ -108,6 +108,72 @@ def migrate(
             widths that differ; NaN or infinity, with the item; side-information that is missing.
         RuntimeError: what was read back is not what was mapped.
     """
+    run = prepare(old, new, transformation, side_info, side_ids, normalize, batch_size, old_model, new_model)
+    if dry_run:
+        return _plan(run)
+    return run.manifest if run.manifest.get("status") == "finished" else _run(run, progress)
+
+
+@dataclass
+class Migration:
+    """A migration that is checked: what it reads, its map, where it writes, and how far it is."""
+
+    source: Store
+    transformation: Transformation
+    side: Callable[[Batch, int], Any] | None
+    new: str
+    manifest: Manifest
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether an earlier run has written something."""
+        return "status" in self.manifest
+
+    def begin(self) -> Writer:
+        """Return the writer; it has kept a manifest, so that what stands at the address is known to be ours."""
+        writer = open_writer(self.new, self.source, self.manifest["width"])
+        if not self.is_begun:
+            self.manifest |= {"status": "running", "done": 0, "batches": 0, "cursor": None, "started": _now()}
+            writer.keep(self.manifest)
+        return writer
+
+    def mapped(self, batch: Batch, start: int) -> Batch:
+        """Return a batch with the vectors that the new store will have; ``start`` is its first item's place."""
+        check_finite_vectors(batch, self.manifest["old"])
+        vectors = self.transformation.apply_to(
+            batch.vectors,
+            None if self.side is None else self.side(batch, start),
+            normalize=self.manifest["normalize"],
+            progress=False,
+        )
+        return Batch(batch.ids, vectors.astype(self.source.dtype, copy=False), batch.payload, batch.cursor)
+
+    def end(self, writer: Writer, sample: Sample) -> Manifest:
+        """Make a whole store of what was written, compare some of it, and say so in the manifest."""
+        if self.manifest["done"] != self.manifest["rows"]:
+            raise RuntimeError(
+                f"{self.manifest['old']} had {self.manifest['rows']:,} items when this began, "
+                f"{self.manifest['done']:,} were read; stop writing to it, roll back and begin again"
+            )
+        writer.finish()
+        compared = sample.compare(self.new, self.manifest["rows"])
+        self.manifest |= {"read_back": compared, "status": "finished", "finished": _now()}
+        writer.keep(self.manifest)
+        return self.manifest
+
+
+def prepare(
+    old: str | os.PathLike[str],
+    new: str | os.PathLike[str],
+    transformation: Transformation | str | os.PathLike[str],
+    side_info: Any,
+    side_ids: Any,
+    normalize: bool,
+    batch_size: int | None,
+    old_model: str | None,
+    new_model: str | None,
+) -> Migration:
+    """Check the arguments of :func:`migrate`, and find what an earlier run has done."""
     old, new = os.fspath(old), os.fspath(new)
     if _without_password(old) == _without_password(new):
         raise ValueError(f"new must be another place than old, got {_without_password(new)!r} for both")
@@ -135,12 +201,7 @@ def migrate(
         "old_model": old_model,
         "new_model": new_model,
     }
-    begun = _begun(new, wanted)
-    if dry_run:
-        return _plan(source, chosen, side, normalize, begun or wanted)
-    if begun is not None and begun["status"] == "finished":
-        return begun
-    return _run(source, chosen, side, wanted if begun is None else begun, old, new, begun is None, progress)
+    return Migration(source, chosen, side, new, _begun(new, wanted) or wanted)
 
 
 def rollback(new: str | os.PathLike[str]) -> Manifest:
@@ -175,62 +236,24 @@ class _Removed(Store):
         raise NotImplementedError
 
 
-def _run(
-    source: Store,
-    transformation: Transformation,
-    side: Callable[[Batch, int], Any] | None,
-    manifest: Manifest,
-    old: str,
-    new: str,
-    fresh: bool,
-    progress: bool,
-) -> Manifest:
-    writer = open_writer(new, source, manifest["width"])
-    if fresh:
-        manifest |= {"status": "running", "done": 0, "batches": 0, "cursor": None, "started": _now()}
-        writer.keep(manifest)
-    sample = _Sample()
+def _run(run: Migration, progress: bool) -> Manifest:
+    writer, manifest, sample = run.begin(), run.manifest, Sample()
     if manifest["cursor"] is not None or not manifest["batches"]:
-        batches = source.batches(manifest["batch_size"], manifest["cursor"])
+        batches = run.source.batches(manifest["batch_size"], manifest["cursor"])
         with tqdm(
             total=manifest["rows"], initial=manifest["done"], desc="migrate", unit="item", disable=not progress
         ) as bar:
             for batch in batches:
-                mapped = _mapped(source, transformation, side, batch, manifest)
+                mapped = run.mapped(batch, manifest["done"])
                 done = manifest["done"] + len(batch.ids)
                 manifest |= {"done": done, "batches": manifest["batches"] + 1, "cursor": batch.cursor}
                 writer.commit(mapped, manifest)
                 sample.add(mapped)
                 bar.update(len(batch.ids))
-    if manifest["done"] != manifest["rows"]:
-        raise RuntimeError(
-            f"{manifest['old']} had {manifest['rows']:,} items when this began, {manifest['done']:,} were read; stop "
-            "writing to it, roll back and begin again"
-        )
-    writer.finish()
-    manifest |= {"read_back": sample.compare(new, manifest["rows"]), "status": "finished", "finished": _now()}
-    writer.keep(manifest)
-    return manifest
+    return run.end(writer, sample)
 
 
-def _mapped(
-    source: Store,
-    transformation: Transformation,
-    side: Callable[[Batch, int], Any] | None,
-    batch: Batch,
-    manifest: Manifest,
-) -> Batch:
-    check_finite_vectors(batch, manifest["old"])
-    vectors = transformation.apply_to(
-        batch.vectors,
-        None if side is None else side(batch, manifest["done"]),
-        normalize=manifest["normalize"],
-        progress=False,
-    )
-    return Batch(batch.ids, vectors.astype(source.dtype, copy=False), batch.payload, batch.cursor)
-
-
-class _Sample:
+class Sample:
     """Some of what was mapped, drawn evenly, to compare with what the new store gives back."""
 
     def __init__(self) -> None:
@@ -240,6 +263,7 @@ class _Sample:
         self.vectors: np.ndarray | None = None
 
     def add(self, batch: Batch) -> None:
+        """Keep some items of a batch."""
         keys = np.concatenate([self.keys, self.generator.random(len(batch.ids))])
         kept = np.argsort(keys)[:_READ_BACK]
         ids = batch.ids if self.ids is None else np.concatenate([self.ids, batch.ids])
@@ -319,23 +343,18 @@ def _side_info(transformation: Transformation, rows: Any, ids: Any, count: int) 
     return lambda batch, start: given[rows_of(batch.ids, known, "side_ids")]
 
 
-def _plan(
-    source: Store,
-    transformation: Transformation,
-    side: Callable[[Batch, int], Any] | None,
-    normalize: bool,
-    manifest: Manifest,
-) -> Plan:
+def _plan(run: Migration) -> Plan:
+    source, manifest = run.source, run.manifest
     done = manifest.get("done", 0)
     start = time.perf_counter()
     batch = next(iter(source.batches(min(manifest["batch_size"], 8192))), None)
     seconds = 0.0
     if batch is not None:
-        _mapped(source, transformation, side, batch, {**manifest, "done": 0})
+        run.mapped(batch, 0)
         seconds = (time.perf_counter() - start) / len(batch.ids) * (len(source) - done)
-    new = manifest["new"]
+    new, new_width = manifest["new"], manifest["width"]
     free = None if "://" in new else shutil.disk_usage(_existing(Path(new))).free
-    size = source.dtype.itemsize * len(source) * transformation.out_features
+    size = source.dtype.itemsize * len(source) * new_width
     notes = list(source.notes)
     if free is not None and size > free:
         notes.append("That is more than is free there.")
@@ -347,7 +366,7 @@ def _plan(
         len(source),
         done,
         source.width,
-        transformation.out_features,
+        new_width,
         size,
         free,
         seconds,

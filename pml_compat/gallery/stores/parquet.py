@@ -67,6 +67,16 @@ class ParquetStore(Store):
                 ids = ids.astype(str) if ids.dtype == object else ids
             yield Batch(ids, vectors, table, after)
 
+    def cursors(self, size: int) -> list[list[int]]:
+        """Return where each batch of this size begins, without reading any."""
+        return [
+            [number, start] for number, (*_, rows) in enumerate(self._pieces(size)) for start in range(0, rows, size)
+        ]
+
+    def counts(self, size: int) -> list[int]:
+        """Return how many items each batch of this size has."""
+        return [min(size, rows - start) for *_, rows in self._pieces(size) for start in range(0, rows, size)]
+
     def _tables(self, size: int, first: int, skipped: int) -> Iterator[tuple[Any, int, Any]]:
         """Yield tables, the number of their first row, and what comes after."""
         pieces = self._pieces(size)
@@ -136,7 +146,16 @@ class ParquetWriter(Writer):
         write_manifest(self.path, manifest)
 
     def commit(self, batch: Batch, manifest: Manifest) -> None:
-        """Write one part, whole."""
+        """Write one part, whole, then the manifest."""
+        self.write_part(manifest["batches"] - 1, batch)
+        self.keep(manifest)
+
+    def part(self, number: int) -> Path:
+        """Return where the part of a batch lies until all are there."""
+        return self.work / f"part-{number:06d}.parquet"
+
+    def write_part(self, number: int, batch: Batch) -> None:
+        """Write the part of a batch, whole or not at all."""
         self.work.mkdir(parents=True, exist_ok=True)
         kind = self.arrow.from_numpy_dtype(batch.vectors.dtype)
         values = self.arrow.array(np.ascontiguousarray(batch.vectors).ravel(), kind)
@@ -147,9 +166,8 @@ class ParquetWriter(Writer):
             table = table.append_column(self.column, vectors)
         else:
             table = table.set_column(place, self.column, vectors)
-        with whole_file(self.work / f"part-{manifest['batches'] - 1:06d}.parquet") as temporary:
+        with whole_file(self.part(number)) as temporary:
             self.parquet.write_table(table, temporary, compression="zstd", use_dictionary=False)
-        self.keep(manifest)
 
     def _payload(self, batch: Batch) -> Any:
         if isinstance(batch.payload, self.arrow.Table):
