@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from data import SPLITS, Images, Upgrade, load, mix, open_split, open_upgrade
 from measuring import measure, report
-from methods import MAPS, OldSystem, networks_of
+from methods import AT_QUERY_TIME, MAPS, OldSystem, networks_of
 from networks import WIDTH, WithBranch
 from profiles import PROFILES, Profile
 from training import embed, task_loss, train, train_without_labels
@@ -37,6 +37,7 @@ from training import embed, task_loss, train, train_without_labels
 from pml_compat.frozen import ClassCenters, FrozenModel
 from pml_compat.heads import BasisTransformation, CompatibleHead
 from pml_compat.losses import AdvBCTLoss, UniBCTLoss
+from pml_compat.serving import QueryBlend
 from pml_compat.transformations import (
     FastFillTransformation,
     FCTTransformation,
@@ -80,6 +81,8 @@ class Comparison:
     def _embed(self, method: str, name: str) -> None:
         if method in MAPS:
             self._map_gallery(method, name)
+        elif method in AT_QUERY_TIME:
+            self._search_with_both(method, name)
         elif method == "old":
             self._train_old()
         else:
@@ -208,6 +211,18 @@ class Comparison:
             mapped = transformation.apply_to(*stored, normalize=True, progress=False)
             self._keep(f"{name}_gallery", part, torch.from_numpy(mapped))
 
+    def _search_with_both(self, method: str, name: str) -> None:
+        """Keep the independent model's queries; rotated into the old space, or blended with the old ones."""
+        labels = self.train_set.labels.cpu()
+        blend = QueryBlend().fit(self._stored("old", "train"), self._stored("independent", "train"), labels)
+        if method == "rotated":
+            blend.share = 1.0
+        for part in self.parts.keys() - {"train"}:
+            old, new = self._stored("old", part), self._stored("independent", part)
+            if method in ("rotated", "blended"):
+                self._keep(f"{name}_query", part, blend.query_rows(old, new))
+            self._keep(name, part, new)
+
     def _views(self, name: str, mixtures: int) -> list[torch.Tensor]:
         """Return what a model embeds of each training image, and of each mixed with others, ``mixtures`` times."""
         views = [self._stored(name, "train")]
@@ -252,7 +267,7 @@ def main() -> None:
     options = parser.parse_args()
     given = {name: getattr(options, name) for name in ("epochs", "side_epochs") if name in options}
     profile = dataclasses.replace(PROFILES[options.profile], bfloat16=not options.float32, **given)
-    known = ["old", *networks_of(100), *MAPS]
+    known = ["old", *networks_of(100), *MAPS, *AT_QUERY_TIME]
     methods = known if options.methods == ["all"] else ["old", "independent", *options.methods]
     unknown = set(methods) - set(known)
     if unknown:

@@ -114,4 +114,5 @@ def networks_of(classes: int) -> dict[str, Callable[[OldSystem], Training]]:
     }
 
 
+AT_QUERY_TIME = ("rotated", "blended", "two_stages_10", "two_stages_50")  # of the old and the independent model
 MAPS = ("linear", "fct", "fct_side", "fct_mixtures", "fastfill", "fastfill_side")  # of the old gallery

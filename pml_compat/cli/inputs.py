@@ -12,6 +12,7 @@ import torch
 
 from ..accuracy import CrossModelAccuracyCalculator
 from ..checks import check_finite
+from ..serving import QueryBlend
 from ..transformations import load_transformation
 from ..verification.thresholds import check_rates
 from .stored import Columns, StoredEmbeddings, read_array, read_stored
@@ -38,11 +39,14 @@ class Inputs:
     device: str | None = None
     fit_width: bool = False
     margin: float = 0.01
+    blend: Path | None = None
+    depths: Sequence[int] = (10, 50)
+    retire_old_model: bool = False
     columns: Columns = field(default_factory=Columns)
 
     def files(self) -> dict[str, str]:
         """Return the files that were given, for the report."""
-        names = ("queries", "gallery", "old_queries", "new_gallery", "transformed_gallery", "transformation")
+        names = ("queries", "gallery", "old_queries", "new_gallery", "transformed_gallery", "transformation", "blend")
         return {name: str(getattr(self, name)) for name in names if getattr(self, name) is not None}
 
 
@@ -50,6 +54,8 @@ def load(inputs: Inputs) -> dict[str, Any]:
     """Read the files and line their rows up; return the arguments of :func:`pml_compat.upgrade.evaluate`."""
     if inputs.side_info is not None and inputs.transformation is None:
         raise ValueError("--side-info must be left out without --transformation, which it is for")
+    if inputs.retire_old_model and inputs.blend is not None:
+        raise ValueError("--blend must be left out with --retire-old-model: the old model would have to run")
     if inputs.fars:
         check_rates(inputs.fars, "fars")
     queries = read_stored(inputs.queries, "--queries", inputs.query_labels, inputs.columns)
@@ -82,6 +88,8 @@ def load(inputs: Inputs) -> dict[str, Any]:
         "fit_width": inputs.fit_width,
         "k": inputs.k,
         "margin": inputs.margin,
+        "blend": False if inputs.retire_old_model else None if inputs.blend is None else _blend(inputs.blend),
+        "depths": () if inputs.retire_old_model else inputs.depths,
         "seed": inputs.seed,
         "device": _device(inputs.device),
     }
@@ -104,6 +112,13 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device must be one that torch has here, got {name!r}: {reason}") from error
+
+
+def _blend(path: Path) -> QueryBlend:
+    try:
+        return QueryBlend.load(path)
+    except ValueError as error:
+        raise ValueError(f"--blend: {error}") from error
 
 
 def _read_beside(

@@ -64,7 +64,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         "evaluate",
         help="measure an upgrade on stored embeddings, and say what to do",
         description="Measure new queries on an old gallery, and say what to do: swap now, swap with a transformed "
-        "gallery, backfill a share first, or do not upgrade.",
+        "gallery, blend old and new queries, search in two stages, backfill a share first, or do not upgrade.",
         epilog="Exit status: 0 go, 1 no, 2 not enough to say, 3 could not run. "
         "FILE is an .npz file with the keys embeddings and labels (optional: ids, cameras), an .npy file of "
         "embeddings, a .parquet file with the columns embedding and label (optional: id, camera), or a folder written "
@@ -96,6 +96,11 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--margin", type=float, default=0.01, help="a difference in accuracy that does not matter (%(default)s)")
     add("--fit-width", action="store_true", help="compare models of different widths by the first coordinates, as BCT "
         "trains them")  # fmt: skip
+    add("--blend", type=Path, metavar="FILE", help="a fitted QueryBlend, in place of one fitted to the two galleries")
+    add("--depths", type=_positive, nargs="*", default=(10, 50), metavar="N", help="items a query of a search in two "
+        "stages (10 50)")  # fmt: skip
+    add("--retire-old-model", action="store_true", help="the old model will not run any more: no blended queries, no "
+        "search in two stages")  # fmt: skip
     for column in ("embedding", "label", "id"):
         add(f"--{column}-column", metavar="NAME", help=f"the {column} column of Parquet files, in place of known names")
     add("--json", action="store_true", help="print metrics.json on standard output, in place of the table")

@@ -18,6 +18,8 @@ _COLORS = {
     "new_to_transformed_old": "#d9a441",
     "new_to_new": "#3d86ad",
     "old_to_new": "#8c6bb1",
+    "rotated_to_old": "#a9b665",
+    "blended_to_old": "#5f9e4f",
 }
 _STYLES = {"old_to_old": (0, (5, 2)), "old_to_new": (0, (1, 1.5))}  # told apart without colours, too
 _STARTS = {
@@ -30,7 +32,9 @@ def draw_matrix(evaluation: Evaluation) -> str:
     """Return query models against galleries as a heat map, one panel a metric."""
     galleries = [("old", "old"), ("transformed_old", "transformed\nold"), ("new", "new")]
     galleries = [g for g in galleries if any(pair.endswith(f"_to_{g[0]}") for pair in evaluation.pairs)]
-    queries = [model for model in ("old", "new") if any(pair.startswith(f"{model}_to") for pair in evaluation.pairs)]
+    queries = [
+        model for model in ("old", "new", "blended") if any(pair.startswith(f"{model}_to") for pair in evaluation.pairs)
+    ]
 
     def draw(figure: Any) -> None:
         colors = import_extra("matplotlib", "report").colormaps["YlGnBu"]
@@ -56,7 +60,7 @@ def draw_matrix(evaluation: Evaluation) -> str:
             panel.spines[:].set_visible(False)
         panels[0].set_ylabel("queries")
 
-    return _svg(draw, "matrix", height=2.6 if len(queries) > 1 else 1.9)
+    return _svg(draw, "matrix", height=1.2 + 0.7 * len(queries))
 
 
 def draw_cmc(evaluation: Evaluation) -> str:
@@ -64,7 +68,9 @@ def draw_cmc(evaluation: Evaluation) -> str:
 
     def draw(figure: Any) -> None:
         panel = figure.subplots()
-        for pair in evaluation.pairs:
+        for pair, values in evaluation.pairs.items():
+            if "mean_reciprocal_rank" not in values:  # two stages
+                continue
             curve = [100 * value for value in evaluation.cmc(pair)]
             panel.plot(
                 range(1, len(curve) + 1),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..extras import import_extra
 from ..upgrade import BootstrapInterval
-from ..upgrade.evaluation import ALL_METRICS, METRICS, PAIR_NAMES, Evaluation
+from ..upgrade.evaluation import ALL_METRICS, METRICS, Evaluation, pair_name
 from ..upgrade.verdict import UpgradeVerdict
 
 
@@ -27,7 +27,7 @@ def summary_table(evaluation: Evaluation) -> Table:
         header += [*(f"{name} less old/old" for name in METRICS.values()), "flips"]
     rows = []
     for pair in evaluation.pairs:
-        row = [PAIR_NAMES[pair], *(_percent(evaluation.accuracy(pair, metric)) for metric in METRICS)]
+        row = [pair_name(pair), *(_percent(evaluation.accuracy(pair, metric)) for metric in METRICS)]
         if pair in evaluation.differences:
             row += [interval_cell(evaluation.differences[pair][metric]) for metric in METRICS]
             row.append(_percent(evaluation.pair_flips[pair].rate))
@@ -40,18 +40,22 @@ def summary_table(evaluation: Evaluation) -> Table:
 
 def metric_table(evaluation: Evaluation) -> Table:
     """Return every pair and every metric."""
-    shown = [metric for metric in ALL_METRICS if all(metric in values for values in evaluation.pairs.values())]
+    first = next(iter(evaluation.pairs.values()))
+    shown = [metric for metric in ALL_METRICS if metric in first]
     return Table(
         "All metrics, in percent",
         ["query/gallery", *(ALL_METRICS[metric] for metric in shown)],
-        [[PAIR_NAMES[p], *(_percent(evaluation.accuracy(p, m)) for m in shown)] for p in evaluation.pairs],
+        [
+            [pair_name(pair), *(_percent(evaluation.accuracy(pair, m)) if m in values else "" for m in shown)]
+            for pair, values in evaluation.pairs.items()
+        ],
     )
 
 
 def gain_table(evaluation: Evaluation) -> Table | None:
     """Return the update gains with their intervals, if there are any."""
     rows = [
-        [PAIR_NAMES[pair], *(_gain_cell(gains[metric]) for metric in METRICS)]
+        [pair_name(pair), *(_gain_cell(gains[metric]) for metric in METRICS)]
         for pair, gains in evaluation.gains.items()
     ]
     title = "Update gain: 0 is today's system, 1 is as good as re-embedding everything"
@@ -92,7 +96,7 @@ def verification_table(evaluation: Evaluation) -> Table | None:
     rows = []
     for pair, found in evaluation.verification.items():
         for far, point in found.at_far.items():
-            row = [PAIR_NAMES[pair], f"{far:g}", _percent(point.tar), f"{point.threshold:.4f}"]
+            row = [pair_name(pair), f"{far:g}", _percent(point.tar), f"{point.threshold:.4f}"]
             old = found.at_threshold.get(far)
             rows.append([*row, *(["", ""] if old is None else [f"{old.far:.2g}", _percent(old.tar)])])
     header = ["query/gallery", "FAR", "TAR %", "threshold", "FAR at the old threshold", "TAR % there"]

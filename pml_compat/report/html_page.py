@@ -40,6 +40,8 @@ _CLASSES = {
     "swap_now": "good",
     "swap_with_a_new_threshold": "mixed",
     "swap_with_transformed_gallery": "good",
+    "blend_queries": "good",
+    "search_in_two_stages": "good",
     "not_enough_queries": "mixed",
     "backfill_first": "mixed",
     "do_not_upgrade": "bad",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -33,6 +34,8 @@ class NumpyQueryBlend:
     def __call__(self, old_query: Any, new_query: Any) -> np.ndarray:
         """Return the unit rows ``(N, D_old)``, or one row ``(D_old,)``, to search the old gallery with."""
         u, v = np.asarray(old_query), np.asarray(new_query) @ self.rotation
+        if u.size == u.shape[-1]:  # one query, as a server gets them: numbers of Python's are faster than arrays of one
+            return self._one(u.ravel(), v.ravel()).reshape(u.shape)
         long_u, long_v = np.maximum(_lengths(u), 1e-12), np.maximum(_lengths(v), 1e-12)
         if self.share in (0.0, 1.0):
             return v / long_v if self.share else u / long_u
@@ -43,6 +46,19 @@ class NumpyQueryBlend:
         first, second = np.where(opposite, 1, first) / long_u, np.where(opposite, 0, second) / long_v
         blended = first.astype(u.dtype, copy=False) * u + second.astype(v.dtype, copy=False) * v
         return blended / np.maximum(_lengths(blended), 1e-12)
+
+    def _one(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        long_u, long_v = (max(math.sqrt(float(row.dot(row))), 1e-12) for row in (u, v))
+        if self.share in (0.0, 1.0):
+            return v / long_v if self.share else u / long_u
+        angle = math.acos(min(1.0, max(-1.0, float(u.dot(v)) / (long_u * long_v))))
+        first, second = math.sin((1 - self.share) * angle), math.sin(self.share * angle)
+        if angle < _SHORT_ARC:
+            first, second = 1 - self.share, self.share
+        elif angle > math.pi - _NEAR_OPPOSITE:
+            first, second = 1.0, 0.0
+        blended = u * (first / long_u) + v * (second / long_v)
+        return blended / max(math.sqrt(float(blended.dot(blended))), 1e-12)
 
 
 def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -71,36 +71,70 @@ def two_stage_accuracy(
     new = check_embeddings(new_queries, "new_queries")
     _check_lengths(old_queries, new_queries, "queries")
     _check_lengths(old_gallery, new_gallery, "gallery")
-    size = len(old_gallery)
     query_labels = check_labels(query_labels, "query_labels", len(old)).to(old.device)
-    gallery_labels = check_labels(gallery_labels, "gallery_labels", size).to(old.device)
-    if same_items and not (len(old) <= size and query_labels.equal(gallery_labels[: len(old)])):
+    gallery_labels = check_labels(gallery_labels, "gallery_labels", len(old_gallery)).to(old.device)
+    if same_items and not (len(old) <= len(old_gallery) and query_labels.equal(gallery_labels[: len(old)])):
         raise ValueError("gallery_labels must begin with query_labels with same_items=True, as row i is the same item")
     excluded: list[Matches] = [SamePosition()] if same_items else []
-    positives = EqualCodes(query_labels, gallery_labels)
-    relevant = positives.count - int(same_items)
-    most = min(max(depths), size - int(same_items))
-    candidates = _candidates(old, old_gallery, most, same_items)
-    scores = _new_scores(new, new_gallery, candidates)
-    right = gallery_labels[candidates] == query_labels[:, None]
+    values = two_stage_values(
+        old, new, old_gallery, new_gallery, (query_labels, gallery_labels), excluded, depths, wanted
+    )
+    return {
+        depth: {**{name: float(found[name].nanmean()) for name in wanted}, "embedded": embedded}
+        for depth, (found, embedded) in values.items()
+    }
+
+
+def two_stage_values(
+    old: torch.Tensor,
+    new: torch.Tensor,
+    old_gallery: Any,
+    new_gallery: Any,
+    labels: tuple[torch.Tensor, torch.Tensor],
+    excluded: list[Matches],
+    depths: Sequence[int],
+    include: Sequence[str] = _METRICS,
+) -> dict[int, tuple[dict[str, torch.Tensor], float]]:
+    """Return, by depth, each query's metrics and the share of the gallery that was a candidate of any query.
+
+    Args:
+        old: ``(Q, D_old)``.
+        new: ``(Q, D_new)``.
+        old_gallery: ``(N, D_old)``.
+        new_gallery: ``(N, D_new)``.
+        labels: of queries and gallery, from which it follows what is right.
+        excluded: items that are left out of a query's ranking.
+        depths: how many candidates.
+        include: metrics.
+    Shape:
+        - metrics: ``(Q,)`` float64; NaN for a query with no right item
+    """
+    query_labels, gallery_labels = labels
+    size, positives = len(old_gallery), EqualCodes(query_labels, gallery_labels)
+    left_out = _pairs(excluded, len(old), old.device)
+    relevant = positives.count.clone()
+    row, item = left_out
+    relevant.index_add_(0, row, -(query_labels[row] == gallery_labels[item]).to(relevant.dtype))
+    most = min(max(depths), size)
+    candidates, filled = _candidates(old, old_gallery, most, left_out)
+    scores = _new_scores(new, new_gallery, candidates).masked_fill(~filled, -torch.inf)
+    right = (gallery_labels[candidates] == query_labels[:, None]) & filled
     kept = None
-    if "mean_average_precision" in wanted:
+    if "mean_average_precision" in include:
         kept = _kept_precision(old, old_gallery, positives, excluded, right, [min(d, most) for d in depths])
     found = {}
     for number, value in enumerate(depths):
         first = min(value, most)
         order = scores[:, :first].argsort(dim=1, descending=True, stable=True)
         hits = right[:, :first].gather(1, order)
-        counted = relevant > 0
-        metrics = {}
-        if "precision_at_1" in wanted:
-            metrics["precision_at_1"] = hits[counted, :1].any(1).double()
+        metrics = {"precision_at_1": hits[:, :1].any(1).double()}
         if kept is not None:
             places = torch.arange(1, first + 1, device=hits.device)
             inside = (hits.cumsum(1) / places * hits).sum(1, dtype=torch.float64)
-            metrics["mean_average_precision"] = ((inside + kept[number]) / relevant.clamp(min=1))[counted]
-        values = {name: float(row.mean()) if len(row) else float("nan") for name, row in metrics.items()}
-        found[value] = values | {"embedded": len(torch.unique(candidates[:, :first])) / size}
+            metrics["mean_average_precision"] = (inside + kept[number]) / relevant.clamp(min=1)
+        lone = relevant == 0
+        embedded = len(torch.unique(candidates[:, :first][filled[:, :first]])) / size
+        found[value] = {name: metrics[name].masked_fill(lone, torch.nan) for name in include}, embedded
     return found
 
 
@@ -138,35 +172,47 @@ def _blocks(gallery: Any, name: str, width: int) -> Iterator[tuple[int, torch.Te
         yield start, unit_rows(rows.float(), torch.float32)
 
 
-def _candidates(queries: torch.Tensor, gallery: Any, depth: int, same_items: bool) -> torch.Tensor:
-    """Return the ``(Q, depth)`` gallery rows of the highest cosines, highest first.
+def _pairs(excluded: list[Matches], n_query: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what is left out as pairs of a query's number, in order, and a gallery row, each once."""
+    pairs = [torch.zeros(0, 2, dtype=torch.long, device=device)]
+    for first in range(0, n_query if excluded else 0, _QUERIES):
+        numbers = torch.arange(first, min(first + _QUERIES, n_query), device=device)
+        found = [one.pairs(numbers) for one in excluded]
+        pairs.append(torch.cat([torch.stack([row + first, item], 1) for row, item in found]).unique(dim=0))
+    joined = torch.cat(pairs)
+    return joined[:, 0], joined[:, 1]
+
+
+def _candidates(
+    queries: torch.Tensor, gallery: Any, depth: int, left_out: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ``(Q, depth)`` gallery rows of the highest cosines, highest first, and which of them there are.
 
     The gallery is read once: what is found so far is kept for all queries, and a tile of scores at a time.
     """
     queries = unit_rows(queries.float(), torch.float32)
     best = queries.new_full((len(queries), depth), -torch.inf)
-    rows = torch.full(best.shape, -1, device=queries.device)
-    for start, block in _blocks(gallery, "old_gallery", queries.shape[1]) if depth else ():
+    rows = torch.zeros(best.shape, dtype=torch.long, device=queries.device)
+    tiles = torch.arange(0, len(queries) + _QUERIES, _QUERIES, device=queries.device)
+    ends = torch.searchsorted(left_out[0].contiguous(), tiles).tolist()
+    for start, block in _blocks(gallery, "old_gallery", queries.shape[1]):
         block = block.to(queries.device)
-        for first in range(0, len(queries), _QUERIES):
+        for tile, first in enumerate(range(0, len(queries), _QUERIES)):
             part = slice(first, first + _QUERIES)
             scores = queries[part] @ block.t()
-            if same_items:
-                own = torch.arange(first, first + len(scores), device=scores.device) - start
-                inside = (own >= 0) & (own < len(block))
-                scores[inside.nonzero()[:, 0], own[inside]] = -torch.inf
+            own, item = (side[ends[tile] : ends[tile + 1]] for side in left_out)
+            inside = (item >= start) & (item < start + len(block))
+            scores[own[inside] - first, item[inside] - start] = -torch.inf
             values, places = scores.topk(min(depth, len(block)), dim=1)
             if bool((values[:, 0] > best[part, -1]).any()):
                 merged, chosen = torch.cat([best[part], values], 1).topk(depth, dim=1)
                 rows[part] = torch.cat([rows[part], places + start], 1).gather(1, chosen)
                 best[part] = merged
-    return rows
+    return rows, best > -torch.inf
 
 
 def _new_scores(queries: torch.Tensor, gallery: Any, candidates: torch.Tensor) -> torch.Tensor:
     """Return the cosines of each query with the new vectors of its candidates, ``(Q, depth)``."""
-    if candidates.shape[1] == 0:
-        return queries.new_empty(candidates.shape)
     unit = unit_rows(queries.float(), torch.float32)
     size, found = max(1, _GATHERED // max(1, candidates.shape[1] * queries.shape[1])), []
     for numbers in torch.arange(len(queries)).split(size):

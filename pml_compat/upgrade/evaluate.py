@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -16,8 +16,12 @@ from ..verification import verification
 from ..verification.thresholds import check_rates
 from ..width import fit_width as fitted
 from .criterion import pair_criterion
-from .evaluation import ALL_METRICS, METRICS, PAIR_NAMES, Backfill, Evaluation
+from .evaluation import ALL_METRICS, METRICS, PAIR_NAMES, TWO_STAGES, Backfill, Evaluation
 from .prepare import Prepared, chance, prepare, rows_of, take
+from .query_time import blended_queries, two_stages
+
+if TYPE_CHECKING:
+    from ..serving import QueryBlend
 
 _BLOCK = 1024  # queries ranked between two steps of the progress bar
 _STEPS = 10  # of a backfill
@@ -44,6 +48,8 @@ def evaluate(
     k: int | None = None,
     margin: float = 0.01,
     orders: int = 5,
+    blend: QueryBlend | Literal[False] | None = None,
+    depths: Sequence[int] = (10, 50),
     seed: int = 0,
     device: Any = None,
     progress: bool = False,
@@ -71,6 +77,9 @@ def evaluate(
         k: cut rankings off after k items.
         margin: a difference that does not matter: above it, and not sure, more queries are asked for.
         orders: random orders that a backfill is measured in.
+        blend: fitted to training items, to measure blended queries with; by default it is fitted, without labels, to
+            the gallery by both models. False: none, as where the old model will not run any more.
+        depths: items a query of a search in two stages, measured with old queries and the new gallery; may be empty.
         seed: of the orders and the resamples.
         device: where to compute.
         progress: show a progress bar.
@@ -78,7 +87,8 @@ def evaluate(
         The :class:`Evaluation`: ``.table()``, ``.verdict``, ``.to_json(path)``, ``.to_html(path)``.
     Raises:
         ValueError: embeddings, labels, ids or widths that do not fit together; queries that are gallery items, bit by
-            bit, without ``same_items`` or ids; cameras that leave no query a right item.
+            bit, without ``same_items`` or ids; cameras that leave no query a right item; a blend without old queries,
+            or of other widths.
     Example:
         >>> labels = torch.arange(40) % 4
         >>> old, new = torch.randn(40, 8), torch.eye(8)[labels]
@@ -89,6 +99,9 @@ def evaluate(
     rates = check_rates(fars, "fars") if len(list(fars)) else []
     check_number(margin, "margin", minimum=0)
     check_integer(orders, "orders", minimum=1)
+    depths = [check_integer(depth, "depths", minimum=1) for depth in depths]
+    if blend and old_queries is None:
+        raise ValueError("blend must be given with old_queries, which it blends with the new ones")
     notes = []
     if new_gallery_ids is not None:
         if new_gallery is None or gallery_ids is None:
@@ -118,7 +131,7 @@ def evaluate(
         device=calculator.device,
     )
     ready.notes[:0] = notes
-    return _measure(ready, calculator, query_labels, rates, margin, orders, seed, normalize, progress)
+    return _measure(ready, calculator, query_labels, rates, margin, orders, blend, depths, seed, normalize, progress)
 
 
 def _measure(
@@ -128,6 +141,8 @@ def _measure(
     rates: list[float],
     margin: float,
     orders: int,
+    blend: QueryBlend | Literal[False] | None,
+    depths: Sequence[int],
     seed: int,
     normalize: bool,
     progress: bool,
@@ -146,7 +161,9 @@ def _measure(
         if (query, gallery) != ("old", "transformed_old") and (meets or (query == "new") == (gallery != "old"))
     ]
     starts = [name for name in galleries if name != "new" and ("new", name) in pairs] if "new" in galleries else []
-    rankings = len(pairs) + len(starts) * orders * (_STEPS - 1)
+    at_query_time = "old" in queries and normalize  # both rank by cosine
+    blended = blended_queries(ready, blend, seed) if at_query_time and blend is not False else {}
+    rankings = len(pairs) + len(blended) + len(starts) * orders * (_STEPS - 1)
     with tqdm(
         total=rankings * len(labels[0]), desc="ranking", unit="query", unit_scale=True, disable=not progress
     ) as bar:
@@ -154,6 +171,9 @@ def _measure(
             f"{query}_to_{gallery}": _rank(calculator, queries[query], galleries[gallery], ready, bar)
             for query, gallery in pairs
         }
+        found |= {f"{name}_to_old": _rank(calculator, q, galleries["old"], ready, bar) for name, q in blended.items()}
+        if at_query_time and "new" in galleries and calculator.k is None:
+            found |= two_stages(ready, depths)
         first = found["new_to_old" if ("new", "old") in pairs else "new_to_transformed_old"]
         scored = ~first["precision_at_1"].isnan()
         if not scored.any():
@@ -192,7 +212,7 @@ def _measure(
         },
         labels=query_labels,
         gallery_size=len(labels[1]),
-        pairs={pair: found[pair] for pair in PAIR_NAMES if pair in found},
+        pairs={pair: found[pair] for pair in sorted(found, key=_place)},
         backfill=backfill,
         criterion=criterion,
         verification=verified,
@@ -203,11 +223,18 @@ def _measure(
     )
 
 
+def _place(pair: str) -> tuple[int, int]:
+    """Return where a pair stands in tables."""
+    if pair.startswith(TWO_STAGES):
+        return len(PAIR_NAMES), int(pair.removeprefix(TWO_STAGES))
+    return list(PAIR_NAMES).index(pair), 0
+
+
 def count_rankings(given: dict[str, Any], orders: int = 5) -> int:
     """Return how often the queries are ranked, for the arguments of :func:`evaluate`."""
     starts = 1 + (given["transformed_gallery"] is not None)
     new = given["new_gallery"] is not None
-    pairs = starts + new + (given["old_queries"] is not None) * (1 + new)
+    pairs = starts + new + (given["old_queries"] is not None) * (1 + 3 * new)
     return pairs + new * starts * orders * (_STEPS - 1)
 
 

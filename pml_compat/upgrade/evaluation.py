@@ -22,11 +22,13 @@
     }
 
 A pair is ``old_to_old``, ``new_to_old``, ``new_to_transformed_old``, ``new_to_new`` or ``old_to_new``, the query's
-model first; a start is ``old`` or ``transformed_old``. INTERVAL is ``{"estimate", "low", "high", "probability",
-"level", "queries", "left_out", "classes", "p"}`` (:class:`pml_compat.upgrade.BootstrapInterval`), POINT ``{"threshold",
-"far", "tar"}``. What needs ``--old-queries`` or a gallery that was not given is an empty object, or null. ``outcome``
-is ``swap_now``, ``swap_with_a_new_threshold``, ``swap_with_transformed_gallery``, ``backfill_first``,
-``do_not_upgrade``, ``not_enough_queries``, or null without ``--old-queries`` and where the input cannot be right.
+model first; ``rotated_to_old`` and ``blended_to_old`` (:class:`pml_compat.serving.QueryBlend`); ``two_stages_10``, the
+10 nearest of old/old in the new model's order, of P@1 and mAP alone. A start is ``old`` or ``transformed_old``.
+INTERVAL is ``{"estimate", "low", "high", "probability", "level", "queries", "left_out", "classes", "p"}``
+(:class:`pml_compat.upgrade.BootstrapInterval`), POINT ``{"threshold", "far", "tar"}``. What needs ``--old-queries`` or
+a gallery that was not given is an empty object, or null. ``outcome`` is ``swap_now``, ``swap_with_a_new_threshold``,
+``swap_with_transformed_gallery``, ``blend_queries``, ``search_in_two_stages``, ``backfill_first``, ``do_not_upgrade``,
+``not_enough_queries``, or null without ``--old-queries`` and where the input cannot be right.
 """
 
 from __future__ import annotations
@@ -60,8 +62,9 @@ PAIRS = {
     "new_to_transformed_old": "new/transformed old",
     "new_to_new": "new/new",
 }
-PAIR_NAMES = {**PAIRS, "old_to_new": "old/new"}
-UPGRADES = ("new_to_old", "new_to_transformed_old", "new_to_new")  # pairs that could take the place of old/old
+AT_QUERY_TIME = {"rotated_to_old": "rotated/old", "blended_to_old": "blended/old"}
+PAIR_NAMES = {**PAIRS, "old_to_new": "old/new", **AT_QUERY_TIME}
+TWO_STAGES = "two_stages_"  # and the depth
 STARTS = {"old": "new_to_old", "transformed_old": "new_to_transformed_old"}  # a backfill's start: its pair at 0 %
 ALL_METRICS = {
     **METRICS,
@@ -162,7 +165,7 @@ class Evaluation:
     @cached_property
     def differences(self) -> dict[str, dict[str, BootstrapInterval]]:
         """How much better than old/old each pair with new queries is; nothing without old queries."""
-        return {pair: self._against_old(self.pairs[pair]) for pair in UPGRADES if self._comparable(pair)}
+        return {pair: self._against_old(self.pairs[pair]) for pair in self._upgrades()}
 
     @cached_property
     def backfill_differences(self) -> dict[str, list[dict[str, BootstrapInterval]]]:
@@ -204,10 +207,13 @@ class Evaluation:
     @cached_property
     def pair_flips(self) -> dict[str, NegativeFlips]:
         """:meth:`flips` of each pair with new queries; nothing without old queries."""
-        return {pair: self.flips(self.pairs[pair]) for pair in UPGRADES if self._comparable(pair)}
+        return {pair: self.flips(self.pairs[pair]) for pair in self._upgrades()}
 
-    def _comparable(self, pair: str) -> bool:
-        return pair in self.pairs and "old_to_old" in self.pairs
+    def _upgrades(self) -> list[str]:
+        """Return the pairs that could take the place of old/old, which must have been measured."""
+        if "old_to_old" not in self.pairs:
+            return []
+        return [pair for pair in self.pairs if pair not in ("old_to_old", "old_to_new")]
 
     def _against_old(self, per_query: dict[str, torch.Tensor]) -> dict[str, BootstrapInterval]:
         old = self.pairs["old_to_old"]
@@ -253,7 +259,8 @@ class Evaluation:
         out = {
             "data": self.data,
             "pairs": {
-                pair: {**{metric: self.accuracy(pair, metric) for metric in values}, "cmc": self.cmc(pair)}
+                pair: {metric: self.accuracy(pair, metric) for metric in values}
+                | ({"cmc": self.cmc(pair)} if "mean_reciprocal_rank" in values else {})
                 for pair, values in self.pairs.items()
             },
             "differences": {pair: intervals_to_json(found) for pair, found in self.differences.items()},
@@ -282,6 +289,11 @@ class Evaluation:
             if steps
             else {},
         }
+
+
+def pair_name(pair: str) -> str:
+    """Return what a pair is called in tables."""
+    return PAIR_NAMES[pair] if pair in PAIR_NAMES else f"two stages, {pair.removeprefix(TWO_STAGES)} items"
 
 
 def mean(values: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .bootstrap import BootstrapInterval
-from .evaluation import METRICS, STARTS, Evaluation
+from .evaluation import METRICS, STARTS, TWO_STAGES, Evaluation
 
 Differences = Mapping[str, BootstrapInterval]  # metric to how much better than old/old
 
@@ -16,11 +16,13 @@ class Option:
     """One way to upgrade, and how it compares with today's system.
 
     Args:
-        outcome: ``swap_now``, ``swap_with_a_new_threshold``, ``swap_with_transformed_gallery`` or ``backfill_first``.
+        outcome: ``swap_now``, ``swap_with_a_new_threshold``, ``swap_with_transformed_gallery``, ``blend_queries``,
+            ``search_in_two_stages`` or ``backfill_first``.
         differences: metric to interval, less old/old.
         start: the gallery it starts from, ``old`` or ``transformed_old``.
         share: the share of the gallery to re-embed first.
         vectors: how many vectors that is.
+        pair: of the evaluation, that it was measured as; None for a backfill.
         step: the place of the share in the backfill curve.
         share_range: the least and the largest share over the orders.
     """
@@ -28,6 +30,7 @@ class Option:
     outcome: str
     differences: Differences
     start: str = "old"
+    pair: str | None = None
     share: float = 0.0
     vectors: int = 0
     step: int = 0
@@ -72,10 +75,16 @@ def smallest_share(steps: Sequence[Differences], *, certain: bool) -> int | None
 
 def list_options(evaluation: Evaluation) -> list[Option]:
     """Return what was measured as options, cheapest first."""
-    outcomes = {"old": "swap_now", "transformed_old": "swap_with_transformed_gallery"}
+    outcomes = {
+        "new_to_old": "swap_now",
+        "new_to_transformed_old": "swap_with_transformed_gallery",
+        "blended_to_old": "blend_queries",
+        **{pair: "search_in_two_stages" for pair in evaluation.pairs if pair.startswith(TWO_STAGES)},
+    }
+    starts = {pair: start for start, pair in STARTS.items()}
     options = [
-        Option(outcomes[start], evaluation.differences[pair], start)
-        for start, pair in STARTS.items()
+        Option(outcome, evaluation.differences[pair], starts.get(pair, "old"), pair)
+        for pair, outcome in outcomes.items()
         if pair in evaluation.differences
     ]
     backfills = []
@@ -85,7 +94,7 @@ def list_options(evaluation: Evaluation) -> list[Option]:
             curve = evaluation.backfill[start]
             found = _share_range(evaluation, start, steps)
             share, vectors = curve.fractions[place], curve.vectors[place]
-            backfills.append(Option("backfill_first", steps[place], start, share, vectors, place, found))
+            backfills.append(Option("backfill_first", steps[place], start, None, share, vectors, place, found))
     return options + sorted(backfills, key=lambda option: option.share)
 
 

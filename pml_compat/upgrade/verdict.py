@@ -2,12 +2,12 @@
 
 The rule. An option beats today's system for sure where P@1 and mAP are both above old/old's: the lower end of the
 paired bootstrap interval is above 0 (whole classes are resampled where labels repeat), and where few queries differ the
-exact sign test agrees. The options, cheapest first: the gallery as it is stored; the transformed gallery; a backfilled
-one, with the smallest measured share from which on every share is better too, on average over several random orders.
-The first option that surely beats today's system is the verdict. A swap at whose old threshold false accepts or rejects
-change comes with a new threshold. Where no option surely beats it, but one may by more than the margin, there are not
-enough queries to say. No verdict is given where the input cannot be right: an old system at chance, or galleries that
-look exchanged.
+exact sign test agrees. The options, cheapest first: the gallery as it is stored; the transformed gallery; old and new
+query blended; a search in two stages, with the fewest items a query; a backfilled gallery, with the smallest measured
+share from which on every share is better too, on average over several random orders. The first option that surely beats
+today's system is the verdict. A swap at whose old threshold false accepts or rejects change comes with a new threshold.
+Where no option surely beats it, but one may by more than the margin, there are not enough queries to say. No verdict is
+given where the input cannot be right: an old system at chance, or galleries that look exchanged.
 
 A caution: the rule is made of the quantities that it judges by. It is not validated against another measure of what an
 upgrade did to a service.
@@ -72,6 +72,7 @@ class UpgradeVerdict:
         values |= {"share": chosen and chosen.share, "vectors": chosen and chosen.vectors}
         values["share_range"] = chosen and list(chosen.share_range)
         values["start"] = self.option.start if self.option is not None else None
+        values["pair"] = self.option.pair if self.option is not None else None
         return without_nan(values)
 
 
@@ -97,7 +98,7 @@ def upgrade_verdict(evaluation: Evaluation) -> UpgradeVerdict:
             warnings=new_gallery_warning(evaluation),
         )
     option = choose(list_options(evaluation))
-    threshold = threshold_warnings(evaluation, STARTS[option.start if option is not None else "old"])
+    threshold = threshold_warnings(evaluation, _pair(option))
     if option is not None and option.outcome == "swap_now" and threshold:
         option = replace(option, outcome="swap_with_a_new_threshold")
     needed = None if option is not None else _queries_needed(evaluation)
@@ -116,7 +117,9 @@ def upgrade_verdict(evaluation: Evaluation) -> UpgradeVerdict:
         summary=summary,
         reasons=why(evaluation, option),
         warnings=[*threshold, *new_gallery_warning(evaluation), *_warnings(option, flips)],
-        missing=what_is_missing(evaluation, settled=option is not None and option.start == "old" and option.share == 0),
+        missing=what_is_missing(
+            evaluation, settled=_pair(option) == "new_to_old" and option is not None and option.share == 0
+        ),
         option=option,
         flips=flips,
         queries_needed=needed,
@@ -125,7 +128,7 @@ def upgrade_verdict(evaluation: Evaluation) -> UpgradeVerdict:
 
 def _queries_needed(evaluation: Evaluation) -> int | None:
     """Return how many queries would tell, where an option may be better for all that was measured; else None."""
-    candidates = [evaluation.differences[pair] for pair in STARTS.values() if pair in evaluation.differences]
+    candidates = [option.differences for option in list_options(evaluation) if option.pair is not None]
     candidates += [step for steps in evaluation.backfill_differences.values() for step in steps[1:-1]]
     counts = []
     for differences in candidates:
@@ -145,7 +148,14 @@ def _count_needed(found: BootstrapInterval, margin: float) -> int:
 def _flips(evaluation: Evaluation, option: Option | None) -> NegativeFlips | None:
     if option is not None and option.outcome == "backfill_first":
         return evaluation.flips(evaluation.backfill[option.start].steps[option.step])
-    return evaluation.pair_flips.get(STARTS[option.start if option is not None else "old"])
+    return evaluation.pair_flips.get(_pair(option))
+
+
+def _pair(option: Option | None) -> str:
+    """Return the pair that an option was measured as, or starts from."""
+    if option is None:
+        return STARTS["old"]
+    return option.pair or STARTS[option.start]
 
 
 def _warnings(option: Option | None, flips: NegativeFlips | None) -> list[str]:

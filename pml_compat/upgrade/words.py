@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from .doubts import points
-from .evaluation import METRICS, PAIR_NAMES, Evaluation
-from .options import Differences, Option, is_better, is_surely_better
+from .evaluation import METRICS, TWO_STAGES, Evaluation, pair_name
+from .options import Differences, Option, is_better, is_surely_better, list_options
 
 
 def title_and_summary(evaluation: Evaluation, option: Option | None) -> tuple[str, str]:
@@ -30,6 +30,19 @@ def title_and_summary(evaluation: Evaluation, option: Option | None) -> tuple[st
     mapped = "the gallery through the transformation"
     if option.outcome == "swap_with_transformed_gallery":
         return "Swap with a transformed gallery", f"Run {mapped}, then send new queries to it."
+    if option.outcome == "blend_queries":
+        return (
+            "Blend old and new queries",
+            "Embed each query by both models, blend the two (pml_compat.serving.QueryBlend), and search the gallery as "
+            "it is stored; the old model must go on running.",
+        )
+    if option.pair is not None and option.outcome == "search_in_two_stages":
+        depth = option.pair.removeprefix(TWO_STAGES)
+        return (
+            f"Search in two stages, {depth} items a query",
+            f"Let old queries find {depth} items in the gallery as it is stored, and put these in the new model's "
+            "order (pml_compat.serving.TwoStageSearch, which keeps each vector that it makes); both models must run.",
+        )
     before = f"Run {mapped}, replace" if option.start == "transformed_old" else "Replace"
     vectors = f"{option.vectors:,} of {evaluation.gallery_size:,} vectors"
     low, high = option.share_range
@@ -43,7 +56,7 @@ def title_and_summary(evaluation: Evaluation, option: Option | None) -> tuple[st
 def why(evaluation: Evaluation, option: Option | None) -> list[str]:
     """Return the reasons, with numbers, one sentence or two each."""
     reasons = [
-        _compared(f"New queries on {gallery}", evaluation.differences[pair], evaluation, pair)
+        _compared(f"New queries on {gallery}", evaluation, pair)
         for pair, gallery in (
             ("new_to_old", "the gallery as it is stored"),
             ("new_to_transformed_old", "the transformed gallery"),
@@ -51,28 +64,38 @@ def why(evaluation: Evaluation, option: Option | None) -> list[str]:
         )
         if pair in evaluation.differences
     ]
+    for pair in evaluation.differences:
+        if pair == "blended_to_old":
+            reasons.append(_compared("Blended queries on the gallery as it is stored", evaluation, pair))
+        elif pair.startswith(TWO_STAGES):
+            depth = pair.removeprefix(TWO_STAGES)
+            reasons.append(_compared(f"Two stages, with {depth} items a query,", evaluation, pair))
     if option is not None and option.outcome == "backfill_first":
         values = evaluation.backfill[option.start].steps[option.step]
         text = f"With {option.share:.0%} of the gallery re-embedded, new queries"
-        reasons.append(_compared(text, option.differences, evaluation, values=values))
+        reasons.append(_in_words(text, evaluation, option.differences, values))
     elif option is None and evaluation.backfill:
         reasons.append("No share of a random backfill below 100% is better in P@1 and in mAP from there on.")
     for pair, gains in evaluation.gains.items():
         if all(gains[metric].estimate > 0 for metric in METRICS):
             shares = ", ".join(f"{name} {gains[metric].estimate:.0%}" for metric, name in METRICS.items())
-            reasons.append(f"{PAIR_NAMES[pair]} brings this share of what re-embedding everything would: {shares}.")
+            reasons.append(f"{pair_name(pair)} brings this share of what re-embedding everything would: {shares}.")
+    if option is not None and option.outcome in ("blend_queries", "search_in_two_stages"):
+        for other in list_options(evaluation):
+            if other.outcome == "backfill_first" and is_surely_better(other.differences):
+                title, how = title_and_summary(evaluation, other)
+                reasons.append(f"Where the old model is not to run any more: {title[0].lower()}{title[1:]}. {how}")
+                break
     return reasons
 
 
-def _compared(
-    subject: str,
-    differences: Differences,
-    evaluation: Evaluation,
-    pair: str | None = None,
-    values: Mapping[str, torch.Tensor] | None = None,
+def _compared(subject: str, evaluation: Evaluation, pair: str) -> str:
+    return _in_words(subject, evaluation, evaluation.differences[pair], evaluation.pairs[pair])
+
+
+def _in_words(
+    subject: str, evaluation: Evaluation, differences: Differences, per_query: Mapping[str, torch.Tensor]
 ) -> str:
-    per_query = evaluation.pairs[pair] if pair is not None else values
-    assert per_query is not None
     if is_surely_better(differences):
         opening = "are better than old queries are today"
     elif is_better(differences):

@@ -16,6 +16,7 @@ from pml_compat import __version__
 from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.cli import estimate, evaluate
 from pml_compat.cli.main import main
+from pml_compat.serving import QueryBlend
 from pml_compat.transformations import LinearTransformation
 from pml_compat.upgrade import backfill_curve, negative_flips, pair_criterion, paired_bootstrap
 from pml_compat.verification import verification
@@ -97,8 +98,11 @@ def test_writes_these_files_and_no_others(out):
 def test_metrics_are_those_of_the_calculator(metrics):
     calculator = CrossModelAccuracyCalculator()
     arrays = {name: unit(embeddings) for name, (embeddings, _) in ARRAYS.items()}
-    assert list(metrics["pairs"]) == ["old_to_old", "new_to_old", "new_to_new", "old_to_new"]
-    for pair, found in metrics["pairs"].items():
+    of_models = ["old_to_old", "new_to_old", "new_to_new", "old_to_new"]
+    at_query_time = ["rotated_to_old", "blended_to_old", "two_stages_10", "two_stages_50"]
+    assert list(metrics["pairs"]) == of_models + at_query_time
+    for pair in of_models:
+        found = metrics["pairs"][pair]
         query, gallery = pair.split("_to_")
         names = [name for name in found if name != "cmc"]
         expected = calculator.get_accuracy(
@@ -162,9 +166,32 @@ def test_data_and_verdict(metrics, files):
     assert (data["normalized"], data["same_items"], data["cameras"]) == (True, None, False)
     assert data["files"]["new_gallery"] == str(files / "new_g.npz")
     verdict = metrics["verdict"]
+    assert (verdict["outcome"], verdict["pair"]) == ("search_in_two_stages", "two_stages_10")
+    assert verdict["title"] == "Search in two stages, 10 items a query"
+    assert verdict["reasons"][-1].startswith("Where the old model is not to run any more: backfill ")
+
+
+def test_an_old_model_that_retires_is_neither_blended_nor_asked_first(files, tmp_path):
+    found = measured(files, tmp_path, **EVERYTHING, retire_old_model=True)
+    assert list(found["pairs"]) == ["old_to_old", "new_to_old", "new_to_new", "old_to_new"]
+    verdict = found["verdict"]
     assert verdict["outcome"] == "backfill_first"
     assert verdict["vectors"] == round(verdict["share"] * 120)
-    assert metrics["negative_flips"]["backfill"]["queries"] == 90
+    assert found["negative_flips"]["backfill"]["queries"] == 90
+
+
+def test_a_blend_of_ones_own(files, tmp_path, capsys):
+    old, new = (torch.from_numpy(ARRAYS[name][0]) for name in ("old_g", "new_g"))
+    blend = QueryBlend().fit(old, new)
+    blend.share = 1.0
+    blend.save(files / "blend.safetensors")
+    found = measured(files, tmp_path, **EVERYTHING, blend="blend.safetensors", depths=3)
+    assert found["data"]["files"]["blend"] == str(files / "blend.safetensors")
+    assert found["pairs"]["blended_to_old"] == found["pairs"]["rotated_to_old"]
+    assert [pair for pair in found["pairs"] if pair.startswith("two")] == ["two_stages_3"]
+    for options in ({"blend": "old_q.npy"}, {"blend": "blend.safetensors", "retire_old_model": True}):
+        assert main(command(files, tmp_path / "none", **EVERYTHING, **options)) == 3
+        assert "--blend" in capsys.readouterr().err
 
 
 class Page(HTMLParser):
@@ -200,7 +227,9 @@ def test_page_is_whole_and_needs_nothing_else(out, metrics):
     assert not re.search(r"https?:|//\w+\.|@import|url\((?!#)", text)
     assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
     assert (
-        page.tags.count("svg") == page.tags.count("figure") == 3 + bool(metrics["negative_flips"]["backfill"]["worst"])
+        page.tags.count("svg")
+        == page.tags.count("figure")
+        == 3 + bool(metrics["negative_flips"]["two_stages_10"]["worst"])
     )
     ids = [value for key, value in page.attributes if key == "id"]
     assert len(ids) == len(set(ids)) > 10
@@ -242,7 +271,7 @@ def test_npy_files_say_the_same(files, tmp_path, metrics, capsys):
     for key in ("pairs", "differences", "backfill", "verdict"):
         assert found[key] == metrics[key]
     streams = capsys.readouterr()
-    assert "49 rankings of 90 queries on 120 vectors: about " in streams.err and "of memory" in streams.err
+    assert "51 rankings of 90 queries on 120 vectors: about " in streams.err and "of memory" in streams.err
     assert "ranking: 100%" in streams.err
     printed = " ".join(streams.out.split())
     assert "new/old" in printed and found["verdict"]["title"] in printed and "Written to" in printed

@@ -64,12 +64,16 @@ def test_every_method_goes_through_and_nothing_is_done_twice(data, tmp_path):
     assert {"independent", "bct", "lce_backward", "mixbct", "bt2", "head", "linear", "fct_side", "fastfill"} <= set(
         found
     )
+    assert {"rotated", "blended", "two_stages_10", "two_stages_50"} <= set(found)
     (fastfill,) = found["fastfill"]
     areas = {name: fastfill[name]["area"]["precision_at_1"] for name in fastfill if name.startswith("backfill")}
     assert len(areas) == len(set(areas.values())) == 3  # in random order, by predicted error, by class margin
+    at_query_time = {"rotated", "blended", "two_stages_10", "two_stages_50"}
+    asked_otherwise = {"old", "independent", "lce_backward", "bt2"} | at_query_time
     for method, (one,) in found.items():
         assert one["seed"] == 0
-        if method not in ("old", "independent", "lce_backward", "bt2") and not method.startswith("head"):
+        assert ("backfill" in one) == (method not in asked_otherwise and not method.startswith("head"))
+        if "backfill" in one:
             assert one["backfill"]["values"]["precision_at_1"][0] == one["new_to_old"]["precision_at_1"]
             assert one["backfill"]["values"]["precision_at_1"][-1] == one["new_to_new"]["precision_at_1"]
     assert (tmp_path / "trade_off.png").stat().st_size > 10_000 < (tmp_path / "backfill.png").stat().st_size
@@ -88,7 +92,7 @@ def test_every_method_goes_through_and_nothing_is_done_twice(data, tmp_path):
 
 @pytest.mark.slow
 def test_open_protocol_calibrates_mixed_galleries(data, tmp_path):
-    methods = ["bct", "head", "bt2", "fct", "lce_backward"]
+    methods = ["bct", "head", "bt2", "fct", "lce_backward", "blended"]
     arguments = ["--protocol", "open", "--epochs", 2, "--methods", *methods]
     run("compare.py", "--data", data, "--out", tmp_path, *arguments)
     found = json.loads((tmp_path / "results.json").read_text())

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from pml_compat.files import save_tensors
 from pml_compat.frozen import FrozenEmbeddings
-from pml_compat.serving import QueryBlend, alignability, query_blend
+from pml_compat.serving import NumpyQueryBlend, QueryBlend, alignability, query_blend
 from pml_compat.serving.query_blend import interpolate
 from pml_compat.transformations import OrthogonalTransformation
 from tests import reference
@@ -485,3 +485,20 @@ def test_bad_alignability():
         alignability(SOME[:1], SOME[:1])
     with pytest.raises(ValueError, match="new must be finite, row 2 has a NaN"):
         alignability(SOME, SOME.clone().index_fill_(0, torch.tensor(2), torch.nan))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_numpy_blends_one_query_as_it_blends_many(tmp_path, share):
+    blend = QueryBlend()
+    blend.rotation, blend.share, blend._agreement = torch.eye(8), share, 1.0
+    blend.old_fingerprint = blend.new_fingerprint = None
+    blend.save(tmp_path / "blend.safetensors")
+    server = NumpyQueryBlend(tmp_path / "blend.safetensors")
+    old = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    new = np.random.default_rng(1).normal(size=(6, 8)).astype(np.float32)
+    new[1], new[2], old[3] = 3 * old[1], -old[2], 0  # the same, opposite, nothing
+    many = server(old, new)
+    for row in range(6):
+        for one in (server(old[row], new[row]), server(old[row : row + 1], new[row : row + 1])[0]):
+            assert one.shape == (8,) and one.dtype == many.dtype
+            np.testing.assert_allclose(one, many[row], atol=1e-6)

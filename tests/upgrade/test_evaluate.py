@@ -160,6 +160,8 @@ def test_the_share_to_backfill_has_a_range_over_orders():
                 gallery_labels,
                 old_queries=old_q,
                 new_gallery=new_g @ rotation,
+                blend=False,
+                depths=(),
                 seed=10 * seed,
             ).verdict
         )

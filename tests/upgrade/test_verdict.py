@@ -229,6 +229,7 @@ def test_json_is_strict():
         "queries_needed",
         "vectors",
         "start",
+        "pair",
         "title",
         "summary",
         "reasons",
