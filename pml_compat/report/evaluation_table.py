@@ -10,9 +10,11 @@ from ..upgrade import BootstrapInterval
 from ..upgrade.evaluation import ALL_METRICS, METRICS, Evaluation, pair_name
 from ..upgrade.verdict import UpgradeVerdict
 
+_TEXT = ("criterion",)  # columns of words, but for the first
+
 
 class Table(NamedTuple):
-    """A heading, the columns' names and the cells; the first column is text, the others numbers."""
+    """A heading, the columns' names and the cells; the first column is text, the others are mostly numbers."""
 
     title: str
     header: list[str]
@@ -118,7 +120,8 @@ def all_tables(evaluation: Evaluation, verdict: UpgradeVerdict) -> list[Table]:
 
 def to_markdown(table: Table) -> str:
     """Return a table as Markdown."""
-    lines = [table.header, ["---"] + ["---:"] * (len(table.header) - 1), *table.rows]
+    rule = ["---:" if place and name not in _TEXT else "---" for place, name in enumerate(table.header)]
+    lines = [table.header, rule, *table.rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -127,7 +130,7 @@ def to_rich(table: Table) -> Any:
     table_module, box = import_extra("rich.table", "report"), import_extra("rich.box", "report")
     out = table_module.Table(title=table.title, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for place, column in enumerate(table.header):
-        out.add_column(column, justify="right" if place else "left", no_wrap=place > 0)
+        out.add_column(column, justify="right" if place and column not in _TEXT else "left", no_wrap=place > 0)
     for row in table.rows:
         out.add_row(*row)
     return out

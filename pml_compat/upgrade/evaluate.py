@@ -76,7 +76,7 @@ def evaluate(
         fit_width: compare models of different widths by :func:`pml_compat.width.fit_width`.
         k: cut rankings off after k items.
         margin: a difference that does not matter: above it, and not sure, more queries are asked for.
-        orders: random orders that a backfill is measured in.
+        orders: random orders that a backfill is measured in; 0, none is.
         blend: fitted to training items, to measure blended queries with; by default it is fitted, without labels, to
             the gallery by both models. False: none, as where the old model will not run any more.
         depths: items a query of a search in two stages, measured with old queries and the new gallery; may be empty.
@@ -98,7 +98,7 @@ def evaluate(
     """
     rates = check_rates(fars, "fars") if len(list(fars)) else []
     check_number(margin, "margin", minimum=0)
-    check_integer(orders, "orders", minimum=1)
+    check_integer(orders, "orders", minimum=0)
     depths = [check_integer(depth, "depths", minimum=1) for depth in depths]
     if blend and old_queries is None:
         raise ValueError("blend must be given with old_queries, which it blends with the new ones")
@@ -161,6 +161,7 @@ def _measure(
         if (query, gallery) != ("old", "transformed_old") and (meets or (query == "new") == (gallery != "old"))
     ]
     starts = [name for name in galleries if name != "new" and ("new", name) in pairs] if "new" in galleries else []
+    starts = starts if orders else []
     at_query_time = "old" in queries and normalize  # both rank by cosine
     blended = blended_queries(ready, blend, seed) if at_query_time and blend is not False else {}
     rankings = len(pairs) + len(blended) + len(starts) * orders * (_STEPS - 1)
@@ -207,7 +208,7 @@ def _measure(
             "cameras": "query_cameras" in ready.codes,
             "k": calculator.k,
             "seed": seed,
-            "chance": chance(labels, scored),
+            "chance": chance(ready, scored),
             "margin": margin,
         },
         labels=query_labels,
