@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 from ..extras import import_extra
@@ -121,18 +122,20 @@ def all_tables(evaluation: Evaluation, verdict: UpgradeVerdict) -> list[Table]:
 def to_markdown(table: Table) -> str:
     """Return a table as Markdown."""
     rule = ["---:" if place and name not in _TEXT else "---" for place, name in enumerate(table.header)]
-    lines = [table.header, rule, *table.rows]
+    rows = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in table.rows]
+    lines = [table.header, rule, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def to_rich(table: Table) -> Any:
     """Return a table as a ``rich.table.Table``; needs the ``report`` extra."""
     table_module, box = import_extra("rich.table", "report"), import_extra("rich.box", "report")
+    escape_markup = import_extra("rich.markup", "report").escape
     out = table_module.Table(title=table.title, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for place, column in enumerate(table.header):
         out.add_column(column, justify="right" if place and column not in _TEXT else "left", no_wrap=place > 0)
     for row in table.rows:
-        out.add_row(*row)
+        out.add_row(*(escape_markup(cell) for cell in row))
     return out
 
 
@@ -141,7 +144,7 @@ def to_html(table: Table) -> str:
     head = "".join(f'<th scope="col">{cell}</th>' for cell in table.header)
     body = "".join(f"<tr>{_html_row(row)}</tr>" for row in table.rows)
     return (
-        f'<div class="wide"><table><caption>{table.title}</caption>'
+        f'<div class="wide"><table><caption><span>{escape(table.title)}</span></caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -153,7 +156,7 @@ def interval_cell(found: BootstrapInterval) -> str:
 
 def _html_row(row: Sequence[str]) -> str:
     first, *others = row
-    return f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others)
+    return f'<th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in others)
 
 
 def _gain_cell(found: BootstrapInterval) -> str:
