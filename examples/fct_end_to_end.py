@@ -116,7 +116,7 @@ with tempfile.TemporaryDirectory() as folder:
     with_side.save(folder / "old_to_new.safetensors")  # goes to where the gallery is
     old_to_new = load_transformation(folder / "old_to_new.safetensors")
     options = {"normalize": True, "progress": False}
-    gallery = old_to_new.apply_to(stored, stored.side_info, out=folder / "gallery.npy", **options)
+    gallery = old_to_new.apply_to(stored, stored.side_info, out=folder / "gallery.npy", overwrite=True, **options)
     print(f"{'query / gallery':64} {'P@1':>6} {'mAP':>6}")
     show("old / old", stored[test_index], stored[test_index])
     show("new / new", new[test_index], new[test_index])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -56,18 +62,25 @@ def load_tensors(
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it takes ``path``'s place when the block ends without an error.
 
-    An interrupted block leaves what stood at ``path`` before.
+    An interrupted block leaves what stood at ``path`` before. The temporary file of a process that was killed is
+    removed by the next block for the same path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path, f".{path.stem}-", path.suffix)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(descriptor)
     temporary = Path(name)
     try:
+        _lock(descriptor)
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would lock out the colleagues who read the file
+        if os.name == "nt":  # where an open file cannot be moved
+            os.close(descriptor)
+            descriptor = -1
         os.replace(temporary, path)
     finally:
+        if descriptor >= 0:
+            os.close(descriptor)
         temporary.unlink(missing_ok=True)
 
 
@@ -85,8 +98,11 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise ValueError(f"path must be a folder or free, {os.fspath(path)!r} is a file")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path, f".{path.name}-", "")
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    descriptor = os.open(temporary, os.O_RDONLY) if fcntl is not None else -1
     try:
+        _lock(descriptor)
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         if path.exists():
@@ -94,7 +110,39 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         else:
             temporary.rename(path)
     finally:
+        if descriptor >= 0:
+            os.close(descriptor)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _lock(descriptor: int) -> None:
+    """Lock a temporary file or folder for as long as this process has it open, that is, lives."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _remove_abandoned(path: Path, prefix: str, suffix: str) -> None:
+    """Remove the temporary files or folders of ``path`` that no living process holds."""
+    if fcntl is None:
+        return
+    made_here = re.compile(re.escape(prefix) + "[a-z0-9_]{8}" + re.escape(suffix))
+    for found in path.parent.iterdir():
+        if not made_here.fullmatch(found.name):
+            continue
+        try:
+            descriptor = os.open(found, os.O_RDONLY)
+        except OSError:  # gone, or another user's
+            continue
+        try:
+            _lock(descriptor)
+            if found.is_dir():
+                shutil.rmtree(found, ignore_errors=True)
+            else:
+                found.unlink(missing_ok=True)
+        except OSError:  # held
+            pass
+        finally:
+            os.close(descriptor)
 
 
 def _move_into(source: Path, target: Path) -> None:

@@ -1,4 +1,5 @@
 import os
+import signal
 import stat
 
 import pytest
@@ -124,3 +125,30 @@ def test_folder_that_cannot_be_placed_leaves_the_older_one(taken, tmp_path):
         (temporary / "b" / "c").write_text("new")
     assert files_in(tmp_path) == before
     assert [found.name for found in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, kind):
+    block = {"file": whole_file, "folder": whole_folder}[kind]
+    target = tmp_path / "rows.bin"
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:  # dies inside the block
+        with block(target):
+            os.write(writing, b"x")
+            signal.pause()
+    os.read(reading, 1)
+    with block(target) as mine:
+        (mine / "a" if kind == "folder" else mine).write_text("mine")
+        assert len(list(tmp_path.iterdir())) == 2  # the living one's stays
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 2
+    if kind == "folder":
+        with block(target) as mine:
+            (mine / "a").write_text("next")
+    else:
+        with block(target) as mine:
+            mine.write_text("next")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.bin"]

@@ -11,12 +11,14 @@ from types import FrameType
 from typing import NoReturn
 
 from .. import __version__
+from .migrate import add_migrate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status.
 
-    ``demo``: 0, or 1 where it failed. ``evaluate``: 0 go, 1 no, 2 not enough to say, 3 could not run. 130: interrupted.
+    ``demo``: 0, or 1 where it failed. ``evaluate``: 0 go, 1 no, 2 not enough to say, 3 could not run. ``migrate``:
+    0, or 3. 130: interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="pml-compat", description="Upgrade an embedding model without re-embedding what is stored."
@@ -30,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "(independent bct lce lce_backward fct fct_side)")  # fmt: skip
     demo.set_defaults(run=_demo, failed=1)
     _add_evaluate(commands)
+    add_migrate(commands)
     options = parser.parse_args(arguments)
     # A plain 'kill' then ends the program as Ctrl-C does, and temporary files go.
     previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -39,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pml-compat: {error}", file=sys.stderr)
         return options.failed
     except KeyboardInterrupt:
-        print("pml-compat: interrupted, nothing was written", file=sys.stderr)
+        left = getattr(options, "interrupted", "nothing was written")
+        print(f"pml-compat: interrupted, {left}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from ..checks import check_matrix
+from ..data.parquet_columns import embedding_rows
 from ..extras import import_extra
 from ..frozen import FrozenEmbeddings
 from ..frozen.embedding_files import borrow, map_array
-from .parquet_columns import embedding_rows
 
 FORMATS = (
     "an .npz file with the keys embeddings and labels (optional: ids, cameras), an .npy file of embeddings, a .parquet "

@@ -29,6 +29,7 @@ def apply(
     out: str | os.PathLike[str] | np.ndarray | None = None,
     batch_size: int = 8192,
     normalize: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> np.ndarray:
     """Map every row of ``source``, in eval mode and with batch normalisation folded into the layers.
@@ -38,16 +39,18 @@ def apply(
         source: ``(N, in_features)`` tensor, array, memory map, or whatever gives rows by a slice; read in batches.
         side_info: ``(N, side_features)``, row i of the same item; None where the transformation takes none.
         out: an ``.npy`` file to write to, whole or not at all; or an array of the right shape and dtype, in memory or
-            mapped, which is filled; None makes one in memory.
+            mapped, which is filled; None makes one in memory. Never the source itself.
         batch_size: rows at once; memory is set by it and not by ``N``.
         normalize: scale each row to length 1.
+        overwrite: replace a file that stands at ``out``.
         progress: show a progress bar.
     Shape:
         - output: ``(N, out_features)`` float32 (float64 for a float64 transformation); a memory map of the file
           ``out``, or the array ``out``
     Raises:
+        FileExistsError: a file stands at ``out``, without ``overwrite``.
         ValueError: other widths, lengths that differ, NaN or infinity (which row), ``out`` no ``.npy`` file and
-            no array that fits.
+            no array that fits, or the source.
     """
     check_integer(batch_size, "batch_size", minimum=1)
     if side_info is not None and len(side_info) != len(source):
@@ -58,6 +61,8 @@ def apply(
     run = _Batches(transformation, source, side_info, batch_size, normalize, progress)
     if out is None:
         out = np.empty(shape, dtype)
+    if _is_source(out, source):
+        raise ValueError("out must not be the source: where a row fails, the only copy would be half mapped")
     if isinstance(out, np.ndarray):
         if out.shape != shape or out.dtype != dtype or not out.flags.writeable:
             raise ValueError(
@@ -68,9 +73,24 @@ def apply(
         return out
     if Path(out).suffix != ".npy":
         raise ValueError(f"out must be an .npy file, got {os.fspath(out)!r}")
+    if Path(out).exists() and not overwrite:
+        raise FileExistsError(
+            f"out must be free, there is a file at {os.fspath(out)!r}; give overwrite=True to replace it"
+        )
     with whole_file(out) as temporary:
         run.write_to(np.lib.format.open_memmap(temporary, "w+", dtype, shape))
     return np.load(out, mmap_mode="r", allow_pickle=False)
+
+
+def _is_source(out: Any, source: Any) -> bool:
+    """Tell whether what is written to is what is read from, in memory or on disk."""
+    source = source.numpy() if isinstance(source, torch.Tensor) and source.device.type == "cpu" else source
+    read = getattr(source, "filename", None)
+    written = out.filename if isinstance(out, np.memmap) else None if isinstance(out, np.ndarray) else out
+    if read is not None and written is not None and Path(read).exists() and Path(written).exists():
+        return os.path.samefile(read, written)
+    both = isinstance(out, np.ndarray) and isinstance(source, np.ndarray)
+    return both and np.may_share_memory(out, source)
 
 
 class _Batches:

@@ -92,10 +92,20 @@ class Transformation(torch.nn.Module):
         out: str | os.PathLike[str] | np.ndarray | None = None,
         batch_size: int = 8192,
         normalize: bool = False,
+        overwrite: bool = False,
         progress: bool = True,
     ) -> np.ndarray:
         """Map a whole gallery, in memory set by ``batch_size``: see :func:`pml_compat.transformations.apply.apply`."""
-        return apply(self, source, side_info, out=out, batch_size=batch_size, normalize=normalize, progress=progress)
+        return apply(
+            self,
+            source,
+            side_info,
+            out=out,
+            batch_size=batch_size,
+            normalize=normalize,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments, of types that JSON has."""

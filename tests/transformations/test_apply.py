@@ -140,14 +140,34 @@ def test_out_is_a_file_and_a_memory_map(as_text, double, tmp_path):
     np.testing.assert_array_equal(read, apply_to(transformation, *given, batch_size=3))
 
 
-def test_out_may_be_the_source(tmp_path):
+def test_out_is_never_the_source(tmp_path):
     path = tmp_path / "gallery.npy"
     np.save(path, np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32))
-    transformation = LinearTransformation(4, 4)
-    torch.nn.init.orthogonal_(transformation.linear.weight)
-    expected = expected_of(transformation, torch.from_numpy(np.load(path)))
-    apply_to(transformation, np.load(path, mmap_mode="r"), out=path, batch_size=2)
-    np.testing.assert_allclose(np.load(path), expected, rtol=1e-5, atol=1e-6)
+    before = path.read_bytes()
+    writable, rows = np.load(path, mmap_mode="r+"), np.load(path)
+    given = [
+        {"source": np.load(path, mmap_mode="r"), "out": path, "overwrite": True},
+        {"source": writable, "out": writable},
+        {"source": writable, "out": np.load(path, mmap_mode="r+")},
+        {"source": rows, "out": rows},
+        {"source": torch.from_numpy(rows), "out": rows[:]},
+    ]
+    for arguments in given:
+        with pytest.raises(ValueError, match="out must not be the source"):
+            apply_to(LinearTransformation(4, 4), **arguments, batch_size=2)
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_stands_at_out_is_replaced_on_request_alone(tmp_path):
+    path, transformation = tmp_path / "mapped.npy", build("linear")
+    first, second = batch(transformation, n=5)[0], batch(transformation, n=5)[0] + 1
+    apply_to(transformation, first, out=path)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="give overwrite=True to replace it"):
+        apply_to(transformation, second, out=path)
+    assert path.read_bytes() == before
+    apply_to(transformation, second, out=path, overwrite=True)
+    assert path.read_bytes() != before
 
 
 @pytest.mark.parametrize("kind", ["nan", "interrupt"])
@@ -162,7 +182,7 @@ def test_an_interrupted_pass_leaves_an_earlier_file(kind, older, tmp_path):
     if kind == "nan":
         source[7, 2] = torch.nan
         with pytest.raises(ValueError, match=r"source must be finite, row 7 has a NaN or an infinity"):
-            apply_to(transformation, source + 1, out=path, batch_size=3)
+            apply_to(transformation, source + 1, out=path, batch_size=3, overwrite=True)
     else:
 
         class Interrupted(Rows):
@@ -172,7 +192,7 @@ def test_an_interrupted_pass_leaves_an_earlier_file(kind, older, tmp_path):
                 return super().__getitem__(index)
 
         with pytest.raises(KeyboardInterrupt):
-            apply_to(transformation, Interrupted(source + 1), out=path, batch_size=3)
+            apply_to(transformation, Interrupted(source + 1), out=path, batch_size=3, overwrite=True)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 

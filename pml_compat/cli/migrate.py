@@ -1,0 +1,93 @@
+"""``pml-compat migrate``: a stored gallery through a map, into a new store beside it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_STORES = (
+    "OLD and NEW are addresses: NAME.npy (with NAME.ids.npy), NAME.parquet or a folder of such (#COLUMN), NAME.faiss "
+    "or NAME.index, qdrant://HOST:6333/COLLECTION (#NAME; qdrant:///FOLDER/COLLECTION in local mode), "
+    "postgresql://USER@HOST/DATABASE/TABLE#COLUMN."
+)
+
+
+def add_migrate(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    migrate = commands.add_parser(
+        "migrate",
+        help="carry a stored gallery over through a map, beside the old one",
+        description="Map every vector of OLD by a transformation, into NEW; OLD is only read. A run that was killed "
+        "goes on where it stopped when it is started again with the same arguments.",
+        epilog=f"{_STORES} Exit status: 0 done, 3 could not run.",
+    )
+    add = migrate.add_argument
+    add("old", metavar="OLD", help="the gallery as it is stored; with --rollback, what a migration has written")
+    add("new", metavar="NEW", nargs="?", help="where the mapped one will be, and nothing stands yet")
+    add("--with", type=Path, metavar="FILE", dest="transformation", help="the map, a .safetensors file")
+    add("--side-info", type=Path, metavar="NPY", help="side-information, for a map that takes it, in the store's order")
+    add("--side-ids", type=Path, metavar="NPY", help="ids of the rows of --side-info, where they are in another order")
+    add("--normalize", action="store_true", help="scale mapped vectors to length 1")
+    add("--batch-size", type=int, metavar="N", help="items at once (32 MiB of vectors)")
+    add("--old-model", metavar="FINGERPRINT", help="of the model behind the old vectors")
+    add("--new-model", metavar="FINGERPRINT", help="of the model whose queries will be answered")
+    add("--embed", metavar="MODULE:FUNCTION", help="then embed items anew: called with a list of ids, returns their "
+        "embeddings by the new model")  # fmt: skip
+    add("--budget", metavar="AMOUNT", help="as far as this goes: 20%%, a number of items, or 90s, 30min, 8h")
+    add("--order", type=Path, metavar="NPY", help="ids, the most urgent first (random)")
+    add("--dry-run", action="store_true", help="say what it would do: items, widths, space, time; write nothing")
+    add("--rollback", action="store_true", help="remove what a migration has written at this one address")
+    migrate.set_defaults(run=_migrate, failed=3, interrupted="what is written stays; run it again to go on")
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from ..gallery import Plan, backfill, migrate, rollback  # imports torch: not for --help
+
+    if options.rollback:
+        if options.new is not None or options.transformation is not None:
+            raise ValueError("--rollback must be given with one address alone, of what a migration has written")
+        manifest = rollback(options.old)
+        print(f"Removed {manifest['new']}: {manifest['done']:,} items, {manifest['status']}. {manifest['old']} stays.")
+        return 0
+    if options.new is None or options.transformation is None:
+        raise ValueError("migrate must be given OLD, NEW and --with FILE, the map")
+    if (options.embed is None) != (options.budget is None):
+        raise ValueError("--embed must be given with --budget: what to embed by, and how far to go")
+    embed = None if options.embed is None else _function(options.embed)
+    names = ("side_info", "side_ids", "normalize", "batch_size", "old_model", "new_model", "dry_run")
+    arguments = {name: getattr(options, name) for name in names}
+    try:
+        found = migrate(options.old, options.new, options.transformation, **arguments)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    if isinstance(found, Plan):
+        print(found)
+    else:
+        print(f"{found['done']:,} items in {found['new']}, {found['read_back']} of them read back and compared.")
+        if embed is not None:
+            order = None if options.order is None else np.load(options.order, allow_pickle=False)
+            found = backfill(options.new, embed, budget=options.budget, order=order, model=options.new_model)
+            print(f"{found['backfill']['done']:,} of them embedded anew.")
+    return 0
+
+
+def _function(name: str) -> Callable[[list[Any]], Any]:
+    """Return a function of the user's own, by ``module:function``; the current folder is looked in, too."""
+    module, _, function = name.partition(":")
+    if not function:
+        raise ValueError(f"--embed must be MODULE:FUNCTION, got {name!r}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Callable[[list[Any]], Any] = getattr(importlib.import_module(module), function)
+    except AttributeError:
+        raise ValueError(f"--embed must name a function of {module}, it has no {function!r}") from None
+    finally:
+        sys.path.pop(0)
+    return found

