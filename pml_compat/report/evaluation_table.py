@@ -11,7 +11,7 @@ from ..upgrade import BootstrapInterval
 from ..upgrade.evaluation import ALL_METRICS, METRICS, Evaluation, pair_name
 from ..upgrade.verdict import UpgradeVerdict
 
-_TEXT = ("criterion",)  # columns of words, but for the first
+_TEXT = ("criterion", "verdict")  # columns of words, but for the first
 
 
 class Table(NamedTuple):
@@ -106,6 +106,26 @@ def verification_table(evaluation: Evaluation) -> Table | None:
     return Table("Verification", header, rows)
 
 
+def group_table(evaluation: Evaluation, verdict: UpgradeVerdict) -> Table | None:
+    """Return each group of queries with what was chosen, if groups were given; FAR: at the old threshold of all."""
+    pair = verdict.option.pair if verdict.option is not None and verdict.option.pair else "new_to_old"
+    groups = {name: one for name, one in evaluation.groups.items() if pair in one.differences}
+    if not groups:
+        return None
+    fars = list(next(iter((evaluation.verification or {}).values())).at_far) if evaluation.verification else []
+    header = ["group", "queries", *(f"{name} less old/old" for name in METRICS.values())]
+    header += [f"FAR {far:g} {when}" for far in fars for when in ("today", "after")]
+    rows = []
+    for name, one in groups.items():
+        row = [name, f"{one.data['scored_queries']:,}"]
+        row += [interval_cell(one.differences[pair][metric]) for metric in METRICS]
+        for far in fars:
+            points = [(one.verification or {}).get(which) for which in ("old_to_old", pair)]
+            row += ["" if found is None else f"{found.at_threshold[far].far:.2g}" for found in points]
+        rows.append([*row, one.verdict.title])
+    return Table(f"Groups of queries, {pair_name(pair)}, in percent", [*header, "verdict"], rows)
+
+
 def all_tables(evaluation: Evaluation, verdict: UpgradeVerdict) -> list[Table]:
     """Return every table that has rows, the deciding one first."""
     tables = [
@@ -114,6 +134,7 @@ def all_tables(evaluation: Evaluation, verdict: UpgradeVerdict) -> list[Table]:
         gain_table(evaluation),
         backfill_table(evaluation),
         flip_table(verdict),
+        group_table(evaluation, verdict),
         verification_table(evaluation),
     ]
     return [table for table in tables if table is not None]
