@@ -1,5 +1,8 @@
-"""``python -m pml_compat`` is ``pml-compat``."""
+"""``python -m pml_compat``: the ``pml-compat`` command."""
+
+import sys
 
 from .cli.main import main
 
-raise SystemExit(main())
+if __name__ == "__main__":
+    sys.exit(main())

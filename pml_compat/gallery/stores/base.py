@@ -91,7 +91,7 @@ def check_finite_vectors(batch: Batch, address: str) -> None:
     """Raise a ValueError that names the first item with NaN or infinity."""
     bad = ~np.isfinite(batch.vectors).all(1)
     if bad.any():
+        first = batch.ids[int(bad.argmax())].item()
         raise ValueError(
-            f"{address} must hold finite vectors, item {batch.ids[int(bad.argmax())].item()!r} has NaN or infinity; mend or "
-            "remove it, and run again"
+            f"{address} must hold finite vectors, item {first!r} has NaN or infinity; mend or remove it, and run again"
         )
