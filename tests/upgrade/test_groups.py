@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import CrossModelAccuracyCalculator, ServedIndex
+from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.report.evaluation_table import all_tables, group_table
 from pml_compat.upgrade import evaluate
 from pml_compat.verification import verification
@@ -100,17 +100,21 @@ def test_groups_of_another_length_are_named():
         judged(models(), groups=["a", "b", "c"])
 
 
-def test_the_index_that_is_served_ranks():
-    pytest.importorskip("faiss")
+def test_a_knn_func_ranks_in_place_of_the_exact_search():
+    def coarse(query, k, reference, ref_includes_query=False):  # as an index would, by a part of each vector
+        return torch.cdist(query[:, :6], reference[:, :6]).topk(k, largest=False)
+
     new_q, old_g, labels, gallery_labels, old_q, new_g = models()
-    served = ServedIndex("PQ4x4")
-    found = evaluate(
-        new_q, old_g, labels, gallery_labels, old_queries=old_q, new_gallery=new_g, orders=1, knn_func=served
-    )
-    expected = CrossModelAccuracyCalculator(
-        ("precision_at_1",), device="cpu", knn_func=ServedIndex("PQ4x4")
-    ).get_accuracy(new_q, labels, old_g, gallery_labels)
-    assert found.accuracy("new_to_old", "precision_at_1") == pytest.approx(expected["precision_at_1"])
-    exact = judged(models())
-    assert found.accuracy("new_to_old", "precision_at_1") < exact.accuracy("new_to_old", "precision_at_1") - 0.02
-    assert not any(pair.startswith("two_stages") for pair in found.pairs) and "old" in found.backfill
+    options = {"old_queries": old_q, "new_gallery": new_g, "orders": 1}
+    found = evaluate(new_q, old_g, labels, gallery_labels, knn_func=coarse, **options)
+    one = CrossModelAccuracyCalculator(("precision_at_1",), device="cpu", knn_func=coarse)
+    expected = one.get_accuracy(new_q, labels, old_g, gallery_labels)["precision_at_1"]
+    exact = judged(models()).accuracy("new_to_old", "precision_at_1")
+    assert found.accuracy("new_to_old", "precision_at_1") == pytest.approx(expected) and expected < exact - 0.02
+    assert not any(pair.startswith("two_stages") for pair in found.pairs)
+    steps = found.backfill["old"].values("precision_at_1")
+    mixed = old_g.clone()
+    order = torch.randperm(800, generator=torch.Generator().manual_seed(0))[:80]
+    mixed[order] = new_g[order]
+    expected = one.get_accuracy(new_q, labels, mixed, gallery_labels)["precision_at_1"]
+    assert steps[1] == pytest.approx(expected)
