@@ -17,7 +17,6 @@ from pytorch_metric_learning.losses import NormalizedSoftmaxLoss, SupConLoss
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.frozen import ClassCenters, FrozenClassifier
 from pml_compat.losses import (
     AdvBCTLoss,
@@ -34,7 +33,8 @@ from pml_compat.losses import (
     UniBCTLoss,
     shorten_class_weights,
 )
-from pml_compat.report import Results, markdown_table
+from pml_compat.report import comparison_table, to_markdown
+from pml_compat.upgrade import Comparison, evaluate
 
 WIDTH, EPOCHS = 32, 30
 READ_OLD_EMBEDDINGS = (CompatibleLoss, NCCLLoss, MixBCTLoss)  # called with ref_emb
@@ -112,7 +112,7 @@ def mebibytes(module):
     return sum(tensor.nbytes for tensor in module.state_dict().values()) / 2**20
 
 
-def run(seed, only, results):
+def run(seed, only, comparison):
     digits = load_digits()
     split = train_test_split(digits.images[:, None] / 16, digits.target, test_size=0.5, random_state=seed)
     images, test_images, labels, test_labels = (torch.tensor(array) for array in split)
@@ -122,15 +122,6 @@ def run(seed, only, results):
     old, old_loss = network(8), NormalizedSoftmaxLoss(5, WIDTH)
     train(old, old_loss, images[few], labels[few])
     old_embeddings, old_gallery = embed(old, images), torch.nn.functional.normalize(embed(old, test_images))
-    accuracy = CrossModelAccuracyCalculator(include=("precision_at_1", "mean_average_precision"))
-
-    def measure(method, pair, query, gallery):
-        # Queries and gallery are the same images; each is left out of its own ranking.
-        results.add(
-            method, pair, accuracy.get_accuracy(query, test_labels, gallery, test_labels, ref_includes_query=True)
-        )
-
-    measure("old", "old_to_old", old_gallery, old_gallery)
     for method, build in losses(old_loss, old_embeddings, labels).items():
         if only and method not in [*only, "independent"]:
             continue
@@ -138,12 +129,14 @@ def run(seed, only, results):
         model, loss_func = network(32), build()
         milliseconds = train(model, loss_func, images, labels, old_embeddings)
         new = torch.nn.functional.normalize(embed(model, test_images))
-        measure(method, "new_to_old", new, old_gallery)
-        measure(method, "new_to_new", new, new)
+        # Queries and gallery are the same images; each is left out of its own ranking.
+        galleries = {"gallery": old_gallery, "old_queries": old_gallery, "new_gallery": new}
+        labels_twice = {"query_labels": test_labels, "gallery_labels": test_labels, "same_items": True}
+        comparison.add(method, evaluate(new, **galleries, **labels_twice, orders=0, blend=False, depths=()))
         held = mebibytes(loss_func) - mebibytes(task())
         if isinstance(loss_func, READ_OLD_EMBEDDINGS):
             held += old_embeddings.nbytes / 2**20
-        results.add_costs(method, {"milliseconds_per_step": milliseconds, "extra_mebibytes": held})
+        comparison.add_costs(method, {"milliseconds_per_step": milliseconds, "extra_mebibytes": held})
 
 
 if __name__ == "__main__":
@@ -151,7 +144,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", default=(), metavar="METHOD", help="these, and the independent model")
     arguments = parser.parse_args()
-    table = Results({"name": "scikit-learn digits"}, arguments.seeds)
+    found = Comparison({"name": "scikit-learn digits"}, arguments.seeds)
     for number in arguments.seeds:
-        run(number, arguments.only, table)
-    print(markdown_table(table))
+        run(number, arguments.only, found)
+    print(to_markdown(comparison_table(found)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from functools import partialmethod
+from collections.abc import Callable, Sequence
+from functools import partial, partialmethod
 from typing import Any
 
 import torch
@@ -16,27 +16,18 @@ from pytorch_metric_learning.utils.accuracy_calculator import (
 )
 from pytorch_metric_learning.utils.inference import FaissKMeans
 
-from .rank_metrics import average_precision, hit_rate, r_precision, reciprocal_rank
-from .ranking import PositiveRanks
+from .named_metrics import RANK_METRICS, depth, is_ranked, needs_first_positive_alone, places, score, split_name
 from .search import Search, prepare_search
-
-RANK_METRICS = (
-    "precision_at_1",
-    "mean_average_precision",
-    "mean_average_precision_at_r",
-    "mean_reciprocal_rank",
-    "r_precision",
-    "cmc_top_1",
-    "cmc_top_5",
-    "cmc_top_10",
-)
 
 
 class CrossModelAccuracyCalculator(AccuracyCalculator):
     """Retrieval accuracy of one model's queries on any model's gallery.
 
     A drop-in for PML's ``AccuracyCalculator``: same constructor, same metrics, and ``cmc_top_1``, ``cmc_top_5``,
-    ``cmc_top_10`` besides. It differs in that
+    ``cmc_top_10`` besides. Others are computed where ``include`` names them, at any k, here 20: ``precision_at_20``;
+    ``recall_at_20``, the share of the positives found (any of them: ``cmc_top_20``, "Recall@20" of metric learning
+    papers); ``ndcg_at_20``; ``mean_average_precision_at_20``, over min(R, 20), as landmark retrieval has mAP@100. It
+    differs in that
 
     - an item is kept out of its own ranking by position or by id, whatever model embedded it;
     - ranks are exact and full by default (``k=None``), in memory set by a chunk of queries;
@@ -56,8 +47,8 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         exclude: names of metrics not to compute.
         avg_of_avgs: average within each query label first, then over the labels.
         return_per_class: a list with each query label's average, in label order, instead of one number.
-        k: cut rankings off after k items, as PML does (not the ``cmc_top`` metrics, which name their own);
-            None, the full ranking; ``"max_bin_count"``, the size of the largest label in the gallery.
+        k: cut rankings off after k items, as PML does (not for the metrics that name their own k); None, the full
+            ranking; ``"max_bin_count"``, the size of the largest label in the gallery.
         label_comparison_fn: tells which labels match, as in PML.
         device: where to compute, a string or a ``torch.device``; a GPU where there is one by default.
         knn_func: finds neighbours instead of the exact search; called as PML's
@@ -114,6 +105,23 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         """Name the metrics that are made from neighbours."""
         return [*RANK_METRICS]
 
+    def check_primary_metrics(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
+        """Raise a ValueError for metrics that there are not."""
+        known = [
+            names if isinstance(names, str) else tuple(name for name in names if split_name(name)[1] is None)
+            for names in (include, exclude)
+        ]
+        try:
+            super().check_primary_metrics(*known)
+        except ValueError as error:
+            raise ValueError(f"{error} Or at any k, such as precision_at_20; got {[*include, *exclude]}") from None
+
+    def get_function_dict(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, Callable]:
+        """Return the functions of the metrics by name, with those at any k that ``include`` names."""
+        found = super().get_function_dict(include, exclude)
+        at_k = [name for name in include if split_name(name)[1] is not None and name not in {*found, *exclude}]
+        return {**found, **{name: partial(self._mean_of, name) for name in at_k}}
+
     def _mean_of(
         self, metric: str, query_labels: torch.Tensor, per_query: dict[str, torch.Tensor] | None = None, **kwargs: Any
     ) -> float | list[float]:
@@ -161,6 +169,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         reference_ids: Any = None,
         query_cameras: Any = None,
         reference_cameras: Any = None,
+        junk: Any = None,
     ) -> dict[str, Any]:
         """Return each metric of the queries on the gallery.
 
@@ -182,6 +191,8 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             query_cameras: ``(Q,)``; gallery items of the query's own label and camera are left out (the
                 re-identification protocol).
             reference_cameras: ``(N,)``, with ``query_cameras``.
+            junk: for each query, a list or array of gallery rows that count neither as right nor as wrong, and are left
+                out (the landmark protocols). With ``gallery_group``, rows of the whole gallery.
         Raises:
             ValueError: NaN, infinite or empty embeddings; lengths that differ; widths that differ, without
                 ``fit_width``; one of a pair of arguments alone; ids beside ``ref_includes_query``; labels or ids of
@@ -189,24 +200,15 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
                 items; with ``ref_includes_query`` a gallery that is shorter than the queries or has other labels in
                 their rows.
         """
-        search = self._search(
-            query,
-            query_labels,
-            reference,
-            reference_labels,
-            ref_includes_query,
-            query_ids,
-            reference_ids,
-            query_cameras,
-            reference_cameras,
-        )
+        who = query_ids, reference_ids, query_cameras, reference_cameras, junk
+        search = self._search(query, query_labels, reference, reference_labels, ref_includes_query, *who)
         self.curr_function_dict = self.get_function_dict(include, exclude)
         metrics = set(self.get_curr_metrics())
         own_metrics = self._own(metrics) if metrics & set(self.requires_knn()) else set()
-        if self.gallery_group is not None and metrics - set(RANK_METRICS):
-            raise ValueError(
-                f"include must name ranking metrics alone with gallery_group, got {sorted(metrics - set(RANK_METRICS))}"
-            )
+        ranked = [name for name in metrics if is_ranked(name)]
+        if self.gallery_group is not None and len(ranked) < len(metrics):
+            others = sorted(metrics.difference(ranked))
+            raise ValueError(f"include must name ranking metrics alone with gallery_group, got {others}")
         kwargs: dict[str, Any] = {
             "query": search.query,
             "reference": search.reference,
@@ -219,8 +221,8 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         c_f.LOGGER.info(f"ranking {len(search.reference_labels)} items for each of {len(search.query)} queries")
         if isinstance(k, int):
             self.determine_k(search.positives.most(), len(search.reference_labels), search.ref_includes_query)  # warns
-        if metrics & set(RANK_METRICS):
-            kwargs["per_query"] = _score(search.ranks(k), k, len(search.query))
+        if ranked:
+            kwargs["per_query"] = _score(search, ranked, k)
         if own_metrics:
             scored = search.count_positives() > 0
             kwargs["knn_distances"], rows = search.neighbors(k)
@@ -247,6 +249,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         reference_ids: Any = None,
         query_cameras: Any = None,
         reference_cameras: Any = None,
+        junk: Any = None,
     ) -> dict[str, torch.Tensor]:
         """Return the ranking metrics of each query, for flips, intervals and a look at the worst.
 
@@ -260,20 +263,10 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             >>> calculator.get_per_query_accuracy(torch.eye(3)[[0, 0, 2]], torch.tensor([1, 1, 2]))
             {'precision_at_1': tensor([1., 1., nan], dtype=torch.float64)}
         """
-        search = self._search(
-            query,
-            query_labels,
-            reference,
-            reference_labels,
-            ref_includes_query,
-            query_ids,
-            reference_ids,
-            query_cameras,
-            reference_cameras,
-        )
-        names = [name for name in self.get_function_dict(include, exclude) if name in RANK_METRICS]
-        k = self._cut_off(search)
-        found = _score(search.ranks(k), k, len(search.query))
+        who = query_ids, reference_ids, query_cameras, reference_cameras, junk
+        search = self._search(query, query_labels, reference, reference_labels, ref_includes_query, *who)
+        names = [name for name in self.get_function_dict(include, exclude) if is_ranked(name)]
+        found = _score(search, names, self._cut_off(search))
         lone = found["relevant"] == 0
         return {name: found[name].double().masked_fill(lone, torch.nan).cpu() for name in names}
 
@@ -299,23 +292,11 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         return self.k
 
 
-def _score(ranks: Iterator[tuple[torch.Tensor, PositiveRanks]], k: int | None, n_query: int) -> dict[str, torch.Tensor]:
-    """Score queries chunk by chunk; only one number a query and metric is kept."""
-    scores: dict[str, torch.Tensor] = {}
-    for numbers, chunk in ranks:
-        at_r = chunk.relevant if k is None else chunk.relevant.clamp_max(k)
-        found = {
-            "relevant": chunk.relevant,
-            "precision_at_1": hit_rate(chunk, 1),
-            "mean_average_precision": average_precision(chunk, k),
-            "mean_average_precision_at_r": average_precision(chunk, at_r),
-            "mean_reciprocal_rank": reciprocal_rank(chunk, k),
-            "r_precision": r_precision(chunk, k),
-            **{f"cmc_top_{places}": hit_rate(chunk, places) for places in (1, 5, 10)},
-        }
-        for name, values in found.items():
-            scores.setdefault(name, values.new_zeros(n_query))[numbers] = values
-    return scores
+def _score(search: Search, names: Sequence[str], k: int | None) -> dict[str, torch.Tensor]:
+    """Return one number a query and metric, and ``relevant``, each query's positives."""
+    first = needs_first_positive_alone(names)
+    ranks = search.ranks(depth(names, k), places(names, k), first=first)
+    return score(ranks, names, k, len(search.query))
 
 
 def _exact_search(*args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,6 +58,16 @@ class Gallery:
         if self.group is None:
             return product(out)
         return self._joined(product(out.new_empty(len(query), len(self.rows))), out)
+
+    def rounding(self, query: torch.Tensor) -> torch.Tensor | None:
+        """Return by how much a query's :meth:`scores` may be off, ``(Q, 1)``; None where that is not known."""
+        size = query.norm(dim=1, keepdim=True) * self.half_longest.mul(2).sqrt() + self.half_longest
+        precise = torch.get_float32_matmul_precision() == "highest" and query.device.type != "mps"
+        if not (precise and bool(torch.isfinite(size).all()) and float(size.min()) > 1e-20):
+            return None
+        # The error of a product grows with the square root of its terms; then inputs may have been rounded, unit rows
+        # differ in length by as much, and scores are rounded once more when they are scaled.
+        return (5 + math.sqrt(query.shape[1]) / 4) * torch.finfo(torch.float32).eps * size
 
     def squared_distances(self, query: torch.Tensor) -> torch.Tensor:
         """Return ``(q, N)`` squared Euclidean distances less each query's own norm, in float64.

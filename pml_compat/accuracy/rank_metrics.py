@@ -21,6 +21,41 @@ def average_precision(ranks: PositiveRanks, k: int | torch.Tensor | None = None)
     return (precision * _chance_within(ranks, k)).sum(1) / ranks.relevant
 
 
+def landmark_average_precision(ranks: PositiveRanks, k: int) -> torch.Tensor:
+    r"""Return :func:`average_precision` at k with the denominator :math:`\min(R, k)`, so that 1 can be reached.
+
+    That of landmark retrieval (Weyand et al., "Google Landmarks Dataset v2", CVPR 2020, mAP@100).
+    """
+    return average_precision(ranks, k) * ranks.relevant / ranks.relevant.clamp(1, k)
+
+
+def precision(ranks: PositiveRanks, k: int) -> torch.Tensor:
+    """Return the share of the first k places that positives hold, of k places even where the ranking has fewer."""
+    return _chance_within(ranks, k).sum(1) / k
+
+
+def recall(ranks: PositiveRanks, k: int) -> torch.Tensor:
+    """Return the share of the positives that stand in the first k places; :func:`hit_rate` asks for any of them."""
+    return _chance_within(ranks, k).sum(1) / ranks.relevant.clamp_min(1)
+
+
+def discounted_gain(ranks: PositiveRanks, k: int) -> torch.Tensor:
+    r"""Return nDCG at k, a positive's gain being 1.
+
+    .. math:: \sum_{hits} \frac{1}{\log_2(\text{rank} + 1)} \Big/ \sum_{i=1}^{\min(R, k)} \frac{1}{\log_2(i + 1)}
+
+    Reference:
+        Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", TOIS 2002; ties as in McSherry and
+        Najork, ECIR 2008.
+    """
+    k = min(k, int(torch.maximum(ranks.within.amax(), ranks.relevant.amax()).clamp_min(1)))
+    places = torch.arange(2, k + 2, dtype=torch.float64, device=ranks.closer.device)
+    gained = torch.nn.functional.pad((1 / places.log2()).cumsum(0), (1, 0))  # by the first 0, 1, ... k places
+    size = (ranks.within - ranks.closer).clamp_min(1)
+    own = (gained[ranks.within.clamp_max(k)] - gained[ranks.closer.clamp_max(k)]) / size
+    return (own * ranks.valid).sum(1) / gained[ranks.relevant.clamp(1, k)]
+
+
 def r_precision(ranks: PositiveRanks, k: int | None = None) -> torch.Tensor:
     """Return the share of the first R places that positives hold; R is their number, or k where that is less."""
     places = ranks.relevant if k is None else ranks.relevant.clamp_max(k)
@@ -29,6 +64,8 @@ def r_precision(ranks: PositiveRanks, k: int | None = None) -> torch.Tensor:
 
 def hit_rate(ranks: PositiveRanks, k: int) -> torch.Tensor:
     """Return CMC at k: whether one of the first k places holds a positive, or the chance of it where items tie."""
+    if k == 1:
+        return precision(ranks, 1)
     before, size, positives = _first_group(ranks)
     if bool((size == positives).all()):  # the nearest item is right for sure, wherever it stands
         return ((before < k) & ranks.valid[:, 0]).double()

@@ -81,7 +81,7 @@ def exact_ranks(
     reference: torch.Tensor | Gallery,
     positives: Matches,
     excluded: Sequence[Matches] = (),
-    k: int | None = None,
+    k: int | Sequence[int] | None = None,
 ) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
     """Yield numbers of queries, each once and in any order, and the ranks of their positives by Euclidean distance.
 
@@ -90,8 +90,9 @@ def exact_ranks(
         reference: ``(N, D)``, or a gallery made of it.
         positives: the right items of each query.
         excluded: items that are not in the ranking at all.
-        k: the place at which the caller cuts rankings off, if any.
+        k: the places at which the caller cuts rankings off, if any.
     """
+    cuts = () if k is None else (k,) if isinstance(k, int) else tuple(k)
     gallery = reference if isinstance(reference, Gallery) else Gallery(reference)
     counting = _Counting(query, gallery)
     careful = not counting.works
@@ -103,7 +104,7 @@ def exact_ranks(
             left = torch.cat([left, numbers])
         else:
             counted = 0
-            for part, ranks, unsure in counting.ranks(numbers, positives, excluded, k):
+            for part, ranks, unsure in counting.ranks(numbers, positives, excluded, cuts):
                 if not bool(unsure.all()):
                     yield part[~unsure], ranks.of(~unsure)
                     counted += int((~unsure).sum())
@@ -119,19 +120,15 @@ class _Counting:
 
     def __init__(self, query: torch.Tensor, gallery: Gallery) -> None:
         self.query, self.gallery = query.float(), gallery
-        size = self.query.norm(dim=1, keepdim=True) * gallery.half_longest.mul(2).sqrt() + gallery.half_longest
-        # The error of a product grows with the square root of its terms; then inputs may have been rounded, unit rows
-        # differ in length by as much, and scores are rounded once more when they are scaled.
-        self.tolerance = (5 + math.sqrt(query.shape[1]) / 4) * torch.finfo(torch.float32).eps * size
+        tolerance = gallery.rounding(self.query)
+        self.works = tolerance is not None and len(gallery) < 2**24  # countable in float32
+        self.tolerance = self.query.new_empty(len(query), 1) if tolerance is None else tolerance
         self.scores = self.query.new_empty(0, len(gallery))
         self.bucket = torch.empty(0, len(gallery), dtype=torch.long, device=query.device)
         self.buckets = 2 ** max(8, math.floor(math.log2(len(gallery))) - 1)
-        precise = torch.get_float32_matmul_precision() == "highest" and query.device.type != "mps"
-        countable = len(gallery) < 2**24  # in float32
-        self.works = precise and countable and bool(torch.isfinite(size).all()) and float(size.min()) > 1e-20
 
     def ranks(
-        self, numbers: torch.Tensor, positives: Matches, excluded: Sequence[Matches], k: int | None
+        self, numbers: torch.Tensor, positives: Matches, excluded: Sequence[Matches], cuts: Sequence[int]
     ) -> Iterator[tuple[torch.Tensor, PositiveRanks, torch.Tensor]]:
         """Yield some of the queries, their ranks, and for which the rounding of scores could show in a metric."""
         if len(self.scores) < len(numbers):  # made once: new memory costs more than the work in it
@@ -140,7 +137,7 @@ class _Counting:
         self.gallery.scores(self.query[numbers[0] : numbers[-1] + 1], out=scores)
         size = max(1, _COUNTED_ELEMENTS // len(self.gallery))
         for part, own_scores in zip(numbers.split(size), scores.split(size), strict=True):
-            yield part, *self._count(part, own_scores, positives, excluded, k)
+            yield part, *self._count(part, own_scores, positives, excluded, cuts)
 
     def _count(
         self,
@@ -148,7 +145,7 @@ class _Counting:
         scores: torch.Tensor,
         positives: Matches,
         excluded: Sequence[Matches],
-        k: int | None,
+        cuts: Sequence[int],
     ) -> tuple[PositiveRanks, torch.Tensor]:
         tolerance = self.tolerance[numbers]
         low = scores.amin(1, keepdim=True)
@@ -191,7 +188,7 @@ class _Counting:
         surely_before = torch.searchsorted(own, below.contiguous())
         maybe_here = torch.searchsorted(own, above.contiguous(), right=True).minimum(relevant[:, None])
         bounds = PlaceBounds(surely_closer, maybe_within, surely_before, maybe_here)
-        return ranks, _unsure(ranks, bounds, k)
+        return ranks, _unsure(ranks, bounds, cuts)
 
 
 def _sorted_ranks(
@@ -227,14 +224,14 @@ def _sorted_ranks(
         )
 
 
-def _unsure(ranks: PositiveRanks, bounds: PlaceBounds, k: int | None) -> torch.Tensor:
+def _unsure(ranks: PositiveRanks, bounds: PlaceBounds, cuts: Sequence[int]) -> torch.Tensor:
     """Tell for which queries rounding could move a positive that a metric looks at, or much of average precision."""
     others = (bounds.within - bounds.closer - 1) * ranks.valid
     seen = bounds.closer < _FIRST_PLACES
-    cuts = [ranks.relevant[:, None]]
-    if k is not None:
-        cuts += [torch.full_like(cuts[0], k), cuts[0].clamp_max(k)]
-    for cut in cuts:
+    borders = [ranks.relevant[:, None]]
+    for k in cuts:
+        borders += [torch.full_like(borders[0], k), borders[0].clamp_max(k)]
+    for cut in borders:
         seen = seen | ((bounds.closer < cut) & (bounds.within > cut))
     least, most = bounds.precisions()
     precision = ranks.positives_within.double() / ranks.within.clamp_min(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 
 from ..checks import as_tensor, check_rows
 from ..width import as_wide
+from .first_positive import first_ranks
 from .gallery import Gallery, agreeing, joined
 from .items import as_values, codes, item_codes, pair_of_codes
+from .junk import Junk
 from .matches import Compared, EqualCodes, Matches, SamePosition, mask
 from .ranking import PositiveRanks, exact_ranks, listed_ranks, nearest, query_chunks
 
@@ -46,14 +48,24 @@ class Search:
         chunks = ((mask([self.positives], part, size), mask(self.excluded, part, size)) for part in self.chunks())
         return torch.cat([(positive & ~out).sum(1) for positive, out in chunks])
 
-    def ranks(self, k: int | None) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
-        """Yield some queries after the other, and the places of their positives among the first k, or in all."""
+    def ranks(
+        self, depth: int | None, cuts: Collection[int] = (), *, first: bool = False
+    ) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
+        """Yield some queries after the other, and the places of their positives.
+
+        Args:
+            depth: the places that the caller looks at; None, all.
+            cuts: the places at which it cuts rankings off.
+            first: the place of the nearest positive is enough.
+        """
         if self.knn_func is None:
             gallery = Gallery(self.reference, self.gallery_group)
-            yield from exact_ranks(self.query, gallery, self.positives, self.excluded, k)
+            if first:
+                yield from first_ranks(self.query, gallery, self.positives, self.excluded)
+            else:
+                yield from exact_ranks(self.query, gallery, self.positives, self.excluded, tuple(cuts))
             return
-        at_least = None if k is None else max(k, 10)  # cmc_top_10 looks at ten, whatever k is
-        for numbers, _, indices, kept, out in self._found(at_least):
+        for numbers, _, indices, kept, out in self._found(depth):
             relevant = mask([self.positives], numbers, len(self.reference))
             yield numbers, listed_ranks(indices, kept, relevant, out)
 
@@ -105,6 +117,7 @@ def prepare_search(
     reference_ids: Any,
     query_cameras: Any,
     reference_cameras: Any,
+    junk: Any = None,
     *,
     device: torch.device,
     label_comparison_fn: Callable,
@@ -149,6 +162,8 @@ def prepare_search(
         excluded.append(EqualCodes(items[0].to(device), items[1].to(device)))
     if cameras is not None:
         excluded.append(_same_label_and_camera(positives, cameras[0].to(device), cameras[1].to(device)))
+    if junk is not None:
+        excluded.append(Junk(junk, sizes, device))
     return Search(
         query,
         reference,

@@ -31,29 +31,28 @@ import platform
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..accuracy import CrossModelAccuracyCalculator
 from ..accuracy.matches import EqualCodes
 from ..accuracy.ranking import nearest
 from ..extras import import_extra
 from ..files import whole_folder
 from ..report import (
-    Results,
     RetrievalExample,
-    markdown_table,
-    plot_compatibility,
-    rich_cost_table,
-    rich_table,
-    title,
-    verdict,
+    comparison_table,
+    cost_table,
+    method_in_words,
+    plot_comparison,
+    to_markdown,
+    to_rich,
 )
-from ..report.results import COSTS, CROSS_PAIRS, METRICS
-from ..serving import two_stage_accuracy
+from ..upgrade import Comparison, Evaluation, evaluate
+from ..upgrade.comparison import COSTS
 from ..width import fit_width
 from .demo_models import MAPS, METHODS, OLD_CLASSES, OLD_IMAGES_PER_CLASS, SERVED, count_epochs, split_in_half, upgrade
 
@@ -61,7 +60,7 @@ _EXAMPLES, _DEPTH = 3, 5
 _CANDIDATES = 10  # of a search in two stages
 
 
-def run_demo(out: Path, seeds: Sequence[int], methods: Sequence[str] = METHODS) -> Results:
+def run_demo(out: Path, seeds: Sequence[int], methods: Sequence[str] = METHODS) -> Comparison:
     """Train, measure, print the table, and write metrics.json, report.md, compatibility.png and the embeddings.
 
     Args:
@@ -81,7 +80,7 @@ def run_demo(out: Path, seeds: Sequence[int], methods: Sequence[str] = METHODS) 
     digits = import_extra("sklearn.datasets", "demo").load_digits()
     images = torch.tensor(digits.images[:, None] / 16, dtype=torch.float32)
     labels = torch.tensor(digits.target)
-    results = Results(
+    comparison = Comparison(
         data={
             "name": "scikit-learn digits",
             "images": len(images),
@@ -92,7 +91,6 @@ def run_demo(out: Path, seeds: Sequence[int], methods: Sequence[str] = METHODS) 
         },
         seeds=list(seeds),
     )
-    calculator = CrossModelAccuracyCalculator(include=tuple(METRICS), fit_width=True)
     examples: list[RetrievalExample] = []
     start = time.perf_counter()
     with whole_folder(out) as folder, tqdm(total=len(seeds) * count_epochs(methods), unit="epoch") as progress:
@@ -100,51 +98,57 @@ def run_demo(out: Path, seeds: Sequence[int], methods: Sequence[str] = METHODS) 
             train, test = split_in_half(labels, seed)
             found = upgrade(images[train], labels[train], images[test], seed, progress, methods)
             models = found.embeddings
-            for method, pair, query, gallery in searches(methods, models):
-                if method == "two_stage":
-                    rows = models["old"], models["independent"]
-                    both = (labels[test],) * 2
-                    accuracies = two_stage_accuracy(*rows, *rows, *both, depth=_CANDIDATES, same_items=True)[
-                        _CANDIDATES
-                    ]
-                else:
-                    accuracies = calculator.get_accuracy(
-                        models[query], labels[test], models[gallery], labels[test], ref_includes_query=True
-                    )
-                results.add(method, pair, accuracies)
+            for method in methods:
+                pair = f"two_stages_{_CANDIDATES}" if method == "two_stage" else None
+                comparison.add(method, _evaluate(models, labels[test], method), pair)
             if set(methods) - set(METHODS):
                 for method in methods:
                     costs = found.milliseconds[method], found.held_mib[method]
-                    results.add_costs(method, dict(zip(COSTS, costs, strict=True)))
+                    comparison.add_costs(method, dict(zip(COSTS, costs, strict=True)))
             _save_embeddings(folder / "embeddings" / f"seed_{seed}", models, labels[test], test)
             examples = examples or _examples(methods, models, images[test, 0], labels[test])
-        counts = torch.bincount(labels[test]).double()
-        # A random ranking's precision is the positives' share of the gallery, at every place: so is its mAP, nearly.
-        share = float((counts * (counts - 1)).sum() / (len(test) * (len(test) - 1)))
-        results.chance = {"precision_at_1": share, "mean_average_precision": share}
         progress.close()
-        _write(folder, results, examples, time.perf_counter() - start)
-    console.print(rich_table(results))
-    if results.costs:
-        console.print(rich_cost_table(results))
+        _write(folder, comparison, examples, time.perf_counter() - start)
+    console.print(to_rich(comparison_table(comparison, narrow=True)))
+    if comparison.costs:
+        console.print(to_rich(cost_table(comparison)))
     for method in methods:
-        console.print(verdict(results, method), highlight=False)
+        console.print(method_in_words(comparison, method), highlight=False)
     console.print(f"Written to {out}: metrics.json, report.md, compatibility.png, embeddings/", highlight=False)
-    return results
+    return comparison
 
 
-def searches(methods: Sequence[str], embeddings: Iterable[str]) -> list[tuple[str, str, str, str]]:
-    """Return what is measured: method, pair, and the names of the query's and the gallery's embeddings."""
-    found = [("old", "old_to_old", "old", "old")]
+def _evaluate(models: dict[str, torch.Tensor], labels: torch.Tensor, method: str) -> Evaluation:
+    """Evaluate a method's queries, on the old gallery and on its own; the held-out images are both."""
+    old = models["old"]
+    items: dict[str, Any] = {"same_items": True, "orders": 0, "blend": False}
+    settings = {**items, "old_queries": old, "fit_width": True, "normalize": False, "depths": ()}
+    if method in MAPS:
+        query, settings["transformed_gallery"] = models["independent"], models[f"{method}_gallery"]
+    elif method == "two_stage":
+        query = settings["new_gallery"] = models["independent"]
+        settings |= {"depths": [_CANDIDATES], "normalize": True}
+    elif method == "blended" or f"{method}_query" in models:
+        query = models.get(f"{method}_query", models[method])
+    else:
+        query = settings["new_gallery"] = models[method]
+    found = evaluate(query, old, labels, labels, **settings)
+    if method not in SERVED and f"{method}_query" in models:  # mapped back for the old gallery alone
+        own = evaluate(models[method], models[method], labels, labels, normalize=False, **items)
+        found.pairs["new_to_new"] = own.pairs["new_to_old"]
+    return found
+
+
+def searches(methods: Sequence[str], embeddings: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Return how each method searches the old gallery: its name, and those of the query's and gallery's embeddings."""
+    found = []
     for method in methods:
         if method in MAPS:
-            found.append((method, "new_to_transformed_old", "independent", f"{method}_gallery"))
-            continue
-        if method in SERVED:
-            found.append((method, "new_to_old", "old" if method == "two_stage" else method, "old"))
-            continue
-        query = f"{method}_query" if f"{method}_query" in embeddings else method
-        found += [(method, "new_to_old", query, "old"), (method, "new_to_new", method, method)]
+            found.append((method, "independent", f"{method}_gallery"))
+        elif method == "two_stage":
+            found.append((method, "old", "old"))
+        else:
+            found.append((method, f"{method}_query" if f"{method}_query" in embeddings else method, "old"))
     return found
 
 
@@ -157,15 +161,14 @@ def _examples(
     itself = [EqualCodes(queries, torch.arange(len(labels)))]
 
     found = {}
-    for method, pair, query_name, gallery in searches(methods, embeddings):
-        if pair in CROSS_PAIRS:
-            narrow = fit_width(embeddings[query_name][queries], embeddings[gallery].shape[1])
-            depth = _CANDIDATES if method == "two_stage" else _DEPTH
-            found[method] = torch.cat([rows for _, rows in nearest(narrow, embeddings[gallery], itself, depth)])
-            if method == "two_stage":
-                new = embeddings["independent"]
-                distances = torch.linalg.vector_norm(new[found[method]] - new[queries][:, None], dim=2)
-                found[method] = found[method].gather(1, distances.argsort(1))[:, :_DEPTH]
+    for method, query_name, gallery in searches(methods, embeddings):
+        narrow = fit_width(embeddings[query_name][queries], embeddings[gallery].shape[1])
+        depth = _CANDIDATES if method == "two_stage" else _DEPTH
+        found[method] = torch.cat([rows for _, rows in nearest(narrow, embeddings[gallery], itself, depth)])
+        if method == "two_stage":
+            new = embeddings["independent"]
+            distances = torch.linalg.vector_norm(new[found[method]] - new[queries][:, None], dim=2)
+            found[method] = found[method].gather(1, distances.argsort(1))[:, :_DEPTH]
     return [
         RetrievalExample(
             images[query].numpy(),
@@ -183,23 +186,26 @@ def _save_embeddings(
         np.save(folder / f"{name}.npy", array.numpy(), allow_pickle=False)
 
 
-def _write(folder: Path, results: Results, examples: list[RetrievalExample], seconds: float) -> None:
-    plot_compatibility(results, folder / "compatibility.png", examples)
+def _write(folder: Path, comparison: Comparison, examples: list[RetrievalExample], seconds: float) -> None:
+    plot_comparison(comparison, folder / "compatibility.png", examples)
+    table = comparison_table(comparison)
     lines = [
         "# Upgrade report",
         "",
-        f"{title(results)}. The criterion: new/old above old/old, in P@1 and in mAP.",
+        f"{table.title}. The criterion: new/old above old/old, in P@1 and in mAP; sure: the seeds in which the 95% "
+        "intervals of both lie above.",
         "",
-        markdown_table(results),
+        to_markdown(table),
         "",
-        *(f"- {verdict(results, method)}" for method in results.new_methods()),
+        *(f"- {method_in_words(comparison, method)}" for method in comparison.evaluations),
         "",
         "![new queries on the old gallery](compatibility.png)",
         "",
-        f"Seeds {', '.join(map(str, results.seeds))}; {seconds:.0f} s on {torch.get_num_threads()} CPU threads "
+        f"Seeds {', '.join(map(str, comparison.seeds))}; {seconds:.0f} s on {torch.get_num_threads()} CPU threads "
         f"({platform.machine()}); pml-compat {__version__}, torch {torch.__version__}. "
         "The embeddings of the held-out images are in `embeddings/seed_*/`, one file a model.",
         "",
     ]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
-    (folder / "metrics.json").write_text(json.dumps(results.to_json(), indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(comparison.to_json(), indent=2, allow_nan=False)
+    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")

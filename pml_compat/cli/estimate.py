@@ -21,7 +21,10 @@ def print_estimate(arrays: dict[str, Any], inputs: Inputs) -> None:
     """Rank a few queries, and say on stderr what all rankings will take; warn where memory will not do."""
     queries, gallery, device = arrays["queries"], arrays["gallery"], arrays["device"]
     size = min(_SAMPLE, len(queries))
-    calculator = CrossModelAccuracyCalculator(include=tuple(ALL_METRICS), k=inputs.k, device=device, fit_width=True)
+    knn_func = arrays.get("knn_func")
+    calculator = CrossModelAccuracyCalculator(
+        include=tuple(ALL_METRICS), k=inputs.k, device=device, knn_func=knn_func, fit_width=True
+    )
     labels = torch.arange(size), torch.arange(len(gallery)) % size
     start = time.perf_counter()
     calculator.get_per_query_accuracy(queries[:size], labels[0], gallery, labels[1])

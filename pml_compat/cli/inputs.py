@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..accuracy import CrossModelAccuracyCalculator
+from ..accuracy import CrossModelAccuracyCalculator, ServedIndex
 from ..checks import check_finite
 from ..serving import QueryBlend
 from ..transformations import load_transformation
 from ..verification.thresholds import check_rates
-from .stored import Columns, StoredEmbeddings, read_array, read_stored
+from .stored import Columns, StoredEmbeddings, read_array, read_column, read_stored
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Inputs:
     blend: Path | None = None
     depths: Sequence[int] = (10, 50)
     retire_old_model: bool = False
+    groups: Path | None = None
+    index: str | None = None
+    nprobe: int | None = None
     columns: Columns = field(default_factory=Columns)
 
     def files(self) -> dict[str, str]:
@@ -56,6 +59,8 @@ def load(inputs: Inputs) -> dict[str, Any]:
         raise ValueError("--side-info must be left out without --transformation, which it is for")
     if inputs.retire_old_model and inputs.blend is not None:
         raise ValueError("--blend must be left out with --retire-old-model: the old model would have to run")
+    if inputs.nprobe is not None and inputs.index is None:
+        raise ValueError("--nprobe must be left out without --index, which it is for")
     if inputs.fars:
         check_rates(inputs.fars, "fars")
     queries = read_stored(inputs.queries, "--queries", inputs.query_labels, inputs.columns)
@@ -90,6 +95,8 @@ def load(inputs: Inputs) -> dict[str, Any]:
         "margin": inputs.margin,
         "blend": False if inputs.retire_old_model else None if inputs.blend is None else _blend(inputs.blend),
         "depths": () if inputs.retire_old_model else inputs.depths,
+        "groups": None if inputs.groups is None else read_column(inputs.groups, "--groups"),
+        "knn_func": None if inputs.index is None else ServedIndex(inputs.index, nprobe=inputs.nprobe),
         "seed": inputs.seed,
         "device": _device(inputs.device),
     }

@@ -13,6 +13,17 @@ from typing import NoReturn
 from .. import __version__
 from .migrate import add_migrate
 
+_OUTCOMES = (
+    "swap_now",
+    "swap_with_a_new_threshold",
+    "swap_with_transformed_gallery",
+    "blend_queries",
+    "search_in_two_stages",
+    "backfill_first",
+    "not_enough_queries",
+    "warning",
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status.
@@ -105,6 +116,11 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         "stages (10 50)")  # fmt: skip
     add("--retire-old-model", action="store_true", help="the old model will not run any more: no blended queries, no "
         "search in two stages")  # fmt: skip
+    add("--groups", type=Path, metavar="NPY", help="a group of each query, such as a country: what happens to each")
+    add("--index", metavar="FACTORY", help="rank by this faiss index, such as IVF1024,PQ32, in place of exactly")
+    add("--nprobe", type=_positive, help="cells of the index that a query looks into")
+    add("--fail-on", nargs="+", default=(), metavar="OUTCOME", choices=_OUTCOMES, help="end with 1 at these verdicts, "
+        f"too: {', '.join(_OUTCOMES)}")  # fmt: skip
     for column in ("embedding", "label", "id"):
         add(f"--{column}-column", metavar="NAME", help=f"the {column} column of Parquet files, in place of known names")
     add("--json", action="store_true", help="print metrics.json on standard output, in place of the table")
@@ -121,13 +137,15 @@ def _evaluate(options: argparse.Namespace) -> int:
     from .inputs import Inputs
     from .stored import Columns
 
-    own = ("run", "out", "labels", "json", "failed", "embedding_column", "label_column", "id_column")
+    own = ("run", "out", "labels", "json", "failed", "fail_on", "embedding_column", "label_column", "id_column")
     settings = {key: value for key, value in vars(options).items() if key not in own}
     named = {"embeddings": options.embedding_column, "labels": options.label_column, "ids": options.id_column}
     settings["columns"] = Columns(**{key: (name,) for key, name in named.items() if name is not None})
     settings["query_labels"] = options.query_labels or options.labels
     settings["gallery_labels"] = options.gallery_labels or options.labels
-    return run_evaluate(Inputs(**settings), options.out, as_json=options.json).verdict.exit_code
+    verdict = run_evaluate(Inputs(**settings), options.out, as_json=options.json).verdict
+    stops = verdict.outcome in options.fail_on or ("warning" in options.fail_on and bool(verdict.warnings))
+    return 1 if stops else verdict.exit_code
 
 
 def _unusable(parser: argparse.ArgumentParser) -> Callable[[str], NoReturn]:

@@ -173,7 +173,7 @@ def read_stored(path: Path, option: str, labels: Path | None = None, columns: Co
         embeddings = embeddings.float()
     check_matrix(embeddings, f"embeddings of {option}")
     length = len(embeddings)
-    found = _read_labels_file(labels) if labels is not None else arrays.get("labels")
+    found = read_column(labels, "labels") if labels is not None else arrays.get("labels")
     return StoredEmbeddings(
         option=option,
         path=path,
@@ -250,16 +250,22 @@ def _joined(parts: list[dict[str, Any]], option: str) -> dict[str, Any]:
     return {key: np.concatenate([part[key] for part in parts]) for key in keys}
 
 
-def _read_labels_file(path: Path) -> np.ndarray:
+def read_column(path: Path, name: str) -> np.ndarray:
+    """Read an ``.npy`` file of one value a row.
+
+    Args:
+        path: the file.
+        name: what to call it in error messages.
+    """
     try:
         array = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive of several arrays")
         return array
     except FileNotFoundError:
-        raise FileNotFoundError(f"labels: there is no {str(path)!r}") from None
+        raise FileNotFoundError(f"{name}: there is no {str(path)!r}") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"labels must be a whole .npy file of integers, {str(path)!r} is not: {error}") from error
+        raise ValueError(f"{name} must be a whole .npy file of integers, {str(path)!r} is not: {error}") from error
 
 
 def _check_codes(values: np.ndarray | None, name: str, length: int) -> np.ndarray | None:

@@ -1,24 +1,28 @@
-"""Tables, pictures and pages of an upgrade."""
+"""Tables, pictures and pages of an upgrade, and of several side by side."""
 
 from ..moved import moved
+from .comparison_plot import RetrievalExample, plot_comparison
+from .comparison_table import comparison_table, cost_table
+from .comparison_words import method_in_words
+from .evaluation_table import to_markdown, to_rich
 from .html_page import html_page
-from .plot import RetrievalExample, plot_compatibility
-from .results import Results
-from .table import markdown_table, rich_cost_table, rich_table, title
-from .verdict import verdict
 
 __all__ = [
-    "Results",
     "RetrievalExample",
+    "comparison_table",
+    "cost_table",
     "html_page",
-    "markdown_table",
-    "plot_compatibility",
-    "rich_cost_table",
-    "rich_table",
-    "title",
-    "verdict",
+    "method_in_words",
+    "plot_comparison",
+    "to_markdown",
+    "to_rich",
 ]
 
+_RESULTS = ("Results", "markdown_table", "plot_compatibility", "rich_cost_table", "rich_table", "title", "verdict")
 __getattr__ = moved(
-    __name__, dict.fromkeys(("Backfill", "Evaluation", "UpgradeVerdict", "upgrade_verdict"), "pml_compat.upgrade")
+    __name__,
+    {
+        **dict.fromkeys(("Backfill", "Evaluation", "UpgradeVerdict", "upgrade_verdict"), "pml_compat.upgrade"),
+        **dict.fromkeys(_RESULTS, "pml_compat.report.results"),
+    },
 )

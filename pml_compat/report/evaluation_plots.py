@@ -12,7 +12,8 @@ from ..upgrade.evaluation import METRICS, PAIR_NAMES, Evaluation
 from ..upgrade.verdict import UpgradeVerdict
 
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
-_COLORS = {
+_LONGEST = 22  # letters of a class's name beside its bar
+PAIR_COLORS = {
     "old_to_old": "#8a8f98",
     "new_to_old": "#d1603d",
     "new_to_transformed_old": "#d9a441",
@@ -23,8 +24,8 @@ _COLORS = {
 }
 _STYLES = {"old_to_old": (0, (5, 2)), "old_to_new": (0, (1, 1.5))}  # told apart without colours, too
 _STARTS = {
-    "old": ("from the stored gallery", _COLORS["new_to_old"]),
-    "transformed_old": ("from the transformed gallery", _COLORS["new_to_transformed_old"]),
+    "old": ("from the stored gallery", PAIR_COLORS["new_to_old"]),
+    "transformed_old": ("from the transformed gallery", PAIR_COLORS["new_to_transformed_old"]),
 }
 
 
@@ -53,7 +54,7 @@ def draw_matrix(evaluation: Evaluation) -> str:
                         column, row, text, ha="center", va="center", color=ink, fontsize=11 if value is not None else 8
                     )
             panel.set(xlim=(-0.52, len(galleries) - 0.48), ylim=(len(queries) - 0.48, -0.52), title=name)
-            panel.set_xticks(range(len(galleries)), [text for _, text in galleries])
+            panel.set_xticks(range(len(galleries)), [text for _, text in galleries], fontsize=9)
             panel.set_yticks(range(len(queries)), queries)
             panel.set_xlabel("gallery")
             panel.tick_params(length=0)
@@ -76,7 +77,7 @@ def draw_cmc(evaluation: Evaluation) -> str:
                 range(1, len(curve) + 1),
                 curve,
                 label=PAIR_NAMES[pair],
-                color=_COLORS[pair],
+                color=PAIR_COLORS[pair],
                 linestyle=_STYLES.get(pair, "-"),
                 linewidth=1.8,
                 marker="o" if len(curve) == 1 else None,
@@ -100,7 +101,9 @@ def draw_backfill(evaluation: Evaluation, verdict: UpgradeVerdict) -> str:
         for panel, (metric, name) in zip(panels, METRICS.items(), strict=True):
             old = evaluation.accuracy("old_to_old", metric) if "old_to_old" in evaluation.pairs else None
             if old is not None:
-                panel.axhline(100 * old, color=_COLORS["old_to_old"], linestyle=_STYLES["old_to_old"], label="old/old")
+                panel.axhline(
+                    100 * old, color=PAIR_COLORS["old_to_old"], linestyle=_STYLES["old_to_old"], label="old/old"
+                )
             for start, curve in evaluation.backfill.items():
                 label, color = _STARTS[start]
                 shares = [100 * fraction for fraction in curve.fractions]
@@ -128,14 +131,20 @@ def draw_flips(verdict: UpgradeVerdict) -> str:
     def draw(figure: Any) -> None:
         panel = figure.subplots()
         rates = [100 * one.flips / one.queries for one in worst]
-        panel.barh(range(len(worst)), rates, color=_COLORS["new_to_old"], height=0.65)
+        panel.barh(range(len(worst)), rates, color=PAIR_COLORS["new_to_old"], height=0.65)
         for place, (one, rate) in enumerate(zip(worst, rates, strict=True)):
-            panel.text(rate, place, f" {one.flips:g} of {one.queries}", va="center", color=_INK, fontsize=9)
-        panel.set_yticks(range(len(worst)), [str(one.label) for one in worst])
-        panel.set(xlabel="queries of the class that break, %", ylabel="class", xlim=(0, 1.3 * max(rates)))
+            beside = rate + 0.03 * max(rates)  # a space in front would be lost in SVG
+            panel.text(beside, place, f"{one.flips:g} of {one.queries}", va="center", color=_INK, fontsize=9)
+        panel.set_yticks(range(len(worst)), [_shortened(str(one.label)) for one in worst])
+        panel.set(xlabel="broken queries, %", ylabel="class", xlim=(0, 1.5 * max(rates)))
         _finish(panel, legend=False)
 
     return _svg(draw, "flips", height=1.1 + 0.27 * len(worst))
+
+
+def _shortened(label: str) -> str:
+    """Return a class's name with its middle left out where it would take the bars' room."""
+    return label if len(label) <= _LONGEST else f"{label[: _LONGEST // 2]}…{label[-(_LONGEST // 2 - 1) :]}"
 
 
 def _rectangle(column: int, row: int, color: Any) -> Any:

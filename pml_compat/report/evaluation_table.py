@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 from ..extras import import_extra
@@ -10,9 +11,11 @@ from ..upgrade import BootstrapInterval
 from ..upgrade.evaluation import ALL_METRICS, METRICS, Evaluation, pair_name
 from ..upgrade.verdict import UpgradeVerdict
 
+_TEXT = ("criterion", "verdict")  # columns of words, but for the first
+
 
 class Table(NamedTuple):
-    """A heading, the columns' names and the cells; the first column is text, the others numbers."""
+    """A heading, the columns' names and the cells; the first column is text, the others are mostly numbers."""
 
     title: str
     header: list[str]
@@ -103,6 +106,26 @@ def verification_table(evaluation: Evaluation) -> Table | None:
     return Table("Verification", header, rows)
 
 
+def group_table(evaluation: Evaluation, verdict: UpgradeVerdict) -> Table | None:
+    """Return each group of queries with what was chosen, if groups were given; FAR: at the old threshold of all."""
+    pair = verdict.option.pair if verdict.option is not None and verdict.option.pair else "new_to_old"
+    groups = {name: one for name, one in evaluation.groups.items() if pair in one.differences}
+    if not groups:
+        return None
+    fars = list(next(iter((evaluation.verification or {}).values())).at_far) if evaluation.verification else []
+    header = ["group", "queries", *(f"{name} less old/old" for name in METRICS.values())]
+    header += [f"FAR {far:g} {when}" for far in fars for when in ("today", "after")]
+    rows = []
+    for name, one in groups.items():
+        row = [name, f"{one.data['scored_queries']:,}"]
+        row += [interval_cell(one.differences[pair][metric]) for metric in METRICS]
+        for far in fars:
+            points = [(one.verification or {}).get(which) for which in ("old_to_old", pair)]
+            row += ["" if found is None else f"{found.at_threshold[far].far:.2g}" for found in points]
+        rows.append([*row, one.verdict.title])
+    return Table(f"Groups of queries, {pair_name(pair)}, in percent", [*header, "verdict"], rows)
+
+
 def all_tables(evaluation: Evaluation, verdict: UpgradeVerdict) -> list[Table]:
     """Return every table that has rows, the deciding one first."""
     tables = [
@@ -111,6 +134,7 @@ def all_tables(evaluation: Evaluation, verdict: UpgradeVerdict) -> list[Table]:
         gain_table(evaluation),
         backfill_table(evaluation),
         flip_table(verdict),
+        group_table(evaluation, verdict),
         verification_table(evaluation),
     ]
     return [table for table in tables if table is not None]
@@ -118,18 +142,21 @@ def all_tables(evaluation: Evaluation, verdict: UpgradeVerdict) -> list[Table]:
 
 def to_markdown(table: Table) -> str:
     """Return a table as Markdown."""
-    lines = [table.header, ["---"] + ["---:"] * (len(table.header) - 1), *table.rows]
+    rule = ["---:" if place and name not in _TEXT else "---" for place, name in enumerate(table.header)]
+    rows = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in table.rows]
+    lines = [table.header, rule, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def to_rich(table: Table) -> Any:
     """Return a table as a ``rich.table.Table``; needs the ``report`` extra."""
     table_module, box = import_extra("rich.table", "report"), import_extra("rich.box", "report")
+    escape_markup = import_extra("rich.markup", "report").escape
     out = table_module.Table(title=table.title, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for place, column in enumerate(table.header):
-        out.add_column(column, justify="right" if place else "left", no_wrap=place > 0)
+        out.add_column(column, justify="right" if place and column not in _TEXT else "left", no_wrap=place > 0)
     for row in table.rows:
-        out.add_row(*row)
+        out.add_row(*(escape_markup(cell) for cell in row))
     return out
 
 
@@ -138,7 +165,7 @@ def to_html(table: Table) -> str:
     head = "".join(f'<th scope="col">{cell}</th>' for cell in table.header)
     body = "".join(f"<tr>{_html_row(row)}</tr>" for row in table.rows)
     return (
-        f'<div class="wide"><table><caption>{table.title}</caption>'
+        f'<div class="wide"><table><caption><span>{escape(table.title)}</span></caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -150,7 +177,7 @@ def interval_cell(found: BootstrapInterval) -> str:
 
 def _html_row(row: Sequence[str]) -> str:
     first, *others = row
-    return f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others)
+    return f'<th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in others)
 
 
 def _gain_cell(found: BootstrapInterval) -> str:

@@ -30,10 +30,14 @@ figure { margin: 0; padding: .8rem; background: var(--card); border-radius: .5re
 figure h3 { margin: 0 0 .4rem; font-size: 1rem; } figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: inherit !important; } figcaption { margin-top: .4rem; }
 .wide { overflow-x: auto; margin: 1rem 0 1.6rem; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; font-size: 14px; line-height: 20px;
+  font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child { text-align: left; padding-left: 0; } thead th { color: var(--soft); font-weight: 600; }
+caption span { display: inline-block; max-width: calc(100vw - 2rem); position: sticky; left: 0; }
+th, td { padding: 5px 11px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: var(--ground); }
+tbody th:first-child { max-width: min(24rem, 50vw); white-space: normal; }
+thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: 500; } footer { margin-top: 2.5rem; }
 """
 _CLASSES = {

@@ -13,10 +13,8 @@ from ..accuracy import CrossModelAccuracyCalculator
 from ..data.nest import moved_to
 from ..frozen import FrozenEmbeddings, FrozenModel
 from ..transformations import Transformation
-from ..width import fit_width
-
-_SPACES = ("old", "new", "transformed_old")
-_PAIRS = {f"{query}_to_{gallery}": (query, gallery) for query in _SPACES for gallery in _SPACES}
+from ..upgrade import Evaluation, evaluate
+from .every_pair import EveryPair, check_pairs
 
 
 class CrossModelTester(GlobalEmbeddingSpaceTester):
@@ -98,7 +96,7 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
                 f"accuracy_calculator must be a CrossModelAccuracyCalculator, got {type(calculator).__name__}: it "
                 "could not leave an item out of its own ranking across models; the constructor's arguments are the same"
             )
-        super().__init__(accuracy_calculator=_EveryPair(calculator, _check_pairs(pairs, transformation)), **kwargs)
+        super().__init__(accuracy_calculator=EveryPair(calculator, check_pairs(pairs, transformation)), **kwargs)
         if self.pca:
             raise ValueError(f"pca must be None, got {self.pca}: each model's PCA would be a space of its own")
         self.transformation = transformation
@@ -125,6 +123,40 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
         return super().get_all_embeddings_for_all_splits(
             dataset_dict, trunk_model, embedder_model, splits_to_compute_embeddings, collate_fn
         )
+
+    def evaluate(
+        self,
+        dataset_dict: Mapping[str, Any],
+        trunk_model: torch.nn.Module,
+        embedder_model: torch.nn.Module | None = None,
+        split: str = "val",
+        *,
+        level: int = 0,
+        collate_fn: Any = None,
+        **kwargs: Any,
+    ) -> Evaluation:
+        """Return all that :func:`pml_compat.upgrade.evaluate` says of a split: intervals, flips, backfill and verdict.
+
+        Args:
+            dataset_dict: as for :meth:`test`.
+            trunk_model: the new model's trunk.
+            embedder_model: and its embedder.
+            split: whose items are queries and gallery, each left out of its own ranking.
+            level: of the labels, where items have several.
+            collate_fn: as for :meth:`test`.
+            **kwargs: for :func:`pml_compat.upgrade.evaluate`, such as ``fars``.
+        """
+        embedder_model = torch.nn.Identity() if embedder_model is None else embedder_model
+        trunk_model.eval()
+        embedder_model.eval()
+        found = self.get_all_embeddings_for_all_splits(dataset_dict, trunk_model, embedder_model, [split], collate_fn)
+        new, labels = found[split]
+        own = labels[:, level] if labels.ndim > 1 else labels
+        settings = {"same_items": True, "fit_width": True, "normalize": bool(self.normalize_embeddings), **kwargs}
+        old = self._embeddings("old", split, new, labels)
+        if self.transformation is not None:
+            settings["transformed_gallery"] = self._embeddings("transformed_old", split, new, labels)
+        return evaluate(new, old, own, own, old_queries=old, new_gallery=new, **settings)
 
     def get_embeddings_for_eval(self, trunk_model: Any, embedder_model: Any, input_imgs: Any) -> torch.Tensor:
         """Embed a batch, as PML does, of any nest of tensors that the trunk takes."""
@@ -217,46 +249,6 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
             )
         self._embedded[split] = dataset, labels, embeddings.cpu()
         return embeddings
-
-
-class _EveryPair:
-    """What PML's testers and hooks ask of an accuracy calculator, for several pairs of models."""
-
-    def __init__(self, calculator: CrossModelAccuracyCalculator, pairs: Mapping[str, tuple[str, str]]) -> None:
-        self.calculator, self.pairs = calculator, pairs
-
-    def description(self) -> str:
-        return self.calculator.description()
-
-    def get_curr_metrics(self) -> list[str]:
-        return [f"{pair}_{metric}" for pair in self.pairs for metric in self.calculator.get_curr_metrics()]
-
-    def get_accuracy(
-        self,
-        query: Mapping[str, torch.Tensor],
-        query_labels: torch.Tensor,
-        reference: Mapping[str, torch.Tensor],
-        reference_labels: torch.Tensor,
-        ref_includes_query: bool,
-    ) -> dict[str, Any]:
-        accuracies = {}
-        for pair, (query_model, gallery_model) in self.pairs.items():
-            gallery = reference[gallery_model]
-            own = fit_width(query[query_model], gallery.shape[1])
-            found = self.calculator.get_accuracy(own, query_labels, gallery, reference_labels, ref_includes_query)
-            accuracies.update({f"{pair}_{metric}": value for metric, value in found.items()})
-        return accuracies
-
-
-def _check_pairs(pairs: Sequence[str] | None, transformation: Transformation | None) -> dict[str, tuple[str, str]]:
-    if pairs is None:
-        pairs = ("old_to_old", "new_to_old", "new_to_new")
-        pairs += () if transformation is None else ("new_to_transformed_old",)
-    if not pairs or not set(pairs) <= _PAIRS.keys():
-        raise ValueError(f"pairs must be a sequence of {', '.join(_PAIRS)}, got {pairs!r}")
-    if transformation is None and any("transformed" in pair for pair in pairs):
-        raise ValueError(f"pairs must not name transformed_old without a transformation, got {pairs!r}")
-    return {pair: _PAIRS[pair] for pair in pairs}
 
 
 def _frozen(arrays: Mapping[str, Any] | None, name: str) -> dict[str, FrozenEmbeddings]:

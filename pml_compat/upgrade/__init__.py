@@ -3,6 +3,7 @@
 from .backfill import BackfillCurve, backfill_curve
 from .bootstrap import BootstrapInterval, bootstrap_update_gain, paired_bootstrap
 from .chain import average_compatibility, average_multimodel_accuracy
+from .comparison import Comparison
 from .compatibility import compatibility_matrix, is_compatible, update_gain
 from .compatibility_scores import compatibility_scores
 from .criterion import PairCriterion, pair_criterion
@@ -16,6 +17,7 @@ __all__ = [
     "BackfillCurve",
     "BootstrapInterval",
     "ClassFlips",
+    "Comparison",
     "Evaluation",
     "NegativeFlips",
     "PairCriterion",

@@ -93,34 +93,38 @@ def paired_bootstrap(
         Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
     (one, other), kept = complete_queries(first=first, second=second)
-    found = _interval(lambda means: means[..., 0], (other - one)[None], kept, samples, level, seed)
-    found = replace(found, p=_sign_test(other - one))
-    return found if groups is None else _of_classes(found, other - one, np.asarray(groups)[kept], samples, seed)
+    differences = other - one
+    group = None if groups is None else np.unique(np.asarray(groups)[kept], return_inverse=True)[1]
+    if group is None or not 2 <= group.max() + 1 < len(differences):
+        found = _interval(lambda means: means[..., 0], differences[None], kept, samples, level, seed)
+    else:
+        found = _of_classes(differences, group, kept, samples, level, seed)
+    return replace(found, p=_sign_test(differences))
 
 
 def _of_classes(
-    found: BootstrapInterval, differences: np.ndarray, groups: np.ndarray, samples: int, seed: int
+    differences: np.ndarray, group: np.ndarray, kept: np.ndarray, samples: int, level: float, seed: int
 ) -> BootstrapInterval:
-    """Return the interval of resampled classes, of which there must be 2 and fewer than queries."""
-    group = np.unique(groups, return_inverse=True)[1]
-    sizes = np.bincount(group)
-    if not 2 <= len(sizes) < len(differences):
-        return found
-    totals, rng = np.bincount(group, differences), np.random.default_rng(seed)
-    values = np.empty(samples)
+    """Return the interval of resampled classes, which are numbered from 0."""
+    samples = _check(samples, level)
+    totals, sizes = np.bincount(group, differences), np.bincount(group)
+    values, rng = np.empty(samples), np.random.default_rng(seed)
     block = max(1, _BLOCK_ELEMENTS // len(sizes))
     for start in range(0, samples, block):
         n_rows = min(block, samples - start)
         times = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=n_rows)
         values[start : start + n_rows] = (times @ totals) / (times @ sizes)
-    tail = (1 + found.level) / 2
+    estimate, tail = float(differences.mean()), (1 + level) / 2
     wider = student_t.ppf(tail, len(sizes) - 1) / normal.ppf(tail) * math.sqrt(len(sizes) / (len(sizes) - 1))
     low, high = np.quantile(values, [1 - tail, tail])
-    return replace(
-        found,
-        low=float(found.estimate - wider * (found.estimate - low)),
-        high=float(found.estimate + wider * (high - found.estimate)),
+    return BootstrapInterval(
+        estimate=estimate,
+        low=float(estimate - wider * (estimate - low)),
+        high=float(estimate + wider * (high - estimate)),
         probability=float((values > 0).mean()),
+        level=float(level),
+        queries=int(kept.sum()),
+        left_out=int((~kept).sum()),
         classes=len(sizes),
     )
 
@@ -199,9 +203,7 @@ def _interval(
     seed: int,
 ) -> BootstrapInterval:
     """Bootstrap a statistic of the means of ``(K, Q)`` columns; it maps ``(..., K)`` to ``(...)``."""
-    samples = check_integer(samples, "samples", minimum=1)
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, both excluded, got {level!r}")
+    samples = _check(samples, level)
     estimate = float(statistic(columns.mean(1)))
     values = statistic(_resampled_means(columns, samples, seed))
     values = values[:0] if math.isnan(estimate) else values[~np.isnan(values)]
@@ -216,6 +218,12 @@ def _interval(
         left_out=int((~kept).sum()),
         undefined=samples - len(values),
     )
+
+
+def _check(samples: int, level: float) -> int:
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, both excluded, got {level!r}")
+    return check_integer(samples, "samples", minimum=1)
 
 
 def _resampled_means(columns: np.ndarray, samples: int, seed: int) -> np.ndarray:

@@ -56,9 +56,10 @@ def threshold_warnings(evaluation: Evaluation, pair: str) -> list[str]:
     if pair not in measured or "old_to_old" not in measured:
         return found
     for far, point in measured[pair].at_threshold.items():
-        before, anew = measured["old_to_old"].at_far[far], measured[pair].at_far[far]
+        old, anew = measured["old_to_old"], measured[pair].at_far[far]
+        before = old.at_threshold.get(far, old.at_far[far])  # of a group, at the threshold of all
         accepts = point.far * measured[pair].impostor_pairs
-        if point.far > _FALSE_ACCEPTS * far and accepts > _FEW_ACCEPTS:
+        if point.far > _FALSE_ACCEPTS * max(far, before.far) and accepts > _FEW_ACCEPTS:
             what = f"false accepts go from {before.far:.2%} to {point.far:.2%}"
         elif point.tar < before.tar - _LOST_ACCEPTS:
             what = f"true accepts go from {before.tar:.1%} to {point.tar:.1%}"

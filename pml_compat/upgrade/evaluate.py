@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,13 +13,14 @@ from tqdm import tqdm
 from ..accuracy import CrossModelAccuracyCalculator
 from ..accuracy.items import as_values
 from ..checks import check_integer, check_number
-from ..verification import verification
 from ..verification.thresholds import check_rates
 from ..width import fit_width as fitted
 from .criterion import pair_criterion
 from .evaluation import ALL_METRICS, METRICS, PAIR_NAMES, TWO_STAGES, Backfill, Evaluation
+from .groups import by_group
 from .prepare import Prepared, chance, prepare, rows_of, take
 from .query_time import blended_queries, two_stages
+from .verified import verify, verify_some
 
 if TYPE_CHECKING:
     from ..serving import QueryBlend
@@ -50,6 +52,8 @@ def evaluate(
     orders: int = 5,
     blend: QueryBlend | Literal[False] | None = None,
     depths: Sequence[int] = (10, 50),
+    groups: Any = None,
+    knn_func: Callable | None = None,
     seed: int = 0,
     device: Any = None,
     progress: bool = False,
@@ -76,10 +80,14 @@ def evaluate(
         fit_width: compare models of different widths by :func:`pml_compat.width.fit_width`.
         k: cut rankings off after k items.
         margin: a difference that does not matter: above it, and not sure, more queries are asked for.
-        orders: random orders that a backfill is measured in.
+        orders: random orders that a backfill is measured in; 0, none is.
         blend: fitted to training items, to measure blended queries with; by default it is fitted, without labels, to
             the gallery by both models. False: none, as where the old model will not run any more.
         depths: items a query of a search in two stages, measured with old queries and the new gallery; may be empty.
+        groups: ``(Q,)`` a group of each query, such as a country: ``.groups`` has the evaluation of each, with its
+            false accepts at the thresholds of all; the verdict warns of groups that are worse off.
+        knn_func: ranks in place of the exact search, such as the :class:`~pml_compat.accuracy.ServedIndex` that the
+            service runs; then there are no two stages. Verification stays exact.
         seed: of the orders and the resamples.
         device: where to compute.
         progress: show a progress bar.
@@ -98,7 +106,7 @@ def evaluate(
     """
     rates = check_rates(fars, "fars") if len(list(fars)) else []
     check_number(margin, "margin", minimum=0)
-    check_integer(orders, "orders", minimum=1)
+    check_integer(orders, "orders", minimum=0)
     depths = [check_integer(depth, "depths", minimum=1) for depth in depths]
     if blend and old_queries is None:
         raise ValueError("blend must be given with old_queries, which it blends with the new ones")
@@ -118,7 +126,9 @@ def evaluate(
         )
     given = {"new": queries, "old": old_queries}
     stored = {"old": gallery, "transformed_old": transformed_gallery, "new": new_gallery}
-    calculator = CrossModelAccuracyCalculator(include=tuple(ALL_METRICS), k=k, device=device, fit_width=fit_width)
+    calculator = CrossModelAccuracyCalculator(
+        include=tuple(ALL_METRICS), k=k, device=device, knn_func=knn_func, fit_width=fit_width
+    )
     ready = prepare(
         {name: rows for name, rows in given.items() if rows is not None},
         {name: rows for name, rows in stored.items() if rows is not None},
@@ -131,7 +141,11 @@ def evaluate(
         device=calculator.device,
     )
     ready.notes[:0] = notes
-    return _measure(ready, calculator, query_labels, rates, margin, orders, blend, depths, seed, normalize, progress)
+    depths = depths if knn_func is None else []
+    found = _measure(ready, calculator, query_labels, rates, margin, orders, blend, depths, seed, normalize, progress)
+    if groups is not None:
+        found.groups = by_group(found, groups, lambda rows: verify_some(ready, rates, found, rows, fit_width))
+    return found
 
 
 def _measure(
@@ -161,6 +175,7 @@ def _measure(
         if (query, gallery) != ("old", "transformed_old") and (meets or (query == "new") == (gallery != "old"))
     ]
     starts = [name for name in galleries if name != "new" and ("new", name) in pairs] if "new" in galleries else []
+    starts = starts if orders else []
     at_query_time = "old" in queries and normalize  # both rank by cosine
     blended = blended_queries(ready, blend, seed) if at_query_time and blend is not False else {}
     rankings = len(pairs) + len(blended) + len(starts) * orders * (_STEPS - 1)
@@ -190,7 +205,7 @@ def _measure(
             criterion = pair_criterion(
                 queries["old"], queries["new"], labels[0], galleries["old"], labels[1], fit_width=True, **items
             )
-        verified = _verify(ready, rates, items, pairs, calculator.fit_width) if rates else None
+        verified = verify(ready, rates, items, pairs, calculator.fit_width) if rates else None
     if not scored.all():
         n_lone = int((~scored).sum())
         ready.notes.append(f"{n_lone:,} queries have no item of their label in the gallery and do not count.")
@@ -207,7 +222,7 @@ def _measure(
             "cameras": "query_cameras" in ready.codes,
             "k": calculator.k,
             "seed": seed,
-            "chance": chance(labels, scored),
+            "chance": chance(ready, scored),
             "margin": margin,
         },
         labels=query_labels,
@@ -271,7 +286,8 @@ def _backfill(
     vectors = tuple(int(fraction * len(old) + 1e-6) for fraction in fractions)
     ends = ({metric: found[pair][metric] for metric in METRICS} for pair in (f"new_to_{start}", "new_to_new"))
     first, last = ends
-    metrics = CrossModelAccuracyCalculator(include=tuple(METRICS), k=calculator.k, device=calculator.device)
+    metrics = copy.copy(calculator)
+    metrics.original_function_dict = calculator.get_function_dict(tuple(METRICS))
     repeats = []
     for turn in range(orders):
         order = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed + turn)).to(old.device)
@@ -283,25 +299,3 @@ def _backfill(
             steps.append(_rank(metrics, query, gallery, ready, bar))
         repeats.append([*steps, last])
     return Backfill("random", fractions, vectors, repeats[0], repeats)
-
-
-def _verify(
-    ready: Prepared, rates: list[float], items: dict[str, Any], pairs: Sequence[tuple[str, str]], fit_width: bool
-) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    thresholds: dict[float, float] = {}
-    for model, name in [("old", "old"), *(("new", name) for name in ready.galleries)]:
-        if (model, name) in pairs:
-            one = verification(
-                ready.queries[model],
-                ready.labels[0],
-                ready.galleries[name],
-                ready.labels[1],
-                fars=rates,
-                thresholds=thresholds,
-                fit_width=fit_width,
-                **items,
-            )
-            found[f"{model}_to_{name}"] = one
-            thresholds = one.thresholds if model == "old" else thresholds  # what the service runs with today
-    return found

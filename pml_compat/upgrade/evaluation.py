@@ -18,6 +18,7 @@
                               "impostor_pairs"}} | null,
       "verdict": {"outcome", "certain", "share", "share_range": [low, high], "vectors", "start", "queries_needed",
                   "title", "summary", "reasons": [], "warnings": [], "missing": []},
+      "groups": {group: all of this, of its queries},
       "notes": [], "suspicions": []
     }
 
@@ -131,6 +132,7 @@ class Evaluation:
         seed: of the bootstrap.
         suspicions: what cannot be right about the input, one sentence each.
         margin: a difference that does not matter.
+        groups: group of queries to its own evaluation, where groups were given.
     """
 
     data: dict[str, Any]
@@ -144,6 +146,7 @@ class Evaluation:
     seed: int = 0
     suspicions: list[str] = field(default_factory=list)
     margin: float = 0.01
+    groups: dict[str, Evaluation] = field(default_factory=dict)
 
     def accuracy(self, pair: str, metric: str) -> float:
         """Return the mean over the queries that have a positive."""
@@ -271,6 +274,7 @@ class Evaluation:
             "verification": None
             if self.verification is None
             else {pair: verification_to_json(found) for pair, found in self.verification.items()},
+            "groups": {name: one.to_json() for name, one in self.groups.items()},
             "notes": self.notes,
             "suspicions": self.suspicions,
         }

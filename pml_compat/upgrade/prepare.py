@@ -181,11 +181,15 @@ def _ready(rows: torch.Tensor, normalize: bool, device: torch.device | None) -> 
     return rows if device is None else rows.to(device)
 
 
-def chance(labels: tuple[torch.Tensor, torch.Tensor], scored: torch.Tensor) -> float:
-    """Return the P@1 of a random ranking."""
+def chance(ready: Prepared, scored: torch.Tensor) -> float:
+    """Return the P@1 of a random ranking, in which a query's own item is not."""
+    labels = ready.labels
     known = labels[1][labels[1] >= 0]
-    counts = torch.bincount(known, minlength=int(labels[0].max()) + 1)
-    return float(counts[labels[0][scored].clamp_min(0)].double().mean() / len(labels[1]))
+    counts = torch.bincount(known, minlength=int(labels[0].max()) + 1)[labels[0][scored].clamp_min(0)].double()
+    itself = torch.zeros(len(counts), dtype=torch.float64)
+    if "query_ids" in ready.codes:
+        itself += torch.isin(ready.codes["query_ids"], ready.codes["reference_ids"])[scored]
+    return float(((counts - itself) / (len(labels[1]) - itself)).mean())
 
 
 def rows_of(ids: Any, gallery_ids: Any) -> np.ndarray:

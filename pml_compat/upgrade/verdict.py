@@ -23,6 +23,7 @@ from .as_json import without_nan
 from .bootstrap import BootstrapInterval
 from .doubts import impossible, new_gallery_warning, threshold_warnings
 from .evaluation import METRICS, STARTS, Evaluation
+from .groups import group_warnings
 from .negative_flips import NegativeFlips
 from .options import Option, choose, list_options, may_be_better
 from .words import title_and_summary, what_is_missing, why
@@ -116,7 +117,12 @@ def upgrade_verdict(evaluation: Evaluation) -> UpgradeVerdict:
         title=title,
         summary=summary,
         reasons=why(evaluation, option),
-        warnings=[*threshold, *new_gallery_warning(evaluation), *_warnings(option, flips)],
+        warnings=[
+            *threshold,
+            *new_gallery_warning(evaluation),
+            *_warnings(option, flips),
+            *([] if option is None else group_warnings(evaluation, option.pair)),
+        ],
         missing=what_is_missing(
             evaluation, settled=_pair(option) == "new_to_old" and option is not None and option.share == 0
         ),

@@ -76,10 +76,13 @@ def why(evaluation: Evaluation, option: Option | None) -> list[str]:
         reasons.append(_in_words(text, evaluation, option.differences, values))
     elif option is None and evaluation.backfill:
         reasons.append("No share of a random backfill below 100% is better in P@1 and in mAP from there on.")
-    for pair, gains in evaluation.gains.items():
-        if all(gains[metric].estimate > 0 for metric in METRICS):
-            shares = ", ".join(f"{name} {gains[metric].estimate:.0%}" for metric, name in METRICS.items())
-            reasons.append(f"{pair_name(pair)} brings this share of what re-embedding everything would: {shares}.")
+    shares = [
+        f"{pair_name(pair)} {', '.join(f'{name} {gains[metric].estimate:.0%}' for metric, name in METRICS.items())}"
+        for pair, gains in evaluation.gains.items()
+        if all(gains[metric].estimate > 0 for metric in METRICS)
+    ]
+    if shares:
+        reasons.append(f"The share of what re-embedding everything would bring: {'; '.join(shares)}.")
     if option is not None and option.outcome in ("blend_queries", "search_in_two_stages"):
         for other in list_options(evaluation):
             if other.outcome == "backfill_first" and is_surely_better(other.differences):

@@ -40,6 +40,32 @@ def cmc_top_10(hits, k=None):
     return float(hits[:10].any())
 
 
+def precision_at(hits, k):
+    return hits[:k].sum() / k
+
+
+def recall_at(hits, k):
+    return hits[:k].sum() / hits.sum()
+
+
+def cmc_top(hits, k):
+    return float(hits[:k].any())
+
+
+def ndcg_at(hits, k):
+    gains = [1 / math.log2(place + 2) for place in range(len(hits))]
+    best = sum(gains[: min(k, hits.sum())])
+    return sum(gain for gain, hit in zip(gains[:k], hits, strict=False) if hit) / best
+
+
+def mean_average_precision_at(hits, k):
+    precisions = [hits[: place + 1].mean() for place in np.flatnonzero(hits[:k])]
+    return sum(precisions) / min(hits.sum(), k)
+
+
+AT_K = {
+    function.__name__: function for function in (precision_at, recall_at, cmc_top, ndcg_at, mean_average_precision_at)
+}
 METRICS = {
     function.__name__: function
     for function in (
@@ -66,6 +92,7 @@ def rankings(
     reference_ids=None,
     query_cameras=None,
     reference_cameras=None,
+    junk=None,
     match=lambda one, other: one == other,
 ):
     """Yield ``(label, distances, hits)`` of each query that has a positive; excluded items are not in them."""
@@ -74,6 +101,7 @@ def rankings(
             j
             for j in range(len(reference))
             if not (same_items and i == j)
+            and not (junk is not None and j in junk[i])
             and not (query_ids is not None and query_ids[i] == reference_ids[j])
             and not (
                 query_cameras is not None
@@ -107,17 +135,32 @@ def _average(values, labels, average):
     return per_class if average == "per_class" else float(np.mean(per_class))
 
 
+def possible_orders(distances):
+    """Return every order that the distances allow."""
+    return [
+        list(order)
+        for order in itertools.permutations(range(len(distances)))
+        if all(distances[a] <= distances[b] for a, b in itertools.pairwise(order))
+    ]
+
+
+def at_k_with_ties(name, distances, hits, k):
+    """Return a metric at k of one query, averaged as in :func:`accuracy_with_ties`."""
+    orders = possible_orders(distances)
+    if name == "mean_average_precision_at":
+        precision = np.array([hits[distances <= d].mean() for d in distances])
+        found = [sum(precision[j] for j in order[:k] if hits[j]) for order in orders]
+        return float(np.mean(found)) / min(hits.sum(), k)
+    return float(np.mean([AT_K[name](hits[order], k) for order in orders]))
+
+
 def accuracy_with_ties(distances, hits, k=None):
     """Return every metric of one query, averaged over all orders that the distances allow: for tiny cases.
 
     Precision counts at the end of a tie, as scikit-learn's average precision does. The reciprocal rank is one over
     the average first place.
     """
-    orders = [
-        list(order)
-        for order in itertools.permutations(range(len(hits)))
-        if all(distances[a] <= distances[b] for a, b in itertools.pairwise(order))
-    ]
+    orders = possible_orders(distances)
     precision = np.array([hits[distances <= d].mean() for d in distances])
 
     def average_precision(order, places):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.accuracy.calculator import RANK_METRICS
 
-CASES = ("plain", "same_items", "ids", "cameras", "copies", "k", "text_ids")
+CASES = ("plain", "same_items", "ids", "cameras", "copies", "k", "text_ids", "first", "first_of_copies", "junk")
 
 
 def case(name):
@@ -19,7 +19,7 @@ def case(name):
     labels = rng.integers(0, 6, 70)
     rows = torch.tensor(rng.normal(size=(70, 5)) + rng.normal(size=(6, 5))[labels], dtype=torch.float32)
     rows = torch.nn.functional.normalize(rows, dim=1)
-    if name == "copies":
+    if name in ("copies", "first_of_copies"):
         rows[35:] = rows[:35]
     own, options = {"reference_labels": labels}, {}
     if name == "same_items":
@@ -28,6 +28,8 @@ def case(name):
         ids = rng.permutation(70)
         ids = np.array([f"item {i}" for i in ids]) if name == "text_ids" else ids
         own["reference_ids"], options = ids, {"query_ids": ids[:20]}
+    if name == "junk":
+        options = {"junk": [rng.permutation(70)[:9] for _ in range(20)]}
     if name == "cameras":
         cameras = rng.integers(0, 2, 70)
         own["reference_cameras"], options = cameras, {"query_cameras": cameras[:20]}
@@ -36,9 +38,8 @@ def case(name):
 
 def accuracy(name, group=None, part=slice(None)):
     query, query_labels, rows, own, options = case(name)
-    calculator = CrossModelAccuracyCalculator(
-        RANK_METRICS, device="cpu", k=4 if name == "k" else None, gallery_group=group
-    )
+    metrics = ("precision_at_1", "cmc_top_3") if name.startswith("first") else (*RANK_METRICS, "ndcg_at_7")
+    calculator = CrossModelAccuracyCalculator(metrics, device="cpu", k=4 if name == "k" else None, gallery_group=group)
     own = {key: value[part] for key, value in own.items()}
     return calculator.get_accuracy(query, query_labels, rows[part], **own, **options)
 

@@ -83,7 +83,7 @@ def test_metrics_schema(metrics):
         "old": {"old_to_old"},
         **{key: {"new_to_old", "new_to_new"} for key in NETWORKS},
         "blended": {"new_to_old"},
-        "two_stage": {"new_to_old"},
+        "two_stage": {"two_stages_10"},
         "fct": {"new_to_transformed_old"},
         "fct_side": {"new_to_transformed_old"},
     }
@@ -202,10 +202,10 @@ def test_examples_show_what_other_images_a_query_finds(tmp_path, monkeypatch):
 
     drawn = []
     monkeypatch.setattr(demo, "upgrade", one_model)
-    monkeypatch.setattr(demo, "plot_compatibility", lambda results, path, examples: drawn.extend(examples))
+    monkeypatch.setattr(demo, "plot_comparison", lambda results, path, examples: drawn.extend(examples))
     results = demo.run_demo(tmp_path / "out", [0])
     for metric in METRICS:
-        assert results.values("bct", "new_to_old", metric) == results.values("old", "old_to_old", metric)
+        assert results.values("bct", "new_to_old", metric) == results.old(metric)
     gallery = load_digits().images / 16
     labels = load_digits().target
     stored = arrays(tmp_path / "out")["image_index"]
@@ -249,7 +249,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, capsys):
         raise OSError("No space left on device")
 
     untrained(monkeypatch)
-    monkeypatch.setattr(demo, "plot_compatibility", full)
+    monkeypatch.setattr(demo, "plot_comparison", full)
     assert main(["demo", "--out", str(tmp_path / "out"), "--seeds", "0"]) == 1
     assert list(tmp_path.iterdir()) == []
     assert "pml-compat: No space left on device" in capsys.readouterr().err

@@ -508,3 +508,28 @@ def test_labels_that_are_given_count(files, tmp_path):
     np.savez(tmp_path / "other.npz", embeddings=ARRAYS["old_q"][0], labels=QUERY_LABELS + 50)
     with_labels = measured(files, tmp_path, query_labels="query_labels.npy", old_queries=str(tmp_path / "other.npz"))
     assert with_labels["pairs"] == measured(files, tmp_path, old_queries="old_q.npz")["pairs"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "status"),
+    [([], 0), (["swap_now"], 1), (["backfill_first", "not_enough_queries"], 0), (["warning"], 1)],
+)
+def test_fail_on_ends_with_1_at_the_verdicts_that_it_names(stop, status, files, tmp_path):
+    spoiled, groups = ARRAYS["fit_q"][0].copy(), np.where(QUERY_LABELS % 2 == 0, "even", "odd")
+    spoiled[:2] = -spoiled[:2]  # right first today: flips are a warning
+    np.savez(tmp_path / "spoiled.npz", embeddings=spoiled, labels=QUERY_LABELS)
+    np.save(tmp_path / "groups.npy", groups)
+    arguments = command(files, tmp_path / "out", queries=str(tmp_path / "spoiled.npz"), old_queries="old_q.npz")
+    arguments += ["--groups", str(tmp_path / "groups.npy"), *(["--fail-on", *stop] if stop else [])]
+    assert main(arguments) == status
+    stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert stored["verdict"]["outcome"] == "swap_now" and set(stored["groups"]) == {"even", "odd"}
+    assert stored["verdict"]["warnings"]
+
+
+def test_the_index_that_is_served(files, tmp_path, capsys):
+    pytest.importorskip("faiss")
+    arguments = command(files, tmp_path / "out", queries="fit_q.npz", old_queries="old_q.npz")
+    assert main([*arguments, "--index", "IVF4,Flat", "--nprobe", "4"]) == 0
+    assert main([*arguments, "--nprobe", "4"]) == 3
+    assert "--nprobe must be left out without --index" in capsys.readouterr().err

@@ -540,3 +540,17 @@ def test_a_data_set_that_changes_its_order_is_refused(models):
 
     with pytest.raises(ValueError, match=r"split 'val' must give its items in the same order each time"):
         run(make(models.old), models, {"val": Shuffled(*split().tensors)})
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_whole_evaluation_of_a_split(mapped, models):
+    data = {"val": split(60)}
+    transformation = LinearTransformation(OLD, NEW) if mapped else None
+    tester = CrossModelTester(models.old, transformation=transformation, dataloader_num_workers=0, data_device=CPU)
+    accuracies = tester.test(data, 1, models.trunk, models.embedder)["val"]
+    found = tester.evaluate(data, models.trunk, models.embedder, orders=1)
+    pairs = ["old_to_old", "new_to_old", "new_to_new", *(["new_to_transformed_old"] if mapped else [])]
+    for pair in pairs:
+        for metric in ("precision_at_1", "mean_average_precision"):
+            assert found.accuracy(pair, metric) == pytest.approx(accuracies[f"{pair}_{metric}_level0"], abs=1e-5)
+    assert found.data["same_items"] == "position" and found.backfill and found.verdict.title

@@ -3,9 +3,11 @@ import math
 
 import pytest
 import torch
+from rich.console import Console
 
 from pml_compat.report import html_page
-from pml_compat.report.evaluation_table import all_tables, flip_table, gain_table, to_html, to_markdown
+from pml_compat.report.evaluation_plots import draw_flips
+from pml_compat.report.evaluation_table import all_tables, flip_table, gain_table, to_html, to_markdown, to_rich
 from pml_compat.upgrade import Backfill, Evaluation, upgrade_verdict
 from pml_compat.upgrade.as_json import without_nan
 
@@ -113,3 +115,28 @@ def test_pictures_show_the_numbers():
     assert all(f">{name}</text>" in cmc for name in ("old/old", "new/old", "new/new"))
     assert ">from the stored gallery</text>" in backfill and ">mAP, %</text>" in backfill
     assert "1 of 2</text>" in flips
+
+
+def test_names_from_the_files_stay_text():
+    name = "<b>shelf</b> | [red]"
+    old, new = values(1, 1, 1, 1), values(0.5, 1, 1, 1)
+    one = evaluation(pairs={"old_to_old": old, "new_to_old": new}, labels=[name, name, "chair", "chair"])
+    table = flip_table(one.verdict)
+    assert table.rows[0][0] == name
+    assert "&lt;b&gt;shelf&lt;/b&gt; | [red]" in to_html(table) and "<b>" not in to_html(table)
+    assert "| &lt;b>shelf&lt;/b> \\| [red] |" in to_markdown(table)
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(to_rich(table))
+    assert name in capture.get()
+    one.data |= {"same_items": None}
+    page = html_page(one, one.verdict, "title")
+    assert "<b>shelf" not in page
+
+
+def test_long_names_leave_room_for_the_bars():
+    name = "a very long name of a class that says 17"
+    old, new = values(1, 1, 1, 1), values(0.5, 1, 1, 1)
+    one = evaluation(pairs={"old_to_old": old, "new_to_old": new}, labels=[name, name, "chair", "chair"])
+    svg = draw_flips(one.verdict)
+    assert name not in svg and "a very long…at says 17" in svg

@@ -100,9 +100,9 @@ def test_swap_now():
     assert (verdict.outcome, verdict.certain, verdict.title) == ("swap_now", True, "Swap now")
     assert "P@1 60.0% against 50.0% (+10.0 points, 95% interval +" in verdict.reasons[0]
     assert verdict.reasons[0].startswith("New queries on the gallery as it is stored are better")
-    assert verdict.reasons[-2:] == [
-        "new/old brings this share of what re-embedding everything would: P@1 25%, mAP 25%.",
-        "new/transformed old brings this share of what re-embedding everything would: P@1 50%, mAP 50%.",
+    assert verdict.reasons[-1:] == [
+        "The share of what re-embedding everything would bring: new/old P@1 25%, mAP 25%; new/transformed old P@1 50%, "
+        "mAP 50%.",
     ]
     assert verdict.warnings == verdict.missing == []
 

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from ..extras import import_extra
-from ..upgrade.evaluation import METRICS, PAIRS
-from .results import Results
+from ..upgrade.comparison import Comparison
+from ..upgrade.evaluation import METRICS
+from .evaluation_plots import PAIR_COLORS
 
+_BARS = {"old_to_old": "old/old", "cross": "new/old", "transformed": "new/transformed old", "new_to_new": "new/new"}
 _COLORS = {
-    "old_to_old": "#8a8f98",
-    "new_to_old": "#d1603d",
-    "new_to_transformed_old": "#d9a441",
-    "new_to_new": "#2f6f8f",
+    **PAIR_COLORS,
+    "cross": PAIR_COLORS["new_to_old"],
+    "transformed": PAIR_COLORS["new_to_transformed_old"],
 }
 _MANY_METHODS = 8  # above which names and numbers are turned
 _RIGHT, _WRONG = "#2e8b57", "#c0392b"
@@ -31,8 +32,8 @@ class RetrievalExample:
     found: dict[str, Sequence[tuple[np.ndarray, bool]]]  # method -> (image, has the query's label)
 
 
-def plot_compatibility(
-    results: Results, path: str | os.PathLike[str], examples: Sequence[RetrievalExample] = ()
+def plot_comparison(
+    comparison: Comparison, path: str | os.PathLike[str], examples: Sequence[RetrievalExample] = ()
 ) -> None:
     """Draw every method's accuracies against the old system's, and ``examples`` below them, into an image file.
 
@@ -41,13 +42,13 @@ def plot_compatibility(
     """
     figure_module = import_extra("matplotlib.figure", "demo")
     below_inches = 0.5 + 0.55 * len(examples[0].found) if examples else 0.0
-    size = max(12.5, 1.25 * len(results.methods)), 4.6 + below_inches
+    size = max(12.5, 1.25 * (1 + len(comparison.evaluations))), 4.6 + below_inches
     figure = figure_module.Figure(figsize=size, layout="constrained")
     top, *below = figure.subfigures(2, 1, height_ratios=[4.6, below_inches]) if examples else [figure]
     top.suptitle("Can new queries search the old gallery?", fontsize=15, fontweight="bold")
     panels = top.subplots(1, len(METRICS), sharey=True)
     for panel, metric in zip(panels, METRICS, strict=True):
-        _draw_bars(panel, results, metric)
+        _draw_bars(panel, comparison, metric)
     panels[0].set_ylabel("percent")
     handles, labels = panels[0].get_legend_handles_labels()
     top.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
@@ -56,32 +57,42 @@ def plot_compatibility(
     figure.savefig(path, dpi=150)
 
 
-def _draw_bars(panel: Any, results: Results, metric: str) -> None:
+def _draw_bars(panel: Any, comparison: Comparison, metric: str) -> None:
     width = 0.38
-    methods = list(results.methods)
-    crowded = len(methods) > _MANY_METHODS
-    for pair, name in PAIRS.items():
-        shown = [m for m in methods if results.values(m, pair, metric)]
-        places = [methods.index(m) + _shift(pair, list(results.methods[m])) * width for m in shown]
-        means = [100 * results.mean(m, pair, metric) for m in shown]
-        panel.bar(places, means, width, color=_COLORS[pair], label=f"{name} (query/gallery)")
-        for place, mean, method in zip(places, means, shown, strict=True):
-            values = 100 * np.array(results.values(method, pair, metric))
-            if len(values) > 1:
-                panel.scatter(np.full(len(values), place), values, s=9, color="black", alpha=0.45, zorder=3)
-            panel.text(place, values.max() + 2, f"{mean:.1f}", ha="center", fontsize=8, rotation=90 if crowded else 0)
-    panel.axhline(100 * results.mean("old", "old_to_old", metric), color="#555", linestyle="--", linewidth=1)
+    bars = {"old": {"old_to_old": comparison.old(metric)}}
+    bars |= {method: _bars(comparison, method, metric) for method in comparison.evaluations}
+    crowded = len(bars) > _MANY_METHODS
+    for kind, name in _BARS.items():
+        shown = [(place, own) for place, own in enumerate(bars.values()) if kind in own]
+        places = [place + _shift(kind, list(own)) * width for place, own in shown]
+        values = [100 * np.array(own[kind]) for _, own in shown]
+        means = [one.mean() for one in values]
+        panel.bar(places, means, width, color=_COLORS[kind], label=f"{name} (query/gallery)")
+        for place, mean, one in zip(places, means, values, strict=True):
+            if len(one) > 1:
+                panel.scatter(np.full(len(one), place), one, s=9, color="black", alpha=0.45, zorder=3)
+            panel.text(place, one.max() + 2, f"{mean:.1f}", ha="center", fontsize=8, rotation=90 if crowded else 0)
+    panel.axhline(100 * float(np.mean(comparison.old(metric))), color="#555", linestyle="--", linewidth=1)
     panel.set_title(METRICS[metric])
-    panel.set_xticks(range(len(methods)), methods, **({"rotation": 35, "ha": "right"} if crowded else {}))
+    panel.set_xticks(range(len(bars)), list(bars), **({"rotation": 35, "ha": "right"} if crowded else {}))
     panel.set_ylim(0, 115)
     panel.set_yticks(range(0, 101, 20))
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _shift(pair: str, pairs: Sequence[str]) -> float:
-    """Return where a pair's bar stands, in bars from the middle of those of its method."""
-    ordered = [p for p in PAIRS if p in pairs]
-    return ordered.index(pair) - (len(ordered) - 1) / 2
+def _bars(comparison: Comparison, method: str, metric: str) -> dict[str, list[float]]:
+    """Return the values of a method's bars, by their kind."""
+    mapped = comparison.served[method] == "new_to_transformed_old"
+    own = {"transformed" if mapped else "cross": comparison.cross(method, metric)}
+    if comparison.has_own_gallery(method):
+        own["new_to_new"] = comparison.values(method, "new_to_new", metric)
+    return own
+
+
+def _shift(kind: str, kinds: Sequence[str]) -> float:
+    """Return where a bar stands, in bars from the middle of those of its method."""
+    ordered = [one for one in _BARS if one in kinds]
+    return ordered.index(kind) - (len(ordered) - 1) / 2
 
 
 def _draw_examples(figure: Any, examples: Sequence[RetrievalExample]) -> None:

@@ -5,18 +5,21 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 from rich.console import Console
 
+import pml_compat.report
 from pml_compat.report import (
-    Results,
     RetrievalExample,
-    markdown_table,
-    plot_compatibility,
-    rich_table,
-    title,
-    verdict,
+    comparison_table,
+    cost_table,
+    method_in_words,
+    plot_comparison,
+    to_markdown,
+    to_rich,
 )
+from pml_compat.upgrade import Comparison, Evaluation, evaluate
 
 # method -> pair -> one (P@1, mAP) a seed
 NUMBERS = {
@@ -26,16 +29,30 @@ NUMBERS = {
 }
 
 
-def results(seeds=2, numbers=NUMBERS, **kwargs):
-    out = Results(data={"name": "digits", "images": 10}, seeds=list(range(seeds)), **kwargs)
-    for seed in range(seeds):
-        for method, pairs in numbers.items():
-            for pair, values in pairs.items():
-                precision, average_precision = values[seed]
-                out.add(
-                    method, pair, {"precision_at_1": precision, "mean_average_precision": average_precision, "other": 1}
-                )
+def of_one_query(pairs, chance=None):
+    metrics = ("precision_at_1", "mean_average_precision")
+    values = {
+        pair: dict(zip(metrics, torch.tensor(both, dtype=torch.float64)[:, None], strict=True))
+        for pair, both in pairs.items()
+    }
+    return Evaluation({} if chance is None else {"chance": chance}, [0], 1, values)
+
+
+def results(seeds=2, numbers=NUMBERS, chance=None):
+    out = Comparison(data={"name": "digits", "images": 10}, seeds=list(range(seeds)))
+    for method in list(numbers)[1:]:
+        for seed in range(seeds):
+            pairs = {**numbers["old"], **numbers[method]}
+            out.add(method, of_one_query({pair: values[seed] for pair, values in pairs.items()}, chance))
     return out
+
+
+def heading(comparison):
+    return comparison_table(comparison).title
+
+
+def markdown_table(comparison):
+    return to_markdown(comparison_table(comparison))
 
 
 def changed(method, pair, values):
@@ -51,13 +68,12 @@ def strict_json(value):
     return json.loads(json.dumps(value), parse_constant=refuse)
 
 
-def test_values_and_means_over_the_seeds():
+def test_values_of_the_seeds():
     one = results()
-    assert one.values("bct", "new_to_old", "precision_at_1") == [0.60, 0.62]
-    assert one.mean("bct", "new_to_old", "precision_at_1") == pytest.approx(0.61)
-    assert one.values("old", "new_to_new", "precision_at_1") == one.values("x", "new_to_old", "precision_at_1") == []
-    assert math.isnan(one.mean("old", "new_to_new", "precision_at_1"))
-    assert one.new_methods() == ["independent", "bct"]
+    assert one.values("bct", "new_to_old", "precision_at_1") == one.cross("bct", "precision_at_1") == [0.60, 0.62]
+    assert one.old("mean_average_precision") == [0.40, 0.42]
+    assert one.values("bct", "old_to_new", "precision_at_1") == one.values("x", "new_to_old", "precision_at_1") == []
+    assert list(one.evaluations) == ["independent", "bct"]
 
 
 def test_gains_and_criterion_seed_by_seed():
@@ -75,19 +91,36 @@ def test_gain_without_room_is_nan_and_silent():
     assert defined == pytest.approx(0.25)
 
 
-def test_a_method_with_a_missing_seed_is_an_error():
-    numbers = {**NUMBERS, "bct": {"new_to_new": [(0.8, 0.7)] * 2}}
-    with pytest.raises(ValueError, match="zip"):
-        results(numbers=numbers).holds("bct", "precision_at_1")
+def test_an_evaluation_without_what_is_compared_is_refused():
+    with pytest.raises(ValueError, match="evaluation must have the pair old_to_old, got new_to_old"):
+        results().add("x", of_one_query({"new_to_old": (0.5, 0.5)}))
+    with pytest.raises(ValueError, match="evaluation must have the pair two_stages_10, got old_to_old"):
+        results().add("x", of_one_query({"old_to_old": (0.5, 0.5)}), "two_stages_10")
+
+
+def test_how_sure_it_is_comes_from_the_queries():
+    labels = torch.arange(200) % 4
+    generator = torch.Generator().manual_seed(0)
+    old, new = torch.randn(200, 8, generator=generator), torch.eye(8)[labels]
+    one = Comparison({}, seeds=[0])
+    one.add("independent", evaluate(new, new, labels, labels, old_queries=old, same_items=True))
+    one.add("same", evaluate(old, old, labels, labels, old_queries=old, same_items=True))
+    assert one.holds_surely("independent") == [True] and one.holds_surely("same") == [False]
+    header, _, *rows = cells(markdown_table(one))
+    assert header[-2:] == ["criterion", "sure"]
+    assert rows[1][-2:] == ["holds", "1/1"] and rows[2][-2:] == ["fails", "0/1"]
+    assert one.to_json()["compatibility"]["independent"]["surely_better"] == [True]
+    assert "better for sure in 1 of 1" in method_in_words(one, "independent")
+    assert "sure" not in markdown_table(results())
 
 
 def test_json_schema():
-    one = strict_json(results(chance={"precision_at_1": 0.1}).to_json())
+    one = strict_json(results(chance=0.1).to_json())
     assert set(one) == {"data", "seeds", "chance", "methods", "costs", "compatibility"}
     assert one["costs"] == {}
     assert one["data"] == {"name": "digits", "images": 10}
     assert one["seeds"] == [0, 1]
-    assert one["chance"] == {"precision_at_1": 0.1}
+    assert one["chance"] == {"precision_at_1": pytest.approx(0.1), "mean_average_precision": pytest.approx(0.1)}
     assert {method: set(pairs) for method, pairs in one["methods"].items()} == {
         "old": {"old_to_old"},
         "independent": {"new_to_old", "new_to_new"},
@@ -127,6 +160,15 @@ def test_json_has_null_for_an_undefined_gain():
     assert one["compatibility"]["bct"]["mean_average_precision"]["update_gain"]["mean"] == pytest.approx(0.25)
 
 
+def test_a_narrow_table_leaves_costs_and_criterion_to_another():
+    measured = results()
+    assert comparison_table(measured, narrow=True) == comparison_table(measured)
+    measured.add_costs("bct", {"milliseconds_per_step": 7.0, "extra_mebibytes": 12.4})
+    assert comparison_table(measured, narrow=True).header == ["method", "old/old", "new/old", "new/new", "gain"]
+    assert cost_table(measured).header == ["method", "criterion", "ms/step", "+MiB"]
+    assert cost_table(measured).rows == [["bct", "holds", "7.00", "12"]]
+
+
 def cells(table):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
@@ -161,17 +203,17 @@ FCT = {**NUMBERS, "fct": {"new_to_transformed_old": [(0.80, 0.70), (0.82, 0.72)]
 
 def test_a_transformed_gallery_is_its_methods_cross_test():
     one = results(numbers=FCT)
-    assert one.cross_pair("fct") == "new_to_transformed_old" and one.cross_pair("bct") == "new_to_old"
+    assert one.served["fct"] == "new_to_transformed_old" and one.served["bct"] == "new_to_old"
     assert one.gains("fct", "precision_at_1") == pytest.approx([0.3 / 0.4, 0.3 / 0.4])
     assert one.holds("fct", "mean_average_precision") == [True, True]
     header, _, *rows = cells(markdown_table(one))
     assert header[:4] == ["method", "old/old", "new/old", "new/new"]
     assert rows[-1] == ["fct", "", "81.0 / 71.0 T", "", "0.75 / 0.75", "holds"]
-    assert "(T: transformed)" in title(one) and "T:" not in title(results())
-    said = verdict(one, "fct")
+    assert "(T: transformed)" in heading(one) and "T:" not in heading(results())
+    said = method_in_words(one, "fct")
     assert said.startswith("fct: compatible. New queries find the transformed old gallery better than old queries did")
     assert "81.0% against 51.0%" in said and said.endswith("The new model is the independent one, as it was.")
-    assert "transformed" not in verdict(one, "bct") and "as it was" not in verdict(one, "bct")
+    assert "transformed" not in method_in_words(one, "bct") and "as it was" not in method_in_words(one, "bct")
     assert one.to_json()["compatibility"]["fct"]["precision_at_1"]["holds"] == [True, True]
 
 
@@ -179,21 +221,21 @@ def test_rich_table_says_what_the_markdown_table_says():
     one = results()
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(rich_table(one))
+        console.print(to_rich(comparison_table(one)))
     printed = capture.get()
-    assert title(one) in printed
+    assert heading(one) in printed
     for row in cells(markdown_table(one))[2:]:
         assert any(line.split() == " ".join(row).split() for line in printed.splitlines())
 
 
 @pytest.mark.parametrize(("seeds", "expected"), [(1, "1 seed"), (2, "2 seeds")])
 def test_title_names_data_and_seeds(seeds, expected):
-    assert title(results(seeds)).startswith("digits: ")
-    assert title(results(seeds)).endswith(f"mean of {expected}")
+    assert heading(results(seeds)).startswith("digits: ")
+    assert heading(results(seeds)).endswith(f"mean of {expected}")
 
 
 def test_verdict_of_a_compatible_model():
-    text = verdict(results(), "bct")
+    text = method_in_words(results(), "bct")
     assert text.startswith("bct: compatible. ")
     assert "in 2 of 2 seeds" in text
     assert "P@1 61.0% against 51.0% (+10.0 points); mAP 51.0% against 41.0% (+10.0 points)" in text
@@ -202,11 +244,11 @@ def test_verdict_of_a_compatible_model():
 
 
 def test_verdict_of_one_seed():
-    assert "in the one seed run" in verdict(results(1), "bct")
+    assert "in the one seed run" in method_in_words(results(1), "bct")
 
 
 def test_verdict_of_an_incompatible_model():
-    text = verdict(results(chance={"precision_at_1": 0.05, "mean_average_precision": 0.05}), "independent")
+    text = method_in_words(results(chance=0.05), "independent")
     assert text.startswith("independent: not compatible. ")
     assert "P@1 6.0% against 51.0% (-45.0 points), where chance is 5.0%" in text
     assert text.count("chance") == 1  # mAP is above twice that
@@ -214,17 +256,17 @@ def test_verdict_of_an_incompatible_model():
 
 
 def test_verdict_of_an_unreliable_model():
-    text = verdict(results(numbers=changed("bct", "new_to_old", [(0.60, 0.50), (0.62, 0.42)])), "bct")
+    text = method_in_words(results(numbers=changed("bct", "new_to_old", [(0.60, 0.50), (0.62, 0.42)])), "bct")
     assert text.startswith("bct: not reliably compatible. The criterion holds in 1 of 2 seeds")
 
 
 def test_criterion_needs_both_metrics_in_the_same_seed():
-    text = verdict(results(numbers=changed("bct", "new_to_old", [(0.60, 0.40), (0.41, 0.52)])), "bct")
+    text = method_in_words(results(numbers=changed("bct", "new_to_old", [(0.60, 0.40), (0.41, 0.52)])), "bct")
     assert text.startswith("bct: not compatible. ")
 
 
 def test_verdict_of_an_undefined_gain_is_in_words():
-    text = verdict(results(numbers=changed("independent", "new_to_new", [(0.50, 0.80), (0.92, 0.82)])), "bct")
+    text = method_in_words(results(numbers=changed("independent", "new_to_new", [(0.50, 0.80), (0.92, 0.82)])), "bct")
     assert "nan" not in text
     assert "P@1 undefined" in text
 
@@ -243,8 +285,8 @@ def size_of(path):
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_plot_writes_a_picture(seeds, tmp_path):
-    plot_compatibility(results(seeds), tmp_path / "plain.png")
-    plot_compatibility(results(seeds), tmp_path / "examples.png", examples())
+    plot_comparison(results(seeds), tmp_path / "plain.png")
+    plot_comparison(results(seeds), tmp_path / "examples.png", examples())
     (width, height), (width_too, higher) = size_of(tmp_path / "plain.png"), size_of(tmp_path / "examples.png")
     assert 1200 <= width == width_too <= 2400
     assert 500 <= height < higher <= 1500
@@ -258,6 +300,25 @@ def test_plot_writes_a_picture(seeds, tmp_path):
 
 def test_plot_draws_a_dot_a_seed_where_there_are_several(tmp_path):
     twice = {method: {pair: values[:1] * 2 for pair, values in pairs.items()} for method, pairs in NUMBERS.items()}
-    plot_compatibility(results(1), tmp_path / "one.png")
-    plot_compatibility(results(2, twice), tmp_path / "two.png")
+    plot_comparison(results(1), tmp_path / "one.png")
+    plot_comparison(results(2, twice), tmp_path / "two.png")
     assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()
+
+
+def test_the_old_names_work_for_a_release(tmp_path):
+    def old(name):
+        with pytest.warns(DeprecationWarning, match=f"from pml_compat.report.results import {name}"):
+            return getattr(pml_compat.report, name)
+
+    with pytest.warns(DeprecationWarning, match="use pml_compat.upgrade.Comparison"):
+        one = old("Results")({"name": "digits"}, [0, 1])
+    for method, pairs in NUMBERS.items():
+        for pair, values in pairs.items():
+            for both in values:
+                one.add(method, pair, dict(zip(("precision_at_1", "mean_average_precision"), both, strict=True)))
+    assert old("markdown_table")(one) == markdown_table(results())
+    assert old("title")(one) == heading(results())
+    assert old("verdict")(one, "bct") == method_in_words(results(), "bct")
+    assert one.gains("bct", "precision_at_1") == results().gains("bct", "precision_at_1")
+    old("plot_compatibility")(one, tmp_path / "old.png")
+    assert (tmp_path / "old.png").exists()
