@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .precision import precise_dtype
+
 
 class _Reads(threading.local):
     """What one call of a loss asks the device for."""
@@ -84,9 +86,14 @@ def count_rows(owner: Any, mask: torch.Tensor) -> None:
     check_values([mask.sum()], lambda count: _reads.counts.__setitem__(id(owner), int(count)))
 
 
+def counted_rows(owner: Any) -> int | None:
+    """Return how many rows were counted for ``owner`` by :func:`count_rows`; None where they were not."""
+    return None if torch.compiler.is_compiling() else _reads.counts.get(id(owner))
+
+
 def rows_where(owner: Any, mask: torch.Tensor) -> torch.Tensor:
     """Return the indices at which ``mask`` is True, ``(n,)``, without asking the device where they were counted."""
-    count = None if torch.compiler.is_compiling() else _reads.counts.get(id(owner))
+    count = counted_rows(owner)
     if count is None:
         return mask.nonzero()[:, 0]
     if count == len(mask):
@@ -173,7 +180,7 @@ def check_finite(values: torch.Tensor, name: str, first_row: int = 0) -> None:
             )
 
     # float32: it is read beside counts, and a sum of float16 overflows early.
-    check_values([values.sum(dtype=torch.promote_types(values.dtype, torch.float32))], judge)
+    check_values([values.sum(dtype=precise_dtype(values.dtype))], judge)
 
 
 def check_labels(value: Any, name: str = "labels", length: int | None = None) -> torch.Tensor:

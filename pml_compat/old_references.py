@@ -10,6 +10,7 @@ import torch
 
 from .checks import as_tensor, check_embeddings, check_labels, check_same_device
 from .frozen.embeddings import FrozenEmbeddings
+from .precision import precise_dtype
 from .width import fit_width
 
 
@@ -65,6 +66,6 @@ def check_references(
         )
     else:
         ref_labels = labels
-    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    dtype = precise_dtype(embeddings.dtype)
     new = fit_width(embeddings.to(dtype), ref_emb.shape[1])
     return new, labels, ref_emb.detach().to(dtype), ref_labels.clone()

@@ -11,6 +11,7 @@ import torch
 
 from ..checks import as_tensor, check_embeddings, check_finite, check_labels, check_matrix
 from ..files import load_tensors, save_tensors
+from ..precision import precise_dtype
 from ..stored_rows import stored_rows
 from .centers_summary import CentersSummary, nearest_centers
 from .class_directions import Prospects, class_directions, fitting_scale
@@ -278,7 +279,7 @@ def check_centers(centers: Any, name: str = "centers", width: int | None = None)
 
 
 def _storage_dtype(embeddings: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(embeddings.dtype, torch.float32)
+    return precise_dtype(embeddings.dtype)
 
 
 def _check_per_class(values: Any, name: str, length: int) -> torch.Tensor:

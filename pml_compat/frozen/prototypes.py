@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ..checks import as_tensor, check_integer, check_labels, check_number
+from ..precision import precise_dtype
 from .class_centers import ClassCenters
 
 _BLOCK_ELEMENTS = 2**25  # similarities held at once: a class of up to 5792 samples keeps its own while it is iterated
@@ -104,7 +105,7 @@ def refine_prototypes(
             else:
                 weights = torch.stack([_iterate_weights(own, smoothing, temperature) for own in new])
             prototypes[rows] = (weights[:, None] @ old)[:, 0]
-    dtype = torch.promote_types(as_tensor(old_embeddings[:1], "old_embeddings").dtype, torch.float32)
+    dtype = precise_dtype(as_tensor(old_embeddings[:1], "old_embeddings").dtype)
     return ClassCenters(prototypes, classes, counts=counts).to(dtype).remember(old_embeddings, labels)
 
 

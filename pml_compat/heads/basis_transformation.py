@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import linear, relu
 
 from ..checks import check_integer, check_matrix, check_number, check_same_device
+from ..precision import at_least_float32
 from ..transformations import OrthogonalTransformation
 from ..unit_rows import unit_rows
 
@@ -142,7 +143,7 @@ class BasisTransformation(torch.nn.Module):
     def _check(self, embeddings: torch.Tensor, width: int) -> torch.Tensor:
         rows = check_matrix(embeddings, "embeddings", width)
         check_same_device(rows, "embeddings", self.extra.weight, "the BasisTransformation")
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return at_least_float32(rows)
 
     def extra_repr(self) -> str:
         """Show the sizes, as torch's own modules do."""

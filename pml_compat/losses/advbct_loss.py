@@ -21,9 +21,10 @@ from ..checks import (
 )
 from ..frozen.class_means import class_means
 from ..frozen.label_map import LabelMap
-from ..precision import no_autocast
+from ..precision import no_autocast, precise_dtype
 from ..unit_rows import unit_rows
-from ._base import MeanOfPositive, NamedTermsLoss, per_sample, reduced
+from ._base import NamedTermsLoss
+from ._reduction import MeanOfPositive, per_sample, reduced
 from .old_rows import check_old_rows, check_row_labels
 
 
@@ -224,7 +225,7 @@ class AdvBCTLoss(NamedTermsLoss):
             self.discriminator_accuracy = (logits.argmax(1) == is_old).float().mean().item()
         losses = cross_entropy(logits, is_old.long(), reduction="none").view(2, -1).sum(0)
         losses = losses * (1 - progress) * self.adversarial_weight
-        return per_sample(losses, c_f.torch_arange_from_size(new))
+        return per_sample(losses)
 
     def _boundary(self, directions: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         rows = self.old_label_map(labels)
@@ -265,7 +266,7 @@ class _ReverseGradient(torch.autograd.Function):
 def _check_balls(centers: Any, radii: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return copies of centres and radii in the same dtype, float32 or better."""
     centers = check_embeddings(centers, "centers").detach()
-    centers = centers.to(torch.promote_types(centers.dtype, torch.float32), copy=True)
+    centers = centers.to(precise_dtype(centers.dtype), copy=True)
     longest = float(torch.linalg.vector_norm(centers, dim=1).max())
     if longest > 1 + 1e-3:
         raise ValueError(

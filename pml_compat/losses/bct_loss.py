@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_same_device, count_rows, rows_where
 from ..frozen import FrozenClassifier
 from ..width import fit_width
-from ._base import CLASS_WEIGHT_LENGTH, TaskAndTermsLoss, check_weight, per_sample
+from ._base import check_weight
+from ._reduction import per_sample
+from ._task import Given, TaskAndTermsLoss
+from .class_weight_length import CLASS_WEIGHT_LENGTH
 
 
 class BCTLoss(TaskAndTermsLoss):
@@ -84,7 +86,6 @@ class BCTLoss(TaskAndTermsLoss):
         if self.influence_weight is not None:
             self.add_to_recordable_attributes(list_of_names=["influence_weight"], is_stat=False)
         self.add_to_recordable_attributes(name="known_fraction", is_stat=True)
-        self.shorten()
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", "influence_loss"]
@@ -112,24 +113,22 @@ class BCTLoss(TaskAndTermsLoss):
             return dict(terms)
         return super().balanced_terms(task_loss, terms, embeddings)
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
+    def compute_terms(self, given: Given, rest: torch.Tensor) -> dict[str, Any]:
         """Return the influence, one loss a known sample."""
         weight = self.influence_weight
         if weight == 0:
             return {"influence_loss": self.zero_loss()}
-        check_same_device(embeddings, "embeddings", self.old_classifier.rows, "the loss")
-        old_space = fit_width(embeddings, self.old_classifier.in_features)
-        if self._knows_all:
-            index = c_f.torch_arange_from_size(embeddings)
-        else:
-            index = rows_where(self, self.old_classifier.index_of(labels) >= 0)
+        old = self.old_classifier
+        check_same_device(rest, "embeddings", old.rows, "the loss")
+        old_space, targets, index = fit_width(rest, old.in_features), old.index_of(given.labels), None
+        if not self._knows_all:
+            index = rows_where(self, targets >= 0)
+            if len(index) < len(targets):
+                old_space, targets = old_space[index], targets[index]
         if self.collect_stats:
-            self.known_fraction = len(index) / len(labels)
-        if len(index) == 0:
+            self.known_fraction = len(targets) / len(rest)
+        if len(targets) == 0:
             return {"influence_loss": self.zero_loss()}
-        if len(index) < len(labels):
-            old_space, labels = old_space[index], labels[index]
         by_old_loss = self._by_old_loss or weight is not None
-        judge = self.old_classifier.losses if by_old_loss else self.old_classifier.direction_losses
-        losses, _ = judge(old_space, labels)
+        losses = old.losses_at(old_space, targets) if by_old_loss else old.direction_losses_at(old_space, targets)
         return {"influence_loss": per_sample(losses if weight is None else losses * weight, index)}

@@ -12,7 +12,8 @@ from ..checks import check_embeddings, check_same_device, one_read, values_known
 from ..frozen import ClassCenters, FrozenClassifier
 from ..frozen.class_centers import check_centers
 from ..heads import CompatibleHead
-from ._base import at_least_float32, check_task_width
+from ..precision import at_least_float32
+from ._task import Given, check_task_width
 from .compatible_loss import CompatibleLoss, check_old_losses
 from .cross_model_loss import CrossModelLoss
 from .point_alignment_loss import PointAlignmentLoss
@@ -135,17 +136,20 @@ class CompatibleHeadLoss(CompatibleLoss):
             check_embeddings(embeddings)
             check_embeddings(ref_emb, "ref_emb")
         with values_known():
-            _, compared = self.parts(at_least_float32(embeddings))
+            compared = self._compared(at_least_float32(embeddings))
             target = self.target(ref_emb)
             losses = [self.weights[name] * term(compared[name], ref_emb=target) for name, term in readers.items()]
         return torch.stack(losses).sum()
 
-    def parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def parts(self, given: Given) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the free part, which the task loss sees, and by name what each old loss sees."""
+        return self.head.free_part(given.embeddings), self._compared(given.embeddings)
+
+    def _compared(self, embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
         compatible = self.head.compatible_parts(embeddings)
         if self.head.parts == 1:
             compatible *= len(self._names)
-        return self.head.free_part(embeddings), dict(zip(self._names, compatible, strict=True))
+        return dict(zip(self._names, compatible, strict=True))
 
     def target(self, old_embeddings: torch.Tensor) -> torch.Tensor:
         """Return where the compatible part should lie."""

@@ -8,12 +8,13 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_finite, check_labels, check_number, check_same_device, count_rows, rows_where
+from ..checks import check_finite, check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
 from ..frozen import FrozenClassifier
 from ..precision import no_autocast
 from ..transformations.fastfill import gaussian_losses
 from ..unit_rows import unit_rows
-from ._base import NamedTermsLoss, per_sample
+from ._base import NamedTermsLoss
+from ._reduction import per_sample
 from .old_rows import check_old_rows, check_row_labels
 
 
@@ -44,7 +45,8 @@ class FastFillLoss(NamedTermsLoss):
             ``collect_stats``.
     Shape:
         - embeddings ``(N, D_new)`` and log_var ``(N,)``: what ``FastFillTransformation.with_log_variance`` gives,
-          both carry the gradient; labels ``(N,)``, needed with ``new_classifier`` alone
+          both carry the gradient; log_var is a keyword of the call, which PML's wrappers and :class:`CompatibleLoss` do
+          not pass on; labels ``(N,)``, needed with ``new_classifier`` alone
         - ref_emb ``(N, D_new)``: the new model's embeddings, row i of the same item; receives no gradient
         - output: scalar, float32 or better; ``terms["likelihood_loss"]`` and, with ``new_classifier``,
           ``terms["classification_loss"]`` after the call
@@ -93,22 +95,6 @@ class FastFillLoss(NamedTermsLoss):
     def get_default_distance(self) -> BaseDistance:
         """Squared error on embeddings as they are."""
         return LpDistance(normalize_embeddings=False, p=2, power=2)
-
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        indices_tuple: Any = None,
-        ref_emb: torch.Tensor | None = None,
-        ref_labels: torch.Tensor | None = None,
-        *,
-        log_var: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the loss; ``log_var`` is the predicted log variance of each row.
-
-        PML's wrappers and :class:`CompatibleLoss` do not pass ``log_var`` on.
-        """
-        return self.call(embeddings, labels, indices_tuple, ref_emb, ref_labels, log_var=log_var)
 
     @property
     def needs_ref_emb(self) -> bool:
@@ -161,7 +147,7 @@ class FastFillLoss(NamedTermsLoss):
             if self.distance.normalize_embeddings:
                 one, other = (unit_rows(rows, embeddings.dtype) for rows in (mapped, target))
             likelihood = gaussian_losses(one, other, log_var)
-        terms = {"likelihood_loss": per_sample(likelihood, c_f.torch_arange_from_size(embeddings))}
+        terms = {"likelihood_loss": per_sample(likelihood)}
         if self.new_classifier is not None:
             labels = check_labels(labels, length=len(embeddings))
             terms["classification_loss"] = self._classification(self.new_classifier, mapped, labels)
@@ -173,10 +159,12 @@ class FastFillLoss(NamedTermsLoss):
         if self.classifier_weight == 0:
             return self.zero_loss()
         check_same_device(mapped, "embeddings", classifier.rows, "the loss")
-        index = rows_where(self, classifier.index_of(labels) >= 0)
+        targets = classifier.index_of(labels)
+        index = rows_where(self, targets >= 0)
         if len(index) == 0:
             return self.zero_loss()
-        losses, _ = classifier.losses(mapped[index], labels[index])
+        check_matrix(mapped, width=classifier.in_features)
+        losses = classifier.losses_at(mapped[index], targets[index])
         return per_sample(losses * self.classifier_weight, index)
 
 

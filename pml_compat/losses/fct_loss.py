@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, LpDistance
 from pytorch_metric_learning.utils import common_functions as c_f
+from torch.nn.functional import mse_loss
 
 from ..checks import check_labels, check_number
 from ..precision import no_autocast
 from ..unit_rows import unit_rows
-from ._base import NamedTermsLoss, per_sample
+from ._base import NamedTermsLoss
+from ._reduction import per_sample
 from .old_rows import check_old_rows
 
 
@@ -102,7 +104,11 @@ class FCTLoss(NamedTermsLoss):
                 unit, other_unit = unit_rows(one, embeddings.dtype), unit_rows(other)
             if self.distance.normalize_embeddings:
                 one, other = unit, other_unit
-            losses = 1 - (one * other).sum(1) if self.distance.is_inverted else (one - other).square().mean(1)
+            losses = (
+                1 - (one * other).sum(1)
+                if self.distance.is_inverted
+                else mse_loss(one, other, reduction="none").mean(1)
+            )
             if self.contrast_weight > 0:
                 if labels is None:
                     raise ValueError(
@@ -111,7 +117,7 @@ class FCTLoss(NamedTermsLoss):
                     )
                 labels = check_labels(labels, length=len(one)).to(one.device)
                 losses = losses + self.contrast_weight * contrast_losses(other_unit, unit, labels, self.temperature)
-        return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
+        return {"loss": per_sample(losses)}
 
 
 def contrast_losses(

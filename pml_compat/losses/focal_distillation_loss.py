@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 from ..checks import check_labels, check_matrix, check_number, check_same_device
 from ..frozen import ClassCenters, FrozenClassifier
 from ..precision import no_autocast
-from ._base import NamedTermsLoss, per_sample
+from ._base import NamedTermsLoss
+from ._reduction import per_sample
 from .old_rows import check_old_rows, check_row_labels, check_row_values
 
 
@@ -47,7 +48,8 @@ class FocalDistillationLoss(NamedTermsLoss):
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)``, not needed with ``old_correct``
         - ref_emb ``(N, D_old)``: the old model's embeddings, row i of the same item; receives no gradient; new
           embeddings are fitted to their width (:func:`pml_compat.width.fit_width`)
-        - old_correct: ``(N,)`` bool, a keyword of the call
+        - old_correct: ``(N,)`` bool, a keyword of the call that PML's wrappers and :class:`CompatibleLoss` do not pass
+          on: where the old model is right, instead of this loss finding out
         - output: scalar, float32 or better
     Raises:
         ValueError: ``old_classifier`` of another type, or no FrozenClassifier with ``kind="logits"``; a
@@ -100,22 +102,6 @@ class FocalDistillationLoss(NamedTermsLoss):
         self.temperature = check_number(temperature, "temperature", minimum=0, exclusive=True)
         self.add_to_recordable_attributes(list_of_names=["alpha", "beta"], is_stat=False)
         self.add_to_recordable_attributes(name="old_correct_fraction", is_stat=True)
-
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        indices_tuple: Any = None,
-        ref_emb: torch.Tensor | None = None,
-        ref_labels: torch.Tensor | None = None,
-        *,
-        old_correct: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the loss; ``old_correct`` tells where the old model is right, instead of this loss finding out.
-
-        PML's wrappers and :class:`CompatibleLoss` do not pass ``old_correct`` on.
-        """
-        return self.call(embeddings, labels, indices_tuple, ref_emb, ref_labels, old_correct=old_correct)
 
     @property
     def needs_ref_emb(self) -> bool:
@@ -179,7 +165,7 @@ class FocalDistillationLoss(NamedTermsLoss):
             losses = (self.alpha + self.beta * right.to(distances.dtype)) * distances
         if self.collect_stats:
             self.old_correct_fraction = right.float().mean().item()
-        return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
+        return {"loss": per_sample(losses)}
 
 
 def nearest_has_the_label(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ import warnings
 from typing import Any, Literal
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import mse_loss, relu
 
 from ..checks import check_same_device, count_rows, rows_where
@@ -16,8 +15,11 @@ from ..frozen.class_centers import check_centers
 from ..frozen.class_weights import class_weight_parameter
 from ..precision import no_autocast
 from ..transformations import Transformation
-from ..unit_rows import unit_rows
-from ._base import CLASS_WEIGHT_LENGTH, TaskAndTermsLoss, check_weight, per_sample, reduced
+from ..unit_rows import cosines_with, unit_rows
+from ._base import check_weight
+from ._reduction import per_sample, reduced
+from ._task import Given, TaskAndTermsLoss
+from .class_weight_length import CLASS_WEIGHT_LENGTH
 from .direction_error import direction_error
 
 Boundary = Literal["angle", "cosine"]
@@ -129,7 +131,6 @@ class LCELoss(TaskAndTermsLoss):
         given = [name for name in ("align_weight", "boundary_weight") if getattr(self, name) is not None]
         self.add_to_recordable_attributes(list_of_names=given, is_stat=False)
         self.add_to_recordable_attributes(list_of_names=["bounded_fraction", "outside_fraction"], is_stat=True)
-        self.shorten()
 
     def _check_without_class_weights(self, centers: ClassCenters) -> None:
         if self.align_weight is None:
@@ -195,8 +196,9 @@ class LCELoss(TaskAndTermsLoss):
         """Return which of the centres' rows, -1 for none, the boundary term has something to say about."""
         return rows >= 0 if self.boundary_weight is None else (rows >= 0) & self.old_bounded[rows.clamp(min=0)]
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
+    def compute_terms(self, given: Given, rest: torch.Tensor) -> dict[str, Any]:
         """Return the alignment, one number, and the boundary term, one loss a sample that has a boundary."""
+        embeddings, labels = rest, given.labels
         centers = self.old_centers.centers
         check_same_device(embeddings, "embeddings", centers, "the loss")
         _check_widths(self.forward_transformation, self.backward_transformation, centers.shape[1], embeddings.shape[1])
@@ -253,21 +255,24 @@ class LCELoss(TaskAndTermsLoss):
 
     def _cosines(self, embeddings: torch.Tensor, rows: torch.Tensor, aims: torch.Tensor) -> torch.Tensor:
         """Return each embedding's cosine with the aim of its class, ``(N,)``, in the space that is searched."""
-        directions = unit_rows(embeddings, embeddings.dtype)
         if self.backward_transformation is not None:
-            return (unit_rows(self.backward_transformation(directions)) * aims[rows]).sum(1)
-        if self.forward_transformation is not None:
-            aims = unit_rows(self.forward_transformation(aims))
-        return (directions * aims[rows]).sum(1)
+            mapped = self.backward_transformation(unit_rows(embeddings))
+            return cosines_with(mapped, aims.index_select(0, rows))
+        if self.forward_transformation is None:
+            return cosines_with(embeddings, aims.index_select(0, rows))
+        aims = unit_rows(self.forward_transformation(aims))
+        return (unit_rows(embeddings) * aims.index_select(0, rows)).sum(1)
 
     def _of_known(self, losses: torch.Tensor, rows: torch.Tensor) -> dict[str, Any]:
-        index = c_f.torch_arange_from_size(losses) if self._for_all else rows_where(self, self._known(rows))
-        if len(index) < len(losses):
-            losses = losses[index]
+        index = None
+        if not self._for_all:
+            index = rows_where(self, self._known(rows))
+            if len(index) < len(losses):
+                losses = losses[index]
         if self.collect_stats:
-            self.bounded_fraction = len(index) / len(rows)
-            self.outside_fraction = (losses > 0).float().mean().item() if len(index) else 0.0
-        if len(index) == 0:
+            self.bounded_fraction = len(losses) / len(rows)
+            self.outside_fraction = (losses > 0).float().mean().item() if len(losses) else 0.0
+        if len(losses) == 0:
             return self.zero_loss()
         return per_sample(losses, index)
 

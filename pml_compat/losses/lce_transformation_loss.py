@@ -13,10 +13,11 @@ from torch.nn.functional import mse_loss
 from ..checks import check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
 from ..frozen import ClassCenters
 from ..frozen.class_centers import check_centers
-from ..precision import no_autocast
+from ..precision import at_least_float32, no_autocast
 from ..transformations import Transformation
 from ..unit_rows import unit_rows
-from ._base import NamedTermsLoss, per_sample, reduced
+from ._base import NamedTermsLoss
+from ._reduction import per_sample, reduced
 from .lce_loss import Boundary, check_boundary, outside_boundary, with_boundary
 
 
@@ -130,7 +131,7 @@ class LCETransformationLoss(NamedTermsLoss):
         check_same_device(embeddings, "embeddings", self.old_target_directions, "the loss")
         terms = {"align_loss": self.zero_loss(), "boundary_loss": self.zero_loss()}
         with no_autocast(embeddings):
-            precise = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+            precise = at_least_float32(embeddings)
             if self.align_weight > 0:
                 mapped = self.transformation(self.old_source_directions.to(precise.dtype))
                 error = mse_loss(mapped, self.old_target_directions.to(precise.dtype))

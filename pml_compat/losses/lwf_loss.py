@@ -10,7 +10,8 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from ..checks import check_number, check_same_device
 from ..frozen import FrozenClassifier
 from ..precision import no_autocast
-from ._base import NamedTermsLoss, per_sample
+from ._base import NamedTermsLoss
+from ._reduction import per_sample
 from .old_rows import check_old_rows
 
 
@@ -92,4 +93,4 @@ class LwFLoss(NamedTermsLoss):
             targets = torch.softmax(self.old_classifier.logits(old_emb) / self.old_temperature, dim=1)
             logits = self.old_classifier.logits(new_emb) / self.temperature
             losses = torch.nn.functional.cross_entropy(logits, targets.to(logits.dtype), reduction="none")
-        return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
+        return {"loss": per_sample(losses)}

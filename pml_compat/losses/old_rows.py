@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..checks import check_finite, check_matrix, check_same_device, check_values
+from ..precision import precise_dtype
 from ..width import fit_width
 
 
@@ -60,7 +61,7 @@ def check_old_rows(
             f"ref_emb must be shaped like embeddings, row i of the same item: expected {expected}, "
             f"got {len(ref_emb) if fit else tuple(ref_emb.shape)}"
         )
-    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    dtype = precise_dtype(embeddings.dtype)
     old = ref_emb.detach().to(dtype)
     return fit_width(embeddings.to(dtype), old.shape[1]), old
 

@@ -13,6 +13,7 @@ from ..checks import check_matrix, check_same_device
 from ..frozen.class_means import class_means
 from ..frozen.credible import Rule, check_rule, kept
 from ..frozen.label_map import LabelMap
+from ..precision import at_least_float32
 from .base import CrossModelMiner
 
 _ROUNDING = 1e-6  # relative: a sample on its class's radius stays in, whatever the batch it comes in
@@ -105,7 +106,7 @@ class CredibleSampleFilter(CrossModelMiner):
         """Return which old embeddings ``(M, D)`` with ``labels (M,)`` are credible, as a boolean mask ``(M,)``."""
         check_same_device(embeddings, "embeddings", self.old_means, "the filter")
         check_matrix(embeddings, "embeddings", width=self.old_means.shape[1])
-        rows = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        rows = at_least_float32(embeddings)
         rows = unit(rows, dim=1) if self.normalize else rows
         means = self.old_means.to(rows.dtype)
         with torch.autocast(rows.device.type, enabled=False):
