@@ -19,6 +19,8 @@ def as_rows(rows: Any, embeddings: torch.Tensor) -> Any:
 
     NumPy arrays and FrozenEmbeddings are taken too, whole, as a row is the item of the same row of the batch.
     """
+    if rows is None or isinstance(rows, torch.Tensor):
+        return rows
     if isinstance(rows, Mapping):
         taken = {id(own): as_rows(own, embeddings) for own in rows.values()}
         return {name: taken[id(own)] for name, own in rows.items()}

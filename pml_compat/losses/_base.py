@@ -14,7 +14,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from ..checks import check_labels, check_matrix, check_number, one_read, values_are_known, values_known
 from ..old_references import as_rows
 from ..precision import at_least_float32
-from ._reduction import TermReducers
+from ._reduction import TermReducers, with_indices
 from .old_rows import check_row_values
 
 
@@ -80,7 +80,8 @@ class NamedTermsLoss(BaseMetricLossFunction):
 
         ``others`` are the loss's own keywords, and those of the task loss where it wraps one.
         """
-        self.reset_stats()
+        if self.collect_stats:
+            self.reset_stats()
         check_matrix(embeddings)
         if labels is not None:
             labels = c_f.to_device(torch.as_tensor(labels), embeddings)
@@ -116,6 +117,8 @@ class NamedTermsLoss(BaseMetricLossFunction):
         loss_dict = self.compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels, **others)
         precise = at_least_float32(embeddings)
         self.add_embedding_regularization_to_loss_dict(loss_dict, precise)
+        if not isinstance(self.reducer, TermReducers):
+            loss_dict = {name: with_indices(info) for name, info in loss_dict.items()}
         return self.reducer(loss_dict, precise, labels)
 
     def check_given(

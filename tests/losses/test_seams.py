@@ -133,8 +133,9 @@ def test_a_copy_of_the_model_alone_is_no_longer_the_losss():
     loss_func = BT2Loss(task(6), basis, centers, match_weight=0.0)
     inputs, old = torch.randn(N, 4), rows(OLD_WIDTH, seed=1)
     loss_func(model(inputs), LABELS, ref_emb=old).backward()
-    with pytest.raises(ValueError, match=r"must come from the basis that the loss was made with.*deepcopy"):
-        loss_func(copy.deepcopy(model)(inputs), LABELS, ref_emb=old)
+    for lose in (lambda z: z, torch.Tensor.double, lambda z: z.half().clone()):
+        with pytest.raises(ValueError, match=r"must come from the basis that the loss was made with.*deepcopy"):
+            loss_func(lose(copy.deepcopy(model)(inputs)), LABELS, ref_emb=old)
     both = copy.deepcopy((model, loss_func))
     both[1](both[0](inputs), LABELS, ref_emb=old).backward()
 
