@@ -25,7 +25,8 @@ class TermReducers(MultipleReducers):
             key = escaped(name)
             reducer = own[key] if key in own else self.default_reducer  # noqa: SIM401 (no .get)
             values.append(_reduced_by(reducer, name, info, embeddings, labels).to(embeddings.dtype))
-        self.terms = {name: value.detach() for name, value in zip(loss_dict, values, strict=True)}
+        self.terms.clear()
+        self.terms.update((name, value.detach()) for name, value in zip(loss_dict, values, strict=True))
         return sum(values[1:], values[0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ class BCTLoss(TaskAndTermsLoss):
             ``parameters()`` of this loss. Its class weights start short (:func:`shorten_class_weights`).
         old_classifier: the frozen classifier; its tensors are buffers.
         influence_weight: None, or the multiplier ``lambda`` of the paper's form, 0 or more; 1 is what public code has.
-            An attribute that may be set at any time.
+            An attribute that may be set at any time, and is in ``state_dict()``.
         class_weight_length: of the task loss's class weights at construction, above 0; None leaves them as they are.
         **kwargs: ``reducer`` (for the influence term, one loss a known sample; default ``MeanReducer``),
             ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats`` both terms
@@ -81,14 +82,33 @@ class BCTLoss(TaskAndTermsLoss):
                 "FrozenClassifier.from_loss(old_loss), .from_layer(old_linear) or .from_centers(class_centers)"
             )
         self.old_classifier = old_classifier
-        self.influence_weight = check_weight(influence_weight, "influence_weight")
+        self.influence_weight = influence_weight
         self._by_old_loss = False  # whether the paper's form is taken without a weight, too
         if self.influence_weight is not None:
             self.add_to_recordable_attributes(list_of_names=["influence_weight"], is_stat=False)
         self.add_to_recordable_attributes(name="known_fraction", is_stat=True)
+        self.register_load_state_dict_pre_hook(_keep_weight)
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", "influence_loss"]
+
+    @property
+    def influence_weight(self) -> float | None:
+        """The multiplier of the paper's form, or None for one that is measured."""
+        return self._influence_weight
+
+    @influence_weight.setter
+    def influence_weight(self, weight: float | None) -> None:
+        self._influence_weight = check_weight(weight, "influence_weight")
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Return the influence's weight, NaN for None, for ``state_dict()``."""
+        return torch.tensor(math.nan if self.influence_weight is None else self.influence_weight, dtype=torch.float64)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Go on with the influence's weight of a state."""
+        weight = float(state)
+        self.influence_weight = None if math.isnan(weight) else weight
 
     @property
     def needs_labels(self) -> bool:
@@ -132,3 +152,8 @@ class BCTLoss(TaskAndTermsLoss):
         by_old_loss = self._by_old_loss or weight is not None
         losses = old.losses_at(old_space, targets) if by_old_loss else old.direction_losses_at(old_space, targets)
         return {"influence_loss": per_sample(losses if weight is None else losses * weight, index)}
+
+
+def _keep_weight(loss: BCTLoss, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Keep the weight where a state has none, as those of earlier versions."""
+    state.setdefault(f"{prefix}_extra_state", loss.get_extra_state())

@@ -32,7 +32,8 @@ class UniBCTLoss(BCTLoss):
 
     The paper's schedule: no influence until epoch 10, and prototypes refined after epochs 10 and 20. To follow it,
     start with ``influence_weight=0``, and set the attribute when the prototypes are first refined; plain class means
-    are good prototypes to start with too. The attribute is in no ``state_dict``: set it again after a resume. ::
+    are good prototypes to start with too. The attribute is in ``state_dict()``, so that a training that
+    is resumed goes on with it. ::
 
         if epoch in (10, 20):
             loss_func.update_prototypes(old_embeddings, embed(model, train_set), labels)
@@ -42,7 +43,7 @@ class UniBCTLoss(BCTLoss):
         prototypes: of the old embeddings of the new training set: ``ClassCenters.from_embeddings`` or
             ``refine_prototypes``. Copied, as buffers; samples of other labels take no part in the influence.
         influence_weight: None, or the multiplier ``lambda`` of the paper's form, 0 or more. An attribute that may be
-            set at any time.
+            set at any time, and is in ``state_dict()``.
         scale: ``s`` of the cosines in the paper's form, above 0; None: the one that fits the old embeddings best.
         margin: ``m`` on the angle with the own prototype in the paper's form, in radians, in [0, pi]; 0 is a softmax.
             A scale or a margin makes it the paper's form without an ``influence_weight``, too.
