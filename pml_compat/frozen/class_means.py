@@ -11,7 +11,7 @@ from torch.nn.functional import normalize as unit
 
 from ..checks import check_embeddings, check_labels, check_matrix
 from ..precision import precise_dtype
-from .class_centers import largest_without_outliers
+from .measured_classes import largest_without_outliers
 
 _BATCH_ROWS = 8192  # an array is read in pieces, so that a memory map stays on disk
 

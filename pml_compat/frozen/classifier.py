@@ -98,7 +98,7 @@ class FrozenClassifier(torch.nn.Module):
         self.head = head
         self.register_buffer("rows", rows.contiguous().clone())
         self.register_buffer("bias", bias if bias is None else bias.clone())
-        self.register_buffer("directions", _class_directions(weight, head.centers_per_class))
+        self.register_buffer("directions", class_directions_of(weight, head.centers_per_class))
         self.label_map = LabelMap(labels.to(weight.device))
 
     @classmethod
@@ -251,7 +251,7 @@ class FrozenClassifier(torch.nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Load what was saved before there were directions, too."""
         if f"{prefix}rows" in state_dict:
-            rows = _class_directions(state_dict[f"{prefix}rows"], self.head.centers_per_class)
+            rows = class_directions_of(state_dict[f"{prefix}rows"], self.head.centers_per_class)
             state_dict.setdefault(f"{prefix}directions", rows)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
@@ -260,7 +260,7 @@ class FrozenClassifier(torch.nn.Module):
         return f"classes={len(self.label_map)}, in_features={self.in_features}, head={self.head}"
 
 
-def _class_directions(rows: torch.Tensor, centers_per_class: int) -> torch.Tensor:
+def class_directions_of(rows: torch.Tensor, centers_per_class: int) -> torch.Tensor:
     """Return one direction a class, ``(C, D)``: of several centres the mean; a row of length 0 has none."""
     directions = torch.nn.functional.normalize(rows, dim=1)
     if centers_per_class == 1:

@@ -50,8 +50,9 @@ class AdvBCTLoss(NamedTermsLoss):
     term has given up; lower T then. ``discriminator_accuracy`` near 0.5 means that D cannot tell the two apart.
 
     Args:
-        centers: ``(C, D)`` mean of each class's unit old embeddings; see :meth:`from_embeddings`.
-        radii: ``(C,)`` distance from it that new embeddings may have; 0 or more.
+        centers: the pair ``(embeddings, labels)`` of the old embeddings of the new training set, or, with ``radii``,
+            the ``(C, D)`` mean of each class's unit old embeddings.
+        radii: ``(C,)`` distance from it that new embeddings may have; 0 or more; None with a pair.
         labels: ``(C,)`` the label, of the new training set, of each row; by default row i is label i.
         adversarial_weight: the multiplier :math:`\lambda_a`, 0 or more.
         boundary_weight: the multiplier :math:`\lambda_b`, 0 or more.
@@ -97,7 +98,7 @@ class AdvBCTLoss(NamedTermsLoss):
     def __init__(
         self,
         centers: Any,
-        radii: Any,
+        radii: Any = None,
         labels: Any = None,
         *,
         adversarial_weight: float = 1.0,
@@ -109,6 +110,8 @@ class AdvBCTLoss(NamedTermsLoss):
     ) -> None:
         super().__init__(**kwargs)
         self.normalize = normalize
+        if radii is None:
+            centers, radii, labels = _measured_balls(centers, labels)
         centers, radii = _check_balls(centers, radii)
         labels = check_labels(
             torch.arange(len(centers)) if labels is None else torch.as_tensor(labels), length=len(centers)
@@ -149,18 +152,7 @@ class AdvBCTLoss(NamedTermsLoss):
         Warns:
             UserWarning: classes of one sample, which are left out of the boundary term.
         """
-        classes = class_means(old_embeddings, labels)
-        several = classes.counts > 1
-        found = int(several.sum())
-        if found == 0:
-            raise ValueError("old_embeddings must have a class of two samples or more, for its radius; got none")
-        if found < len(several):
-            single = len(several) - found
-            warnings.warn(
-                f"AdvBCTLoss leaves {single} of {len(several)} classes, those of one sample, out of the boundary term",
-                stacklevel=2,
-            )
-        return cls(classes.means[several], classes.radii()[several], classes.labels[several], **kwargs)
+        return cls((old_embeddings, labels), **kwargs)
 
     def set_progress(self, progress: float) -> None:
         """Say how much of the training is done: 0 at its start, 1 at its end; it is saved with the loss's state.
@@ -261,6 +253,27 @@ class _ReverseGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (coefficient,) = ctx.saved_tensors
         return -coefficient * gradient, None
+
+
+def _measured_balls(given: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return means, radii and labels of the classes of several samples, of a pair (old embeddings, labels)."""
+    if not isinstance(given, tuple | list) or len(given) != 2 or labels is not None:
+        raise ValueError(
+            f"radii must be given with centers and labels, or centers be the pair (embeddings, labels) alone; got no "
+            f"radii and {type(given).__name__} (other forms know no distances to the mean)"
+        )
+    classes = class_means(*given)
+    several = classes.counts > 1
+    found = int(several.sum())
+    if found == 0:
+        raise ValueError("old_embeddings must have a class of two samples or more, for its radius; got none")
+    if found < len(several):
+        single = len(several) - found
+        warnings.warn(
+            f"AdvBCTLoss leaves {single} of {len(several)} classes, those of one sample, out of the boundary term",
+            stacklevel=4,
+        )
+    return classes.means[several], classes.radii()[several], classes.labels[several]
 
 
 def _check_balls(centers: Any, radii: Any) -> tuple[torch.Tensor, torch.Tensor]:

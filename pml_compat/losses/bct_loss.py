@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..checks import check_same_device, count_rows, rows_where
-from ..frozen import FrozenClassifier
+from ..frozen.old_system import OldSystem, as_classifier
 from ..width import fit_width
 from ._base import check_weight
 from ._reduction import per_sample
@@ -34,7 +34,8 @@ class BCTLoss(TaskAndTermsLoss):
     Args:
         loss: the task loss, any PML loss; it keeps its own reducer and may have parameters, which are in
             ``parameters()`` of this loss. Its class weights start short (:func:`shorten_class_weights`).
-        old_classifier: the frozen classifier; its tensors are buffers.
+        old_classifier: the FrozenClassifier, whose tensors are buffers; or what one is made of, ClassCenters or the
+            pair ``(embeddings, labels)`` of stored old embeddings of the new training set.
         influence_weight: None, or the multiplier ``lambda`` of the paper's form, 0 or more; 1 is what public code has.
             An attribute that may be set at any time, and is in ``state_dict()``.
         class_weight_length: of the task loss's class weights at construction, above 0; None leaves them as they are.
@@ -47,11 +48,12 @@ class BCTLoss(TaskAndTermsLoss):
           unless ``influence_weight=0``. What else the call is given goes to the task loss
         - output: scalar, float32 or better; ``terms["task_loss"]`` and ``terms["influence_loss"]`` after the call
     Raises:
-        ValueError: ``influence_weight`` < 0 or ``class_weight_length`` not above 0; ``old_classifier`` no
-            FrozenClassifier; embeddings empty, NaN, infinite or on another device; labels missing, negative or
+        ValueError: ``influence_weight`` < 0 or ``class_weight_length`` not above 0; ``old_classifier``
+            something else; embeddings empty, NaN, infinite or on another device; labels missing, negative or
             past the task loss's classes.
     Example:
         >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
+        >>> from pml_compat.frozen import FrozenClassifier
         >>> old_classifier = FrozenClassifier(torch.randn(5, 8), kind="cosine")  # old classes: labels 0 to 4
         >>> loss_func = BCTLoss(NormalizedSoftmaxLoss(num_classes=10, embedding_size=16), old_classifier)
         >>> loss = loss_func(torch.randn(4, 16), torch.tensor([0, 3, 7, 9]))
@@ -69,19 +71,14 @@ class BCTLoss(TaskAndTermsLoss):
     def __init__(
         self,
         loss: torch.nn.Module,
-        old_classifier: FrozenClassifier,
+        old_classifier: OldSystem,
         influence_weight: float | None = None,
         *,
         class_weight_length: float | None = CLASS_WEIGHT_LENGTH,
         **kwargs: Any,
     ) -> None:
         super().__init__(loss, balanced=("influence_loss",), class_weight_length=class_weight_length, **kwargs)
-        if not isinstance(old_classifier, FrozenClassifier):
-            raise ValueError(
-                f"old_classifier must be a FrozenClassifier, got {type(old_classifier).__name__}; make one with "
-                "FrozenClassifier.from_loss(old_loss), .from_layer(old_linear) or .from_centers(class_centers)"
-            )
-        self.old_classifier = old_classifier
+        self.old_classifier = as_classifier(old_classifier)
         self.influence_weight = influence_weight
         self._by_old_loss = False  # whether the paper's form is taken without a weight, too
         if self.influence_weight is not None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..checks import check_finite, check_matrix, check_number, check_same_device, count_rows, rows_where
-from ..frozen import ClassCenters, FrozenClassifier
-from ..frozen.class_centers import check_centers
+from ..frozen import FrozenClassifier
+from ..frozen.old_system import OldSystem, as_centers
 from ..heads import BasisTransformation
 from ..old_references import as_rows
 from ..unit_rows import unit_rows
@@ -45,7 +45,8 @@ class BT2Loss(TaskAndTermsLoss):
         loss: the task loss, any PML loss, for embeddings ``basis.new_features`` wide; it keeps its own reducer, and
             its parameters are in ``parameters()`` of this loss.
         basis: the model's.
-        centers: of the old embeddings of the new training set; copied, as buffers.
+        centers: of the old embeddings of the new training set: ClassCenters, the pair ``(embeddings, labels)`` or a
+            FrozenClassifier; copied, as buffers.
         match_weight: the multiplier :math:`\lambda_1`; 0 or more. At 0 no independent embeddings are needed.
         class_weight: the multiplier :math:`\lambda_2`; 0 or more.
         point_weight: the multiplier :math:`\lambda_3`; 0 or more. At 0 no old embeddings are needed.
@@ -69,6 +70,7 @@ class BT2Loss(TaskAndTermsLoss):
             past the task loss's classes; ``ref_labels`` of other rows.
     Example:
         >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
+        >>> from pml_compat.frozen import ClassCenters
         >>> old, independent, labels = torch.randn(40, 8), torch.randn(40, 16), torch.arange(40) % 10
         >>> basis = BasisTransformation(new_features=16, old_features=8, extra_features=4)
         >>> model = torch.nn.Sequential(torch.nn.Linear(12, basis.in_features), basis)
@@ -95,7 +97,7 @@ class BT2Loss(TaskAndTermsLoss):
         self,
         loss: torch.nn.Module,
         basis: BasisTransformation,
-        centers: ClassCenters,
+        centers: OldSystem,
         match_weight: float = 1.0,
         class_weight: float = 10.0,
         point_weight: float = 5.0,
@@ -109,7 +111,7 @@ class BT2Loss(TaskAndTermsLoss):
                 "pml_compat.heads.BasisTransformation(new_features, old_features) and end the model with it"
             )
         check_task_width(loss, basis.new_features, "basis.new_features")
-        check_centers(centers, width=basis.old_features)
+        centers = as_centers(centers, width=basis.old_features)
         # Past nn.Module's registration: it is the model's, and would be optimised and saved twice.
         self.__dict__["basis"] = basis
         self.old_classifier = FrozenClassifier.from_centers(centers, scale)

@@ -9,8 +9,8 @@ import torch
 from pytorch_metric_learning.losses import SupConLoss
 
 from ..checks import check_embeddings, check_same_device, one_read, values_known
-from ..frozen import ClassCenters, FrozenClassifier
-from ..frozen.class_centers import check_centers
+from ..frozen import FrozenClassifier
+from ..frozen.old_system import OldSystem, as_centers
 from ..heads import CompatibleHead
 from ..precision import at_least_float32
 from ._task import Given, check_task_width
@@ -48,7 +48,8 @@ class CompatibleHeadLoss(CompatibleLoss):
             all with the one of a head of one part; and with the targets as ``ref_emb``. None for the terms above,
             ``"point_loss"``, ``"class_loss"`` and ``"contrast_loss"``.
         weights: their multipliers; None for those above, or with ``old_losses`` for 1.
-        centers: of the old model's embeddings of the new training set, for the second term; needed where the old model
+        centers: of the old model's embeddings of the new training set (ClassCenters, the pair ``(embeddings, labels)``
+            or a FrozenClassifier), for the second term; needed where the old model
             never saw most classes. None: there is no such term.
         **kwargs: ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``; each loss reduces by its own
             reducer.
@@ -65,6 +66,7 @@ class CompatibleHeadLoss(CompatibleLoss):
             classes.
     Example:
         >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
+        >>> from pml_compat.frozen import ClassCenters
         >>> old, labels = torch.randn(40, 8), torch.arange(40) % 10
         >>> head, task_loss = CompatibleHead(12, 8), NormalizedSoftmaxLoss(num_classes=10, embedding_size=12)
         >>> loss_func = CompatibleHeadLoss(task_loss, head, centers=ClassCenters.from_embeddings(old, labels))
@@ -87,7 +89,7 @@ class CompatibleHeadLoss(CompatibleLoss):
         old_losses: torch.nn.Module | Mapping[str, torch.nn.Module] | None = None,
         weights: float | Mapping[str, float] | None = None,
         *,
-        centers: ClassCenters | None = None,
+        centers: OldSystem | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(head, CompatibleHead):
@@ -161,9 +163,9 @@ class CompatibleHeadLoss(CompatibleLoss):
 class _ClassTerm(torch.nn.Module):
     """The softmax over the directions of the old classes, as a loss that is called like those of old embeddings."""
 
-    def __init__(self, centers: ClassCenters, head: CompatibleHead) -> None:
+    def __init__(self, centers: OldSystem, head: CompatibleHead) -> None:
         super().__init__()
-        check_centers(centers, width=head.old_features)
+        centers = as_centers(centers, width=head.old_features)
         rows = head.target(centers.directions)
         self.classifier = FrozenClassifier(rows, labels=centers.labels, kind="cosine")
         self.needs_ref_emb, self.needs_labels = False, True

@@ -10,6 +10,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_finite, check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
 from ..frozen import FrozenClassifier
+from ..frozen.old_system import OldSystem, as_classifier
 from ..precision import no_autocast
 from ..transformations.fastfill import gaussian_losses
 from ..unit_rows import unit_rows
@@ -37,7 +38,8 @@ class FastFillLoss(NamedTermsLoss):
             return fct(mapped, ref_emb=ref_emb) + fastfill(mapped.detach(), ref_emb=ref_emb, log_var=log_var)
 
     Args:
-        new_classifier: the new model's, frozen: ``FrozenClassifier.from_loss(new_task_loss)``; None: no second term.
+        new_classifier: the new model's, frozen: ``FrozenClassifier.from_loss(new_task_loss)``; or ClassCenters, or the
+            pair ``(embeddings, labels)`` of stored new embeddings. None: no second term.
         classifier_weight: the multiplier ``w``; 0 or more, no unit.
         **kwargs: ``distance``: ``LpDistance(normalize_embeddings=False, p=2, power=2)`` by default, errors as they are;
             with ``normalize_embeddings=True`` those of unit rows, for galleries that are searched by cosine.
@@ -51,7 +53,7 @@ class FastFillLoss(NamedTermsLoss):
         - output: scalar, float32 or better; ``terms["likelihood_loss"]`` and, with ``new_classifier``,
           ``terms["classification_loss"]`` after the call
     Raises:
-        ValueError: ``new_classifier`` no FrozenClassifier, or of another width; ``classifier_weight`` < 0; another
+        ValueError: ``new_classifier`` something else, or of another width; ``classifier_weight`` < 0; another
             distance; ``ref_emb`` or ``log_var`` missing, or not one row (one entry) an embedding; empty, NaN or
             infinite; another device; ``labels`` missing where they are needed; an ``indices_tuple``.
     Example:
@@ -69,15 +71,9 @@ class FastFillLoss(NamedTermsLoss):
         width, the weight 1, unit rows, and that labels which the classifier does not know are left out.
     """
 
-    def __init__(
-        self, new_classifier: FrozenClassifier | None = None, classifier_weight: float = 1.0, **kwargs: Any
-    ) -> None:
-        if not isinstance(new_classifier, FrozenClassifier | None):
-            raise ValueError(
-                f"new_classifier must be a FrozenClassifier or None, got {type(new_classifier).__name__}; make one "
-                "with FrozenClassifier.from_loss(new_task_loss) or .from_layer(new_linear)"
-            )
-        self._classifies = new_classifier is not None  # before PML's __init__, which asks for the names of the terms
+    def __init__(self, new_classifier: OldSystem | None = None, classifier_weight: float = 1.0, **kwargs: Any) -> None:
+        classifier = None if new_classifier is None else as_classifier(new_classifier, "new_classifier")
+        self._classifies = classifier is not None  # before PML's __init__, which asks for the names of the terms
         super().__init__(**kwargs)
         distance: BaseDistance = self.distance
         if not isinstance(distance, LpDistance) or (distance.p, distance.power) != (2, 2):
@@ -85,7 +81,7 @@ class FastFillLoss(NamedTermsLoss):
                 "distance must be LpDistance(p=2, power=2), with normalize_embeddings=True for cosines, got "
                 f"{type(distance).__name__}(p={distance.p}, power={distance.power})"
             )
-        self.new_classifier: FrozenClassifier | None = new_classifier
+        self.new_classifier = classifier
         self.classifier_weight = check_number(classifier_weight, "classifier_weight", minimum=0)
         self.add_to_recordable_attributes(list_of_names=["classifier_weight"], is_stat=False)
 
