@@ -49,9 +49,14 @@ class MeanOfPositive(AvgNonZeroReducer):
     def element_reduction(
         self, losses: torch.Tensor, loss_indices: Any, embeddings: torch.Tensor, labels: Any
     ) -> torch.Tensor:
-        """Return the mean over the losses above 0; where there are none, 0."""
-        above = losses > 0
-        return torch.where(above, losses, 0).sum() / above.sum().clamp(min=1)
+        """Return :func:`mean_of_positive`."""
+        return mean_of_positive(losses)
+
+
+def mean_of_positive(losses: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the losses above 0; where there are none, 0."""
+    above = losses > 0
+    return torch.where(above, losses, 0).sum() / above.sum().clamp(min=1)
 
 
 def reduced(loss: torch.Tensor) -> dict[str, Any]:

@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import SupConLoss
 
-from ..checks import check_embeddings, check_same_device, one_read, values_known
+from ..checks import check_embeddings, check_labels, check_same_device, one_read, values_known
 from ..frozen import FrozenClassifier
 from ..frozen.old_system import OldSystem, as_centers
 from ..heads import CompatibleHead
-from ..precision import at_least_float32
+from ..precision import at_least_float32, no_autocast
+from ..unit_rows import unit_rows
+from ._reduction import mean_of_positive
 from ._task import Given, check_task_width
 from .compatible_loss import CompatibleLoss, check_old_losses
-from .cross_model_loss import CrossModelLoss
+from .old_rows import check_old_rows
 from .point_alignment_loss import PointAlignmentLoss
+from .supervised_contrast import supervised_contrast
 
+_TEMPERATURE = 0.1
 _WEIGHTS = {"point_loss": 10.0, "contrast_loss": 5.0}
 _WEIGHTS_WITH_CENTERS = {"point_loss": 10.0, "class_loss": 1.0, "contrast_loss": 3.0}
 
@@ -33,9 +36,9 @@ class CompatibleHeadLoss(CompatibleLoss):
     :math:`t = ` ``head.target(old_embeddings)`` is what the old model says of the items of the batch. The first added
     term (:class:`PointAlignmentLoss`, weight 10) teaches the head the old space itself, also where no training class
     lies; the second (weight 1, scale 16) where queries of each class find the old embeddings, if ``centers`` say so;
-    the third (:class:`CrossModelLoss` of PML's ``SupConLoss``, weight 3, without ``centers`` 5,
-    :math:`\tau = 0.1`) what of the old space tells the classes of the batch apart (PML gives 0 for a batch of one
-    class). Give ``old_losses`` for other terms; a head of several parts has one for each term.
+    the third (weight 3, without ``centers`` 5, :math:`\tau = 0.1`) what of the old space tells the classes of the batch
+    apart, 0 for a batch of one class. Give ``old_losses`` for other terms; a head of several parts has one for each
+    term.
 
     The head belongs to the model. The loss refers to it and does not own it: ``loss.head`` is in neither
     ``parameters()`` nor ``state_dict()``. Copy or pickle the two in one go, ``copy.deepcopy((model, loss))``.
@@ -98,7 +101,7 @@ class CompatibleHeadLoss(CompatibleLoss):
         if old_losses is None:
             terms: dict[str, torch.nn.Module] = {
                 "point_loss": PointAlignmentLoss(),
-                "contrast_loss": CrossModelLoss(SupConLoss(temperature=0.1)),
+                "contrast_loss": _ContrastTerm(),
             }
             default = _WEIGHTS
             if centers is not None:
@@ -174,3 +177,20 @@ class _ClassTerm(torch.nn.Module):
         """Return the mean over the samples whose class has a direction."""
         losses, known = self.classifier.losses(embeddings, labels)
         return losses.sum() / known.sum().clamp(min=1)
+
+
+class _ContrastTerm(torch.nn.Module):
+    """The supervised contrast of new embeddings with old ones."""
+
+    needs_ref_emb, needs_labels = True, True
+
+    def forward(
+        self, embeddings: torch.Tensor, labels: torch.Tensor, *, ref_emb: torch.Tensor, ref_labels: Any = None
+    ) -> torch.Tensor:
+        """Return the mean over the rows of a class that is there; 0 where there is no other to be told apart from."""
+        new, old = check_old_rows(embeddings, ref_emb)
+        ref_labels = labels if ref_labels is None else check_labels(ref_labels, "ref_labels", len(old))
+        with no_autocast(new):
+            losses = supervised_contrast(unit_rows(new), unit_rows(old), labels, ref_labels, _TEMPERATURE)
+            several = (labels != ref_labels[:1]).any() | (ref_labels != ref_labels[:1]).any()
+            return torch.where(several, mean_of_positive(losses), 0.0)

@@ -15,6 +15,7 @@ from ..unit_rows import unit_rows
 from ._base import NamedTermsLoss
 from ._reduction import per_sample
 from .old_rows import check_old_rows
+from .supervised_contrast import supervised_contrast
 
 
 class FCTLoss(NamedTermsLoss):
@@ -116,21 +117,7 @@ class FCTLoss(NamedTermsLoss):
                         "over the training set makes each row find its own"
                     )
                 labels = check_labels(labels, length=len(one)).to(one.device)
-                losses = losses + self.contrast_weight * contrast_losses(other_unit, unit, labels, self.temperature)
+                losses = losses + self.contrast_weight * supervised_contrast(
+                    other_unit, unit, labels, labels, self.temperature
+                )
         return {"loss": per_sample(losses)}
-
-
-def contrast_losses(
-    queries: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Return what each query misses of the rows of its class: the cross-entropy of its softmax with their share.
-
-    The mean of a query's scores within its class is its score with their mean, so that no mask of all pairs is needed.
-    """
-    ordered, order = labels.sort()
-    place = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).cumsum(0)])
-    position = torch.empty_like(order).index_copy(0, order, place)  # as of torch.unique, which waits for the device
-    counts = gallery.new_zeros(len(gallery)).index_add(0, position, gallery.new_ones(len(gallery)))
-    sums = torch.zeros_like(gallery).index_add(0, position, gallery)
-    wanted = (queries * sums[position]).sum(1) / counts[position]
-    return (queries @ gallery.t() / temperature).logsumexp(1) - wanted / temperature
