@@ -23,7 +23,7 @@ class _Reads(threading.local):
     def __init__(self) -> None:
         self.pending: list[tuple[Sequence[torch.Tensor], Callable[..., None]]] | None = None
         self.known = False
-        self.counts: dict[int, int] = {}
+        self.counts: dict[tuple[int, str], int] = {}
 
 
 _reads = _Reads()
@@ -81,14 +81,17 @@ def values_are_known() -> bool:
     return torch.compiler.is_compiling() or _reads.known
 
 
-def count_rows(owner: Any, mask: torch.Tensor) -> None:
-    """Ask, inside :func:`one_read`, how many rows ``owner`` will be asked for by :func:`rows_where`."""
-    check_values([mask.sum()], lambda count: _reads.counts.__setitem__(id(owner), int(count)))
+def count_rows(owner: Any, mask: torch.Tensor, which: str = "") -> None:
+    """Ask, inside :func:`one_read`, how many rows ``owner`` will be asked for by :func:`rows_where`.
+
+    ``which`` tells several counts of one owner apart.
+    """
+    check_values([mask.sum()], lambda count: _reads.counts.__setitem__((id(owner), which), int(count)))
 
 
-def counted_rows(owner: Any) -> int | None:
+def counted_rows(owner: Any, which: str = "") -> int | None:
     """Return how many rows were counted for ``owner`` by :func:`count_rows`; None where they were not."""
-    return None if torch.compiler.is_compiling() else _reads.counts.get(id(owner))
+    return None if torch.compiler.is_compiling() else _reads.counts.get((id(owner), which))
 
 
 def rows_where(owner: Any, mask: torch.Tensor) -> torch.Tensor:

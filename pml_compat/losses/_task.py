@@ -96,7 +96,7 @@ class TaskAndTermsLoss(NamedTermsLoss):
             _check_range(check_labels(labels), self.num_classes)
         super().check_given(embeddings, labels, indices_tuple, ref_emb, ref_labels, **others)
         if takes_directions(self.loss):
-            count_rows(self.loss, _has_direction(embeddings, embeddings.dtype))
+            count_rows(self, _has_direction(embeddings, embeddings.dtype), "directions")
 
     def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
         """Look for the task loss, where it is one of ours."""
@@ -131,7 +131,7 @@ class TaskAndTermsLoss(NamedTermsLoss):
     def task(self, seen: torch.Tensor, given: Given, indices_tuple: Any, **task_arguments: Any) -> torch.Tensor:
         """Return the task loss of what it takes."""
         whole = seen is given.embeddings  # whose rows were counted
-        if not (whole and counted_rows(self.loss) == len(seen)):
+        if not (whole and counted_rows(self, "directions") == len(seen)):
             seen = steady_for(self.loss, seen, given.dtype)
         ref_emb, ref_labels = self.task_references(given)
         if ref_emb is not None:
