@@ -21,11 +21,12 @@ from ..checks import (
 )
 from ..frozen.class_means import class_means
 from ..frozen.label_map import LabelMap
+from ..old_references import check_row_labels
 from ..precision import no_autocast, precise_dtype
 from ..unit_rows import unit_rows
 from ._base import NamedTermsLoss
 from ._reduction import MeanOfPositive, per_sample, reduced
-from .old_rows import check_old_rows, check_row_labels
+from .old_rows import check_old_rows
 
 
 class AdvBCTLoss(NamedTermsLoss):

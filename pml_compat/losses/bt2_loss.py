@@ -11,11 +11,10 @@ from ..checks import check_finite, check_matrix, check_number, check_same_device
 from ..frozen import FrozenClassifier
 from ..frozen.old_system import OldSystem, as_centers
 from ..heads import BasisTransformation
-from ..old_references import as_rows
+from ..old_references import as_rows, check_row_labels
 from ..unit_rows import unit_rows
 from ._reduction import per_sample
 from ._task import Given, TaskAndTermsLoss, check_task_width
-from .old_rows import check_row_labels
 
 _NAMES = ("old", "independent")
 

@@ -10,10 +10,11 @@ from torch.nn.functional import normalize
 
 from ..checks import check_labels, check_matrix, check_number, check_same_device
 from ..frozen.old_system import OldSystem, as_classifier
+from ..old_references import check_row_labels
 from ..precision import no_autocast
 from ._base import NamedTermsLoss
 from ._reduction import per_sample
-from .old_rows import check_old_rows, check_row_labels, check_row_values
+from .old_rows import check_old_rows, check_row_values
 
 
 class FocalDistillationLoss(NamedTermsLoss):

@@ -10,13 +10,14 @@ from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_integer, check_number
 from ..frozen import class_weights
+from ..old_references import check_row_labels
 from ..precision import no_autocast
 from ..unit_rows import unit_rows
 from ..width import fit_width
 from ._base import check_weight
 from ._reduction import per_sample
 from ._task import Given, TaskAndTermsLoss
-from .old_rows import check_old_rows, check_row_labels
+from .old_rows import check_old_rows
 
 
 class MixBCTLoss(TaskAndTermsLoss):

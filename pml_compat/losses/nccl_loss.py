@@ -8,13 +8,14 @@ import torch
 
 from ..checks import check_embeddings, check_integer, check_labels, check_number, check_same_device
 from ..frozen import class_weights
+from ..old_references import check_row_labels
 from ..precision import no_autocast, precise_dtype
 from ..unit_rows import unit_rows
 from ..width import fit_width
 from ._base import check_weight
 from ._reduction import per_sample
 from ._task import Given, TaskAndTermsLoss
-from .old_rows import check_old_rows, check_row_labels
+from .old_rows import check_old_rows
 
 
 class NCCLLoss(TaskAndTermsLoss):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_finite, check_matrix, check_same_device, check_values
+from ..checks import check_finite, check_matrix, check_same_device
 from ..precision import precise_dtype
 from ..width import fit_width
 
@@ -63,22 +63,3 @@ def check_old_rows(
     dtype = precise_dtype(embeddings.dtype)
     old = ref_emb.detach().to(dtype)
     return fit_width(embeddings.to(dtype), old.shape[1]), old
-
-
-def check_row_labels(labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
-    """Check that labels given for the old embeddings are those of the same rows.
-
-    Raises:
-        ValueError: they differ.
-    """
-    if ref_labels is None or ref_labels is labels:
-        return
-    error = "ref_labels must equal labels, as row i of ref_emb is the item of row i of embeddings"
-    if ref_labels.shape != labels.shape:
-        raise ValueError(error)
-
-    def judge(differ: float) -> None:
-        if differ:
-            raise ValueError(error)
-
-    check_values([(ref_labels.to(labels.device) != labels).any()], judge)

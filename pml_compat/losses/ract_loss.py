@@ -8,11 +8,12 @@ import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_integer, check_labels, check_number
+from ..old_references import check_row_labels
 from ..precision import no_autocast
 from ..unit_rows import unit_rows
 from ._base import NamedTermsLoss
 from ._reduction import per_sample
-from .old_rows import check_old_rows, check_row_labels
+from .old_rows import check_old_rows
 
 
 class RACTLoss(NamedTermsLoss):

@@ -143,7 +143,7 @@ class CredibleSampleFilter(CrossModelMiner):
 def _without(mined: tuple[torch.Tensor, ...], credible: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return the tuples whose old references are all credible."""
     if len(mined) == 3:
-        kept = credible[mined[1]] & credible[mined[2]]
+        kept = (credible[mined[1]] & credible[mined[2]]).nonzero()[:, 0]
         return mined[0][kept], mined[1][kept], mined[2][kept]
-    positive, negative = credible[mined[1]], credible[mined[3]]
+    positive, negative = (credible[mined[i]].nonzero()[:, 0] for i in (1, 3))
     return mined[0][positive], mined[1][positive], mined[2][negative], mined[3][negative]

@@ -5,7 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from pytorch_metric_learning import losses
+from torch.nn.parallel import DistributedDataParallel
 
 from pml_compat.frozen import ClassCenters, FrozenClassifier, FrozenEmbeddings
 from pml_compat.heads import BasisTransformation
@@ -101,6 +103,43 @@ def test_a_grad_scaler_takes_float16_steps():
     embeddings = rows().half().requires_grad_()
     (PointAlignmentLoss()(embeddings, ref_emb=rows(seed=1)) * 2**16).backward()
     assert torch.isfinite(embeddings.grad).all()
+
+
+def train_in_ddp(rank, rendezvous, results):
+    """Three steps of AdvBCT on two ranks, the second without a known class on either."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    known = [2, 0, 4]
+    loss_func = AdvBCTLoss(torch.randn(3, WIDTH) / 8, torch.rand(3), known)
+    loss_func.set_progress(0.5)
+    model = DistributedDataParallel(torch.nn.Linear(4, WIDTH))
+    wrapped = DistributedDataParallel(GatheredLoss(loss_func))
+    optimizer = torch.optim.SGD([*model.parameters(), *wrapped.parameters()], lr=0.1)
+    moved = []
+    for labels in (LABELS % 5, LABELS + 9, LABELS % 5):
+        before = [parameter.detach().clone() for parameter in loss_func.parameters()]
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(rank)
+        wrapped(
+            model(torch.randn(N, 4, generator=generator)), labels, ref_emb=torch.randn(N, WIDTH, generator=generator)
+        ).backward()
+        optimizer.step()
+        moved.append(any(not one.equal(two) for one, two in zip(before, loss_func.parameters(), strict=True)))
+    results[rank] = moved, [parameter.detach().numpy() for parameter in loss_func.parameters()]
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_batch_without_a_known_class_trains_on_in_ddp(tmp_path):
+    """Where a parameter gets no gradient DDP waits for it, and fails at the next step."""
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(train_in_ddp, (f"file://{tmp_path / 'rendezvous'}", results), nprocs=2)
+        (moved, first), (_, second) = results[0], results[1]
+    assert moved == [True, True, True]
+    assert all((one == two).all() for one, two in zip(first, second, strict=True))
 
 
 # --- names and nesting
