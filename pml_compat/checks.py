@@ -160,10 +160,10 @@ def check_rows(value: Any, name: str = "embeddings", width: int | None = None) -
     return check_embeddings(rows, name, width)
 
 
-def check_finite(values: torch.Tensor, name: str, first_row: int = 0) -> None:
+def check_finite(values: torch.Tensor, name: str, first_row: int = 0, places: torch.Tensor | None = None) -> None:
     """Raise a ValueError that names the first row of ``values`` with a NaN or an infinity.
 
-    ``first_row`` is the place of ``values[0]`` in what they are a part of.
+    ``first_row`` is the place of ``values[0]`` in what they are a part of, ``places`` that of each row.
 
     It looks at values where :func:`check_values` does.
     """
@@ -176,7 +176,8 @@ def check_finite(values: torch.Tensor, name: str, first_row: int = 0) -> None:
             return
         finite = torch.isfinite(values)
         if not bool(finite.all()):
-            row = first_row + int((~finite).reshape(len(values), -1).any(1).nonzero()[0])
+            row = int((~finite).reshape(len(values), -1).any(1).nonzero()[0])
+            row = first_row + row if places is None else int(places[row])
             raise ValueError(
                 f"{name} must be finite, row {row} has a NaN or an infinity; "
                 "look for a diverged training, a division by zero or a broken file"
