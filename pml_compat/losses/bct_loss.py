@@ -99,12 +99,13 @@ class BCTLoss(TaskAndTermsLoss):
         self._influence_weight = check_weight(weight, "influence_weight")
 
     def get_extra_state(self) -> torch.Tensor:
-        """Return the influence's weight, NaN for None, for ``state_dict()``."""
-        return torch.tensor(math.nan if self.influence_weight is None else self.influence_weight, dtype=torch.float64)
+        """Return the influence's weight, NaN for None, for ``state_dict()``: as bytes, which no device rounds."""
+        weight = math.nan if self.influence_weight is None else self.influence_weight
+        return torch.tensor([weight], dtype=torch.float64).view(torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Go on with the influence's weight of a state."""
-        weight = float(state)
+        weight = float(state.cpu().view(torch.float64))
         self.influence_weight = None if math.isnan(weight) else weight
 
     @property
