@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .precision import precise_dtype
+
 
 class _Reads(threading.local):
     """What one call of a loss asks the device for."""
@@ -21,7 +23,7 @@ class _Reads(threading.local):
     def __init__(self) -> None:
         self.pending: list[tuple[Sequence[torch.Tensor], Callable[..., None]]] | None = None
         self.known = False
-        self.counts: dict[int, int] = {}
+        self.counts: dict[tuple[int, str], int] = {}
 
 
 _reads = _Reads()
@@ -79,14 +81,22 @@ def values_are_known() -> bool:
     return torch.compiler.is_compiling() or _reads.known
 
 
-def count_rows(owner: Any, mask: torch.Tensor) -> None:
-    """Ask, inside :func:`one_read`, how many rows ``owner`` will be asked for by :func:`rows_where`."""
-    check_values([mask.sum()], lambda count: _reads.counts.__setitem__(id(owner), int(count)))
+def count_rows(owner: Any, mask: torch.Tensor, which: str = "") -> None:
+    """Ask, inside :func:`one_read`, how many rows ``owner`` will be asked for by :func:`rows_where`.
+
+    ``which`` tells several counts of one owner apart.
+    """
+    check_values([mask.sum()], lambda count: _reads.counts.__setitem__((id(owner), which), int(count)))
+
+
+def counted_rows(owner: Any, which: str = "") -> int | None:
+    """Return how many rows were counted for ``owner`` by :func:`count_rows`; None where they were not."""
+    return None if torch.compiler.is_compiling() else _reads.counts.get((id(owner), which))
 
 
 def rows_where(owner: Any, mask: torch.Tensor) -> torch.Tensor:
     """Return the indices at which ``mask`` is True, ``(n,)``, without asking the device where they were counted."""
-    count = None if torch.compiler.is_compiling() else _reads.counts.get(id(owner))
+    count = counted_rows(owner)
     if count is None:
         return mask.nonzero()[:, 0]
     if count == len(mask):
@@ -150,10 +160,10 @@ def check_rows(value: Any, name: str = "embeddings", width: int | None = None) -
     return check_embeddings(rows, name, width)
 
 
-def check_finite(values: torch.Tensor, name: str, first_row: int = 0) -> None:
+def check_finite(values: torch.Tensor, name: str, first_row: int = 0, places: torch.Tensor | None = None) -> None:
     """Raise a ValueError that names the first row of ``values`` with a NaN or an infinity.
 
-    ``first_row`` is the place of ``values[0]`` in what they are a part of.
+    ``first_row`` is the place of ``values[0]`` in what they are a part of, ``places`` that of each row.
 
     It looks at values where :func:`check_values` does.
     """
@@ -166,14 +176,15 @@ def check_finite(values: torch.Tensor, name: str, first_row: int = 0) -> None:
             return
         finite = torch.isfinite(values)
         if not bool(finite.all()):
-            row = first_row + int((~finite).reshape(len(values), -1).any(1).nonzero()[0])
+            row = int((~finite).reshape(len(values), -1).any(1).nonzero()[0])
+            row = first_row + row if places is None else int(places[row])
             raise ValueError(
                 f"{name} must be finite, row {row} has a NaN or an infinity; "
                 "look for a diverged training, a division by zero or a broken file"
             )
 
     # float32: it is read beside counts, and a sum of float16 overflows early.
-    check_values([values.sum(dtype=torch.promote_types(values.dtype, torch.float32))], judge)
+    check_values([values.sum(dtype=precise_dtype(values.dtype))], judge)
 
 
 def check_labels(value: Any, name: str = "labels", length: int | None = None) -> torch.Tensor:

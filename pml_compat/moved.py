@@ -1,4 +1,4 @@
-"""Names that have moved: the old import path works for a release, and says where the name is now."""
+"""Names that have moved: the old one works for a release, and says what it is now."""
 
 from __future__ import annotations
 
@@ -27,3 +27,14 @@ def moved(old: str, places: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(importlib.import_module(places[name]), name)
 
     return find
+
+
+def renamed(value: Any, name: str, old_value: Any, old_name: str, stacklevel: int = 3) -> Any:
+    """Return the value of an argument that may be given by its old name for a release, None where by neither."""
+    if old_value is None:
+        return value
+    if value is not None:
+        raise ValueError(f"{old_name} must not be given beside {name}, whose old name it is; got both")
+    message = f"{old_name}= is now {name}=; the old name goes with the next release"
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+    return old_value

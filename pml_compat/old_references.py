@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checks import as_tensor, check_embeddings, check_labels, check_same_device
+from .checks import as_tensor, check_embeddings, check_labels, check_same_device, check_values
 from .frozen.embeddings import FrozenEmbeddings
+from .precision import precise_dtype
 from .width import fit_width
 
 
@@ -18,6 +19,8 @@ def as_rows(rows: Any, embeddings: torch.Tensor) -> Any:
 
     NumPy arrays and FrozenEmbeddings are taken too, whole, as a row is the item of the same row of the batch.
     """
+    if rows is None or isinstance(rows, torch.Tensor):
+        return rows
     if isinstance(rows, Mapping):
         taken = {id(own): as_rows(own, embeddings) for own in rows.values()}
         return {name: taken[id(own)] for name, own in rows.items()}
@@ -65,6 +68,25 @@ def check_references(
         )
     else:
         ref_labels = labels
-    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    dtype = precise_dtype(embeddings.dtype)
     new = fit_width(embeddings.to(dtype), ref_emb.shape[1])
     return new, labels, ref_emb.detach().to(dtype), ref_labels.clone()
+
+
+def check_row_labels(labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
+    """Check that labels given for the old embeddings are those of the same rows.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if ref_labels is None or ref_labels is labels:
+        return
+    error = "ref_labels must equal labels, as row i of ref_emb is the item of row i of embeddings"
+    if ref_labels.shape != labels.shape:
+        raise ValueError(error)
+
+    def judge(differ: float) -> None:
+        if differ:
+            raise ValueError(error)
+
+    check_values([(ref_labels.to(labels.device) != labels).any()], judge)

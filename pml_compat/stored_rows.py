@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checks import as_tensor
+from .checks import as_tensor, check_finite
 
 
 def stored_rows(array: Any, index: torch.Tensor, name: str) -> torch.Tensor:
@@ -18,10 +18,5 @@ def stored_rows(array: Any, index: torch.Tensor, name: str) -> torch.Tensor:
         rows = array.detach()[index.to(array.device)]
     else:
         rows = as_tensor(array[index], name)
-    if not bool(torch.isfinite(rows).all()):
-        bad = int((~torch.isfinite(rows)).any(1).nonzero()[0])
-        raise ValueError(
-            f"{name} must be finite, row {int(index[bad])} has a NaN or an infinity; "
-            "look for a diverged training, a division by zero or a broken file"
-        )
+    check_finite(rows, name, places=index)
     return rows

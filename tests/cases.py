@@ -32,6 +32,7 @@ from pml_compat.losses import (
     UniBCTLoss,
 )
 from pml_compat.miners import HardestCrossModelMiner
+from pml_compat.precision import at_least_float32
 from pml_compat.transformations import LinearTransformation
 
 WIDTH, OLD_WIDTH, CLASSES = 8, 6, 5
@@ -67,7 +68,7 @@ class FastFillOfRows(FastFillLoss):
     """Called as PML calls a loss: the log variance is read off the embeddings."""
 
     def forward(self, embeddings: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        return super().forward(embeddings, *args, log_var=embeddings.mean(1), **kwargs)
+        return super().forward(embeddings, *args, log_var=at_least_float32(embeddings).mean(1), **kwargs)
 
 
 class CompatibleHeadOfRows(CompatibleHeadLoss):

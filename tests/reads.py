@@ -12,34 +12,43 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pml_compat
 
 OURS, THEIRS = (str(Path(package.__file__).parent) for package in (pml_compat, pytorch_metric_learning))
-MINERS = str(Path(OURS) / "miners")  # their tuples have as many rows as they find
+MINERS = str(Path(OURS) / "miners")  # their tuples have as many rows as they find, which is counted for itself
 
 
-def _is_ours() -> bool:
-    """Whether the innermost frame of either package is one of ours, and no miner's."""
+def _whose() -> str:
+    """Return whose the innermost frame of either package is: ours, a miner's of ours, or PML's."""
     frame = sys._getframe()
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith((OURS, THEIRS)):
-            return file.startswith(OURS) and not file.startswith(MINERS)
+            return "miners" if file.startswith(MINERS) else "ours" if file.startswith(OURS) else "theirs"
         frame = frame.f_back
-    return True
+    return "ours"
 
 
 class Reads(TorchDispatchMode):
-    """Counts the values and shapes that Python is to know: all, and those that this package asks for."""
+    """Counts the values and shapes that Python is to know: all, those that our losses ask for, and our miners."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2")
+    WAITS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "equal",
+        "is_nonzero",
+        "masked_select",
+        "unique_dim",
+        "_unique2",
+        "bincount",
+        "repeat_interleave",
+    )
 
     def __init__(self):
         super().__init__()
-        self.found, self.ours = Counter(), Counter()
+        self.found, self.ours, self.miners, self.theirs = Counter(), Counter(), Counter(), Counter()
         self.lists = _Lists(self)
 
     def count(self, name):
         self.found[name] += 1
-        if _is_ours():
-            self.ours[name] += 1
+        getattr(self, _whose())[name] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__

@@ -10,6 +10,7 @@ from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners, reducers, regularizers, trainers
 from pytorch_metric_learning.utils import distributed as pml_distributed
 
+from pml_compat.losses import AdvBCTLoss, BCTLoss, UniBCTLoss
 from tests.cases import ALIGNED, BALANCED, CLASSES, LOSSES, PAIRED, RANDOM, WIDTH, batch, build, references
 from tests.reads import Reads
 
@@ -27,6 +28,14 @@ REDUCERS = {
     "threshold": lambda: reducers.ThresholdReducer(low=0),
     "class_weighted": lambda: reducers.ClassWeightedReducer(torch.ones(CLASSES)),
     "multiple": lambda: reducers.MultipleReducers({"task_loss": reducers.MeanReducer()}, reducers.SumReducer()),
+}
+
+
+# What a user changes of a loss as training goes on.
+SCHEDULES = {
+    AdvBCTLoss: lambda loss: loss.set_progress(0.8),
+    BCTLoss: lambda loss: setattr(loss, "influence_weight", 2.5),
+    UniBCTLoss: lambda loss: setattr(loss, "influence_weight", None if loss.influence_weight else 2.5),
 }
 
 
@@ -100,6 +109,29 @@ def test_state_dict_round_trip(name):
     assert step(source, **references(name)) == step(target, **references(name))
 
 
+@every_loss
+def test_a_training_that_is_resumed_goes_on_as_it_would_have(name):
+    """Whatever calls and users change of a loss, in training, is in its state."""
+    source, target = build(name, seed=0), build(name, seed=1)
+    for _ in range(3):
+        step(source, **references(name))
+    SCHEDULES.get(type(source), lambda loss: None)(source)
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    target.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    for _ in range(2):
+        assert step(source, **references(name)) == step(target, **references(name))
+
+
+@pytest.mark.parametrize("name", ["bct", "unibct", "bct_default"])
+def test_states_without_a_weight_are_still_loaded(name):
+    source, target = build(name, seed=0), build(name, seed=0)
+    source.influence_weight = 3.0
+    state = {key: value for key, value in source.state_dict().items() if not key.endswith("_extra_state")}
+    target.load_state_dict(state)
+    assert target.influence_weight == build(name).influence_weight
+
+
 @every_paired_loss
 def test_labels_of_the_old_embeddings_may_be_any_copy_or_left_out(name):
     """PML drops the pairs of a sample with itself where both labels are one object: here they are the positives."""
@@ -145,7 +177,8 @@ def test_old_tensors_are_buffers_and_follow_to(name):
     assert any(key.startswith("old_") for key in frozen)
     assert not any(key.startswith("old_") for key, _ in loss_func.named_parameters())
     loss_func.to("meta")
-    assert {tensor.device.type for tensor in loss_func.state_dict().values()} == {"meta"}
+    tensors = {key: tensor for key, tensor in loss_func.state_dict().items() if not key.endswith("_extra_state")}
+    assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
 
 
 @every_loss
@@ -235,7 +268,7 @@ def test_one_step_of_a_pml_trainer(name):
     trainer.train()
     assert not model.weight.equal(before[0]["weight"])
     for key, tensor in loss_func.state_dict().items():
-        stays = name not in BALANCED if key.startswith("balance.") else key.startswith("old_")
+        stays = name not in BALANCED if key.startswith("balance.") else key.startswith(("old_", "_extra_state"))
         assert stays == tensor.equal(before[1][key])
 
 

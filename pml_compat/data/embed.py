@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..checks import as_tensor, check_finite, check_integer
 from ..frozen import FrozenEmbeddings, model_fingerprint
+from ..precision import precise_dtype
 from .nest import moved_to
 
 _LABELS = ("label", "labels")
@@ -122,7 +123,7 @@ def _embedded(
         if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or not rows.is_floating_point():
             got = tuple(rows.shape) if isinstance(rows, torch.Tensor) else type(rows).__name__
             raise ValueError(f"model must return a tensor of shape (N, D), got {got}; wrap what picks the embedding")
-        rows = rows.to("cpu", torch.promote_types(rows.dtype, torch.float32)).contiguous()
+        rows = rows.to("cpu", precise_dtype(rows.dtype)).contiguous()
         check_finite(rows, "embeddings", first_row)
         first_row += len(rows)
         if ids is not None and len(ids) != len(rows):

@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import normalize as unit
 
 from ..checks import check_embeddings, check_labels, check_matrix
-from .class_centers import largest_without_outliers
+from ..precision import precise_dtype
+from .measured_classes import largest_without_outliers
 
 _BATCH_ROWS = 8192  # an array is read in pieces, so that a memory map stays on disk
 
@@ -80,7 +81,7 @@ def class_means(embeddings: Any, labels: Any, *, normalize: bool = True) -> Clas
     for start, piece in pieces(embeddings, normalize):
         own = slice(start, start + len(piece))
         distances[own] = torch.linalg.vector_norm(piece - means[rows[own]], dim=1)
-    dtype = torch.promote_types(check_embeddings(embeddings[:1]).dtype, torch.float32)
+    dtype = precise_dtype(check_embeddings(embeddings[:1]).dtype)
     return ClassMeans(labels, counts, means.to(dtype), rows, distances)
 
 

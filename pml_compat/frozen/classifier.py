@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 
 from ..checks import check_embeddings, check_finite, check_labels, check_number, check_same_device
-from ..precision import no_autocast
-from ..unit_rows import unit_rows
+from ..precision import at_least_float32, no_autocast, precise_dtype
+from ..unit_rows import cosines_with
 from .class_centers import ClassCenters, check_centers
 from .class_weights import unwrap_loss
 from .heads import Head, SoftmaxHead, head_of
@@ -80,7 +80,7 @@ class FrozenClassifier(torch.nn.Module):
 
     def _freeze(self, head: Head, weight: Any, bias: Any, labels: Any) -> None:
         weight = check_embeddings(weight, "weight").detach()
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight = at_least_float32(weight)
         num_classes, remainder = divmod(len(weight), head.centers_per_class)
         if remainder:
             raise ValueError(f"weight must have {head.centers_per_class} rows a class, got {len(weight)} rows")
@@ -98,7 +98,7 @@ class FrozenClassifier(torch.nn.Module):
         self.head = head
         self.register_buffer("rows", rows.contiguous().clone())
         self.register_buffer("bias", bias if bias is None else bias.clone())
-        self.register_buffer("directions", _class_directions(weight, head.centers_per_class))
+        self.register_buffer("directions", class_directions_of(weight, head.centers_per_class))
         self.label_map = LabelMap(labels.to(weight.device))
 
     @classmethod
@@ -213,9 +213,13 @@ class FrozenClassifier(torch.nn.Module):
         embeddings = self._check(embeddings)
         targets = self.label_map(check_labels(labels, length=len(embeddings)))
         known = targets >= 0
-        with no_autocast(embeddings):
-            losses = self.head.losses(*self._operands(embeddings), targets.clamp(min=0))
+        losses = self.losses_at(embeddings, targets.clamp(min=0))
         return torch.where(known, losses, 0.0).to(embeddings.dtype), known
+
+    def losses_at(self, embeddings: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return :meth:`losses` for classes given by their rows, ``(N,)`` of :meth:`index_of`, none -1; unchecked."""
+        with no_autocast(embeddings):
+            return self.head.losses(*self._operands(embeddings), targets)
 
     def direction_losses(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         r"""Return how far samples are from the direction of their class, :math:`1 - \cos(f, t_y)`, and which are known.
@@ -225,11 +229,15 @@ class FrozenClassifier(torch.nn.Module):
         embeddings = self._check(embeddings)
         targets = self.label_map(check_labels(labels, length=len(embeddings)))
         known = targets >= 0
+        losses = self.direction_losses_at(embeddings, targets.clamp(min=0))
+        return torch.where(known, losses, 0.0).to(embeddings.dtype), known
+
+    def direction_losses_at(self, embeddings: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return :meth:`direction_losses` for classes given by their rows, as :meth:`losses_at` does."""
         with no_autocast(embeddings):
-            precise = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-            own = self.directions.to(precise.dtype)[targets.clamp(min=0)]
-            losses = 1 - (unit_rows(precise, embeddings.dtype) * own).sum(1)
-            return torch.where(known, losses, 0.0).to(embeddings.dtype), known
+            precise = at_least_float32(embeddings)
+            own = self.directions.to(precise.dtype).index_select(0, targets)
+            return 1 - cosines_with(precise, own, embeddings.dtype)
 
     def _check(self, embeddings: torch.Tensor) -> torch.Tensor:
         embeddings = check_embeddings(embeddings, width=self.in_features)
@@ -237,13 +245,13 @@ class FrozenClassifier(torch.nn.Module):
         return embeddings
 
     def _operands(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        dtype = precise_dtype(embeddings.dtype)
         return embeddings.to(dtype), self.rows, self.bias
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Load what was saved before there were directions, too."""
         if f"{prefix}rows" in state_dict:
-            rows = _class_directions(state_dict[f"{prefix}rows"], self.head.centers_per_class)
+            rows = class_directions_of(state_dict[f"{prefix}rows"], self.head.centers_per_class)
             state_dict.setdefault(f"{prefix}directions", rows)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
@@ -252,7 +260,7 @@ class FrozenClassifier(torch.nn.Module):
         return f"classes={len(self.label_map)}, in_features={self.in_features}, head={self.head}"
 
 
-def _class_directions(rows: torch.Tensor, centers_per_class: int) -> torch.Tensor:
+def class_directions_of(rows: torch.Tensor, centers_per_class: int) -> torch.Tensor:
     """Return one direction a class, ``(C, D)``: of several centres the mean; a row of length 0 has none."""
     directions = torch.nn.functional.normalize(rows, dim=1)
     if centers_per_class == 1:

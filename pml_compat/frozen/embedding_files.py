@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import as_tensor, check_matrix
+from ..checks import as_tensor, check_finite, check_matrix
 
 _DTYPES = (torch.float16, torch.float32, torch.float64)  # what .npy has; the others are kept as float32
 _HEADER_BYTES = 128
@@ -75,12 +75,7 @@ def _read_batch(batch: Any, first_row: int) -> dict[str, torch.Tensor]:
             arrays[name] = as_integers(value, name)
         elif value is not None or name == "embeddings":
             arrays[name] = storable(check_matrix(value, name))
-            finite = torch.isfinite(arrays[name]).all(1)
-            if not bool(finite.all()):
-                raise ValueError(
-                    f"{name} must be finite, row {first_row + int((~finite).nonzero()[0])} has a NaN or an infinity; "
-                    "look for a diverged training, a division by zero or a broken file"
-                )
+            check_finite(arrays[name], name, first_row)
         if name in arrays and len(arrays[name]) != len(arrays["embeddings"]):
             raise ValueError(
                 f"{name} must have one entry a row: expected {len(arrays['embeddings'])} from row {first_row} on, "

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ..checks import check_integer, check_labels, check_number
 from ..stored_rows import stored_rows
-from .class_centers import Boundary, ClassCenters, check_boundary, in_pieces, measure_boundaries
+from .class_centers import ClassCenters
+from .measured_classes import Boundary, check_boundary_rule, in_pieces, measure_boundaries
 
 
 def fit_centers(
@@ -66,7 +67,7 @@ def fit_centers(
         that the old classifier lacks.
     """
     scale = check_number(scale, "scale", minimum=0, exclusive=True)
-    check_boundary(boundary)
+    check_boundary_rule(boundary)
     lr = check_number(lr, "lr", minimum=0, exclusive=True)
     epochs = check_integer(epochs, "epochs", minimum=1)
     batch_size = check_integer(batch_size, "batch_size", minimum=1)

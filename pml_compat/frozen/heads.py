@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.distances import DotProductSimilarity, LpDistance
-from torch.nn.functional import logsigmoid, normalize, one_hot, softplus
+from torch.nn.functional import cross_entropy, linear, logsigmoid, normalize, one_hot, softplus
 
 from ..unit_rows import unit_rows
 from .class_weights import all_centers, sub_centers_of, unwrap_loss
 from .log_sum_exp import wrong_class_logsumexp
 
+_FEW_ROWS = 512  # up to here torch's cross-entropy over all logits is faster than going through them in blocks
 _EDGE = 1e-6  # keeps the gradient of the square root finite at cosines of +-1
 
 
@@ -68,15 +69,20 @@ class SoftmaxHead(Head):
         return (unit_rows(embeddings) if self.unit_embeddings else embeddings) * self.scale
 
     def logits(self, embeddings: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        bias = None if bias is None else bias.to(embeddings.dtype)
-        logits = torch.nn.functional.linear(self._scaled(embeddings), rows.to(embeddings.dtype), bias)
+        return self._logits_of(self._scaled(embeddings), rows, bias)
+
+    def _logits_of(self, scaled: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        logits = linear(scaled, rows.to(scaled.dtype), None if bias is None else bias.to(scaled.dtype))
         return logits.unflatten(1, (-1, self.centers_per_class)).amax(2) if self.centers_per_class > 1 else logits
 
     def losses(
         self, embeddings: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     ) -> torch.Tensor:
         scaled = self._scaled(embeddings)
-        own = rows.unflatten(0, (-1, self.centers_per_class))[targets]  # (B, K, D): O(B D), not O(B C)
+        few = len(rows) <= _FEW_ROWS
+        if few and self.margin_type == "none":
+            return cross_entropy(self._logits_of(scaled, rows, bias), targets, reduction="none")
+        own = rows.unflatten(0, (-1, self.centers_per_class)).index_select(0, targets)  # (B, K, D), not (B, C)
         target = (scaled[:, None] * own).sum(2)
         if self.centers_per_class > 1:
             target, nearest = target.max(1)
@@ -89,6 +95,9 @@ class SoftmaxHead(Head):
             target = length * self._with_margin(target / length.clamp_min(torch.finfo(target.dtype).tiny))
         elif bias is not None:
             target = target + bias[targets]
+        if few:
+            logits = self._logits_of(scaled, rows, bias)
+            return cross_entropy(logits.scatter(1, targets[:, None], target[:, None]), targets, reduction="none")
         wrong = wrong_class_logsumexp(scaled, rows, targets, bias, self.centers_per_class)
         return torch.logaddexp(wrong, target) - target
 
@@ -125,7 +134,7 @@ class SoftTripleHead(Head):
     ) -> torch.Tensor:
         logits = self.logits(embeddings, rows, bias)
         margin = one_hot(targets, logits.shape[1]).to(logits) * (self.scale * self.margin)
-        return torch.nn.functional.cross_entropy(logits - margin, targets, reduction="none")
+        return cross_entropy(logits - margin, targets, reduction="none")
 
 
 @dataclass(frozen=True)

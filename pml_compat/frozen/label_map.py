@@ -43,10 +43,10 @@ class LabelMap(torch.nn.Module):
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the ``(N,)`` row of each label, -1 where the label is unknown."""
-        labels = check_labels(labels).to(self._sorted.device).contiguous()
+        labels = check_labels(labels).to(self._sorted.device)
         if self._table is not None:
-            return self._table[(labels + 1).clamp(0, len(self._table) - 1)]
-        position = torch.searchsorted(self._sorted, labels).clamp_(max=len(self._sorted) - 1)
+            return self._table.index_select(0, (labels + 1).clamp_(0, len(self._table) - 1))
+        position = torch.searchsorted(self._sorted, labels.contiguous()).clamp_(max=len(self._sorted) - 1)
         return torch.where(self._sorted[position] == labels, self._rows[position], -1)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

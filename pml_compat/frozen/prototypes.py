@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from ..checks import as_tensor, check_integer, check_labels, check_number
+from ..checks import as_tensor, check_finite, check_integer, check_labels, check_number
+from ..precision import precise_dtype
 from .class_centers import ClassCenters
 
 _BLOCK_ELEMENTS = 2**25  # similarities held at once: a class of up to 5792 samples keeps its own while it is iterated
@@ -104,7 +105,7 @@ def refine_prototypes(
             else:
                 weights = torch.stack([_iterate_weights(own, smoothing, temperature) for own in new])
             prototypes[rows] = (weights[:, None] @ old)[:, 0]
-    dtype = torch.promote_types(as_tensor(old_embeddings[:1], "old_embeddings").dtype, torch.float32)
+    dtype = precise_dtype(as_tensor(old_embeddings[:1], "old_embeddings").dtype)
     return ClassCenters(prototypes, classes, counts=counts).to(dtype).remember(old_embeddings, labels)
 
 
@@ -117,9 +118,7 @@ def _unit_rows(embeddings: Any, index: torch.Tensor, name: str) -> torch.Tensor:
         rows = as_tensor(embeddings[flat.cpu().numpy()], name)
     if not rows.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {rows.dtype}")
-    finite = torch.isfinite(rows).all(1).to(flat.device)
-    if not bool(finite.all()):
-        raise ValueError(f"{name} must be finite, row {int(flat[~finite].min())} has a NaN or an infinity")
+    check_finite(rows, name, places=flat)
     rows = normalize(rows.to(index.device, torch.float64), dim=1, eps=torch.finfo(torch.float64).tiny)
     return rows.unflatten(0, index.shape)
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ..checks import check_embeddings, check_labels, check_matrix, check_number, check_same_device
+from ..precision import precise_dtype
 
 _BLOCK = 2**16  # rows at once
 
@@ -97,7 +98,7 @@ class WithinClassWhitening(torch.nn.Module):
         """Return whitened rows."""
         self._check(embeddings)
         with torch.autocast(embeddings.device.type, enabled=False):
-            precise = torch.promote_types(embeddings.dtype, torch.float32)
+            precise = precise_dtype(embeddings.dtype)
             unit = normalize(embeddings.to(precise), dim=1)
             return ((unit - self.mean.to(precise)) @ self.matrix.to(precise)).to(embeddings.dtype)
 
@@ -105,7 +106,7 @@ class WithinClassWhitening(torch.nn.Module):
         """Return unit rows to search stored old unit rows with, by inner product or cosine."""
         self._check(whitened)
         with torch.autocast(whitened.device.type, enabled=False):
-            precise = torch.promote_types(whitened.dtype, torch.float32)
+            precise = precise_dtype(whitened.dtype)
             return normalize(whitened.to(precise) @ self.matrix.to(precise), dim=1).to(whitened.dtype)
 
     def _check(self, rows: torch.Tensor) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import linear, relu
 
 from ..checks import check_integer, check_matrix, check_number, check_same_device
+from ..precision import at_least_float32
 from ..transformations import OrthogonalTransformation
 from ..unit_rows import unit_rows
+
+_ORIGIN, _STEPS_BACK = "pml_compat.basis", 8
 
 
 class BasisTransformation(torch.nn.Module):
@@ -89,18 +94,21 @@ class BasisTransformation(torch.nn.Module):
         """Return ``z`` of what the trunk gives."""
         u = self._check(embeddings, self.in_features)
         with torch.autocast(u.device.type, enabled=False):
+            turns = self.free_rotation.matrix(), self.old_rotation.matrix()
+            free_turn, old_turn = (turn.to(u.dtype) for turn in turns)
             extra = linear(relu(u), self.extra.weight.to(u.dtype), self.extra.bias.to(u.dtype))
-            free = unit_rows(u[:, : self.new_features], embeddings.dtype) @ self.free_rotation.matrix().to(u.dtype)
+            free = unit_rows(u[:, : self.new_features], embeddings.dtype) @ free_turn
             v = torch.cat([unit_rows(extra, embeddings.dtype), self.scale * free], 1)
             old, rest = v.tensor_split([self.old_features], 1)
-            z = torch.cat([old @ self.old_rotation.matrix().to(u.dtype), rest], 1).to(embeddings.dtype)
-        if not torch.compiler.is_compiling():
-            z.made_by = self._mark  # type: ignore[attr-defined]
+            z = torch.cat([old @ old_turn, rest], 1).to(embeddings.dtype)
+        if not torch.compiler.is_compiling() and z.grad_fn is not None:
+            _notes_on(z.grad_fn)[_ORIGIN] = self._mark, turns  # in the graph: another dtype or device keeps it
         return z
 
     def check_made(self, embeddings: torch.Tensor) -> None:
         """Raise a ValueError where another BasisTransformation gave ``embeddings``, such as a copy of this one."""
-        if getattr(embeddings, "made_by", self._mark) is not self._mark:
+        origin = _origin(embeddings)
+        if origin is not None and origin[0] is not self._mark:
             raise ValueError(
                 "embeddings must come from the basis that the loss was made with, got those of another one; copy the "
                 "two in one go, copy.deepcopy((model, loss)), or make the loss with the basis of the model at hand"
@@ -135,14 +143,22 @@ class BasisTransformation(torch.nn.Module):
         z = self._check(embeddings, self.out_features)
         with torch.autocast(z.device.type, enabled=False):
             old, rest = z.tensor_split([self.old_features], 1)
-            v = torch.cat([old @ self.old_rotation.matrix().to(z.dtype).t(), rest], 1)
-            free = v[:, self.extra_features :] @ self.free_rotation.matrix().to(z.dtype).t()
+            free_turn, old_turn = (turn.to(z.dtype) for turn in self._turns(embeddings))
+            v = torch.cat([old @ old_turn.t(), rest], 1)
+            free = v[:, self.extra_features :] @ free_turn.t()
             return unit_rows(free, embeddings.dtype).to(embeddings.dtype)
+
+    def _turns(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return P and Q, those that ``z`` was turned by where they are still there: an exponential is costly."""
+        origin = _origin(z) if torch.is_grad_enabled() else None
+        if origin is not None and origin[0] is self._mark:
+            return origin[1]
+        return self.free_rotation.matrix(), self.old_rotation.matrix()
 
     def _check(self, embeddings: torch.Tensor, width: int) -> torch.Tensor:
         rows = check_matrix(embeddings, "embeddings", width)
         check_same_device(rows, "embeddings", self.extra.weight, "the BasisTransformation")
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return at_least_float32(rows)
 
     def extra_repr(self) -> str:
         """Show the sizes, as torch's own modules do."""
@@ -150,6 +166,25 @@ class BasisTransformation(torch.nn.Module):
             f"new_features={self.new_features}, old_features={self.old_features}, "
             f"extra_features={self.extra_features}, scale={self.scale:g}"
         )
+
+
+def _origin(embeddings: torch.Tensor) -> Any:
+    """Return the mark of the module that gave ``embeddings``, and what it turned them by; None where nobody knows.
+
+    It is looked for through what leaves rows as they are: another dtype or device, a gather over processes.
+    """
+    node = None if torch.compiler.is_compiling() else embeddings.grad_fn
+    for _ in range(_STEPS_BACK):
+        if node is None or _ORIGIN in _notes_on(node):
+            break
+        before = [earlier for earlier, _ in node.next_functions if earlier is not None]
+        node = before[0] if len(before) == 1 else None
+    return None if node is None else _notes_on(node).get(_ORIGIN)
+
+
+def _notes_on(node: Any) -> dict[str, Any]:
+    """Return what torch keeps for others at a node of the graph, as long as that lives."""
+    return node.metadata
 
 
 def _any_rotation(features: int) -> OrthogonalTransformation:

@@ -1,9 +1,9 @@
 """Losses for compatible training, each a PML ``BaseMetricLossFunction``; one paper a file."""
 
-from ._base import shorten_class_weights
 from .advbct_loss import AdvBCTLoss
 from .bct_loss import BCTLoss
 from .bt2_loss import BT2Loss
+from .class_weight_length import shorten_class_weights
 from .compatible_head_loss import CompatibleHeadLoss
 from .compatible_loss import CompatibleLoss
 from .cross_model_loss import CrossModelLoss

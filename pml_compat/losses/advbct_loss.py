@@ -21,10 +21,12 @@ from ..checks import (
 )
 from ..frozen.class_means import class_means
 from ..frozen.label_map import LabelMap
-from ..precision import no_autocast
+from ..old_references import check_row_labels
+from ..precision import no_autocast, precise_dtype
 from ..unit_rows import unit_rows
-from ._base import MeanOfPositive, NamedTermsLoss, per_sample, reduced
-from .old_rows import check_old_rows, check_row_labels
+from ._base import NamedTermsLoss
+from ._reduction import MeanOfPositive, per_sample, reduced
+from .old_rows import check_old_rows
 
 
 class AdvBCTLoss(NamedTermsLoss):
@@ -49,8 +51,9 @@ class AdvBCTLoss(NamedTermsLoss):
     term has given up; lower T then. ``discriminator_accuracy`` near 0.5 means that D cannot tell the two apart.
 
     Args:
-        centers: ``(C, D)`` mean of each class's unit old embeddings; see :meth:`from_embeddings`.
-        radii: ``(C,)`` distance from it that new embeddings may have; 0 or more.
+        centers: the pair ``(embeddings, labels)`` of the old embeddings of the new training set, or, with ``radii``,
+            the ``(C, D)`` mean of each class's unit old embeddings.
+        radii: ``(C,)`` distance from it that new embeddings may have; 0 or more; None with a pair.
         labels: ``(C,)`` the label, of the new training set, of each row; by default row i is label i.
         adversarial_weight: the multiplier :math:`\lambda_a`, 0 or more.
         boundary_weight: the multiplier :math:`\lambda_b`, 0 or more.
@@ -96,7 +99,7 @@ class AdvBCTLoss(NamedTermsLoss):
     def __init__(
         self,
         centers: Any,
-        radii: Any,
+        radii: Any = None,
         labels: Any = None,
         *,
         adversarial_weight: float = 1.0,
@@ -108,6 +111,8 @@ class AdvBCTLoss(NamedTermsLoss):
     ) -> None:
         super().__init__(**kwargs)
         self.normalize = normalize
+        if radii is None:
+            centers, radii, labels = _measured_balls(centers, labels)
         centers, radii = _check_balls(centers, radii)
         labels = check_labels(
             torch.arange(len(centers)) if labels is None else torch.as_tensor(labels), length=len(centers)
@@ -148,18 +153,7 @@ class AdvBCTLoss(NamedTermsLoss):
         Warns:
             UserWarning: classes of one sample, which are left out of the boundary term.
         """
-        classes = class_means(old_embeddings, labels)
-        several = classes.counts > 1
-        found = int(several.sum())
-        if found == 0:
-            raise ValueError("old_embeddings must have a class of two samples or more, for its radius; got none")
-        if found < len(several):
-            single = len(several) - found
-            warnings.warn(
-                f"AdvBCTLoss leaves {single} of {len(several)} classes, those of one sample, out of the boundary term",
-                stacklevel=2,
-            )
-        return cls(classes.means[several], classes.radii()[several], classes.labels[several], **kwargs)
+        return cls((old_embeddings, labels), **kwargs)
 
     def set_progress(self, progress: float) -> None:
         """Say how much of the training is done: 0 at its start, 1 at its end; it is saved with the loss's state.
@@ -224,7 +218,7 @@ class AdvBCTLoss(NamedTermsLoss):
             self.discriminator_accuracy = (logits.argmax(1) == is_old).float().mean().item()
         losses = cross_entropy(logits, is_old.long(), reduction="none").view(2, -1).sum(0)
         losses = losses * (1 - progress) * self.adversarial_weight
-        return per_sample(losses, c_f.torch_arange_from_size(new))
+        return per_sample(losses)
 
     def _boundary(self, directions: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         rows = self.old_label_map(labels)
@@ -262,10 +256,31 @@ class _ReverseGradient(torch.autograd.Function):
         return -coefficient * gradient, None
 
 
+def _measured_balls(given: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return means, radii and labels of the classes of several samples, of a pair (old embeddings, labels)."""
+    if not isinstance(given, tuple | list) or len(given) != 2 or labels is not None:
+        raise ValueError(
+            f"radii must be given with centers and labels, or centers be the pair (embeddings, labels) alone; got no "
+            f"radii and {type(given).__name__} (other forms know no distances to the mean)"
+        )
+    classes = class_means(*given)
+    several = classes.counts > 1
+    found = int(several.sum())
+    if found == 0:
+        raise ValueError("old_embeddings must have a class of two samples or more, for its radius; got none")
+    if found < len(several):
+        single = len(several) - found
+        warnings.warn(
+            f"AdvBCTLoss leaves {single} of {len(several)} classes, those of one sample, out of the boundary term",
+            stacklevel=4,
+        )
+    return classes.means[several], classes.radii()[several], classes.labels[several]
+
+
 def _check_balls(centers: Any, radii: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return copies of centres and radii in the same dtype, float32 or better."""
     centers = check_embeddings(centers, "centers").detach()
-    centers = centers.to(torch.promote_types(centers.dtype, torch.float32), copy=True)
+    centers = centers.to(precise_dtype(centers.dtype), copy=True)
     longest = float(torch.linalg.vector_norm(centers, dim=1).max())
     if longest > 1 + 1e-3:
         raise ValueError(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_same_device, count_rows, rows_where
-from ..frozen import FrozenClassifier
+from ..frozen.old_system import OldSystem, as_classifier
 from ..width import fit_width
-from ._base import CLASS_WEIGHT_LENGTH, TaskAndTermsLoss, check_weight, per_sample
+from ._base import check_weight
+from ._reduction import per_sample
+from ._task import Given, TaskAndTermsLoss
+from .class_weight_length import CLASS_WEIGHT_LENGTH
 
 
 class BCTLoss(TaskAndTermsLoss):
@@ -31,9 +34,10 @@ class BCTLoss(TaskAndTermsLoss):
     Args:
         loss: the task loss, any PML loss; it keeps its own reducer and may have parameters, which are in
             ``parameters()`` of this loss. Its class weights start short (:func:`shorten_class_weights`).
-        old_classifier: the frozen classifier; its tensors are buffers.
+        old_classifier: the FrozenClassifier, whose tensors are buffers; or what one is made of, ClassCenters or the
+            pair ``(embeddings, labels)`` of stored old embeddings of the new training set.
         influence_weight: None, or the multiplier ``lambda`` of the paper's form, 0 or more; 1 is what public code has.
-            An attribute that may be set at any time.
+            An attribute that may be set at any time, and is in ``state_dict()``.
         class_weight_length: of the task loss's class weights at construction, above 0; None leaves them as they are.
         **kwargs: ``reducer`` (for the influence term, one loss a known sample; default ``MeanReducer``),
             ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats`` both terms
@@ -44,11 +48,12 @@ class BCTLoss(TaskAndTermsLoss):
           unless ``influence_weight=0``. What else the call is given goes to the task loss
         - output: scalar, float32 or better; ``terms["task_loss"]`` and ``terms["influence_loss"]`` after the call
     Raises:
-        ValueError: ``influence_weight`` < 0 or ``class_weight_length`` not above 0; ``old_classifier`` no
-            FrozenClassifier; embeddings empty, NaN, infinite or on another device; labels missing, negative or
+        ValueError: ``influence_weight`` < 0 or ``class_weight_length`` not above 0; ``old_classifier``
+            something else; embeddings empty, NaN, infinite or on another device; labels missing, negative or
             past the task loss's classes.
     Example:
         >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
+        >>> from pml_compat.frozen import FrozenClassifier
         >>> old_classifier = FrozenClassifier(torch.randn(5, 8), kind="cosine")  # old classes: labels 0 to 4
         >>> loss_func = BCTLoss(NormalizedSoftmaxLoss(num_classes=10, embedding_size=16), old_classifier)
         >>> loss = loss_func(torch.randn(4, 16), torch.tensor([0, 3, 7, 9]))
@@ -66,28 +71,42 @@ class BCTLoss(TaskAndTermsLoss):
     def __init__(
         self,
         loss: torch.nn.Module,
-        old_classifier: FrozenClassifier,
+        old_classifier: OldSystem,
         influence_weight: float | None = None,
         *,
         class_weight_length: float | None = CLASS_WEIGHT_LENGTH,
         **kwargs: Any,
     ) -> None:
         super().__init__(loss, balanced=("influence_loss",), class_weight_length=class_weight_length, **kwargs)
-        if not isinstance(old_classifier, FrozenClassifier):
-            raise ValueError(
-                f"old_classifier must be a FrozenClassifier, got {type(old_classifier).__name__}; make one with "
-                "FrozenClassifier.from_loss(old_loss), .from_layer(old_linear) or .from_centers(class_centers)"
-            )
-        self.old_classifier = old_classifier
-        self.influence_weight = check_weight(influence_weight, "influence_weight")
+        self.old_classifier = as_classifier(old_classifier)
+        self.influence_weight = influence_weight
         self._by_old_loss = False  # whether the paper's form is taken without a weight, too
         if self.influence_weight is not None:
             self.add_to_recordable_attributes(list_of_names=["influence_weight"], is_stat=False)
         self.add_to_recordable_attributes(name="known_fraction", is_stat=True)
-        self.shorten()
+        self.register_load_state_dict_pre_hook(_keep_weight)
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", "influence_loss"]
+
+    @property
+    def influence_weight(self) -> float | None:
+        """The multiplier of the paper's form, or None for one that is measured."""
+        return self._influence_weight
+
+    @influence_weight.setter
+    def influence_weight(self, weight: float | None) -> None:
+        self._influence_weight = check_weight(weight, "influence_weight")
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Return the influence's weight, NaN for None, for ``state_dict()``: as bytes, which no device rounds."""
+        weight = math.nan if self.influence_weight is None else self.influence_weight
+        return torch.tensor([weight], dtype=torch.float64).view(torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Go on with the influence's weight of a state."""
+        weight = float(state.cpu().view(torch.float64))
+        self.influence_weight = None if math.isnan(weight) else weight
 
     @property
     def needs_labels(self) -> bool:
@@ -112,24 +131,27 @@ class BCTLoss(TaskAndTermsLoss):
             return dict(terms)
         return super().balanced_terms(task_loss, terms, embeddings)
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
+    def compute_terms(self, given: Given, rest: torch.Tensor) -> dict[str, Any]:
         """Return the influence, one loss a known sample."""
         weight = self.influence_weight
         if weight == 0:
             return {"influence_loss": self.zero_loss()}
-        check_same_device(embeddings, "embeddings", self.old_classifier.rows, "the loss")
-        old_space = fit_width(embeddings, self.old_classifier.in_features)
-        if self._knows_all:
-            index = c_f.torch_arange_from_size(embeddings)
-        else:
-            index = rows_where(self, self.old_classifier.index_of(labels) >= 0)
+        old = self.old_classifier
+        check_same_device(rest, "embeddings", old.rows, "the loss")
+        old_space, targets, index = fit_width(rest, old.in_features), old.index_of(given.labels), None
+        if not self._knows_all:
+            index = rows_where(self, targets >= 0)
+            if len(index) < len(targets):
+                old_space, targets = old_space[index], targets[index]
         if self.collect_stats:
-            self.known_fraction = len(index) / len(labels)
-        if len(index) == 0:
+            self.known_fraction = len(targets) / len(rest)
+        if len(targets) == 0:
             return {"influence_loss": self.zero_loss()}
-        if len(index) < len(labels):
-            old_space, labels = old_space[index], labels[index]
         by_old_loss = self._by_old_loss or weight is not None
-        judge = self.old_classifier.losses if by_old_loss else self.old_classifier.direction_losses
-        losses, _ = judge(old_space, labels)
+        losses = old.losses_at(old_space, targets) if by_old_loss else old.direction_losses_at(old_space, targets)
         return {"influence_loss": per_sample(losses if weight is None else losses * weight, index)}
+
+
+def _keep_weight(loss: BCTLoss, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Keep the weight where a state has none, as those of earlier versions."""
+    state.setdefault(f"{prefix}_extra_state", loss.get_extra_state())

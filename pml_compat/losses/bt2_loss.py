@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_finite, check_matrix, check_number, check_same_device, count_rows, rows_where
-from ..frozen import ClassCenters, FrozenClassifier
-from ..frozen.class_centers import check_centers
+from ..frozen import FrozenClassifier
+from ..frozen.old_system import OldSystem, as_centers
 from ..heads import BasisTransformation
-from ..old_references import as_rows
+from ..old_references import as_rows, check_row_labels
 from ..unit_rows import unit_rows
-from ._base import TaskAndTermsLoss, at_least_float32, check_task_width, per_sample, reduced
-from .old_rows import check_row_labels
+from ._reduction import per_sample
+from ._task import Given, TaskAndTermsLoss, check_task_width
 
 _NAMES = ("old", "independent")
 
@@ -45,7 +44,8 @@ class BT2Loss(TaskAndTermsLoss):
         loss: the task loss, any PML loss, for embeddings ``basis.new_features`` wide; it keeps its own reducer, and
             its parameters are in ``parameters()`` of this loss.
         basis: the model's.
-        centers: of the old embeddings of the new training set; copied, as buffers.
+        centers: of the old embeddings of the new training set: ClassCenters, the pair ``(embeddings, labels)`` or a
+            FrozenClassifier; copied, as buffers.
         match_weight: the multiplier :math:`\lambda_1`; 0 or more. At 0 no independent embeddings are needed.
         class_weight: the multiplier :math:`\lambda_2`; 0 or more.
         point_weight: the multiplier :math:`\lambda_3`; 0 or more. At 0 no old embeddings are needed.
@@ -69,6 +69,7 @@ class BT2Loss(TaskAndTermsLoss):
             past the task loss's classes; ``ref_labels`` of other rows.
     Example:
         >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
+        >>> from pml_compat.frozen import ClassCenters
         >>> old, independent, labels = torch.randn(40, 8), torch.randn(40, 16), torch.arange(40) % 10
         >>> basis = BasisTransformation(new_features=16, old_features=8, extra_features=4)
         >>> model = torch.nn.Sequential(torch.nn.Linear(12, basis.in_features), basis)
@@ -88,13 +89,14 @@ class BT2Loss(TaskAndTermsLoss):
         means as they are, shorter the wider a class is, which pulls harder towards narrow classes.
     """
 
+    own_arguments = ("target_emb",)
     basis: BasisTransformation
 
     def __init__(
         self,
         loss: torch.nn.Module,
         basis: BasisTransformation,
-        centers: ClassCenters,
+        centers: OldSystem,
         match_weight: float = 1.0,
         class_weight: float = 10.0,
         point_weight: float = 5.0,
@@ -108,7 +110,7 @@ class BT2Loss(TaskAndTermsLoss):
                 "pml_compat.heads.BasisTransformation(new_features, old_features) and end the model with it"
             )
         check_task_width(loss, basis.new_features, "basis.new_features")
-        check_centers(centers, width=basis.old_features)
+        centers = as_centers(centers, width=basis.old_features)
         # Past nn.Module's registration: it is the model's, and would be optimised and saved twice.
         self.__dict__["basis"] = basis
         self.old_classifier = FrozenClassifier.from_centers(centers, scale)
@@ -117,28 +119,9 @@ class BT2Loss(TaskAndTermsLoss):
         self.point_weight = check_number(point_weight, "point_weight", minimum=0)
         self.add_to_recordable_attributes(list_of_names=["match_weight", "class_weight", "point_weight"], is_stat=False)
         self.add_to_recordable_attributes(name="known_fraction", is_stat=True)
-        self.shorten()
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", "match_loss", "class_loss", "point_loss"]
-
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        indices_tuple: Any = None,
-        ref_emb: Any = None,
-        ref_labels: torch.Tensor | None = None,
-        *,
-        target_emb: Any = None,
-        **task_arguments: Any,
-    ) -> torch.Tensor:
-        """Return the loss; ``indices_tuple`` goes to the task loss."""
-        check_matrix(embeddings, "embeddings", self.basis.out_features)
-        target_emb = as_rows(target_emb, embeddings)
-        return self.call(
-            embeddings, labels, indices_tuple, ref_emb, ref_labels, target_emb=target_emb, **task_arguments
-        )
 
     @property
     def needs_ref_emb(self) -> bool:
@@ -162,8 +145,9 @@ class BT2Loss(TaskAndTermsLoss):
         **others: Any,
     ) -> None:
         """Check the values of those rows that have a weight, and that the basis is the model's."""
+        check_matrix(embeddings, "embeddings", self.basis.out_features)
         self.basis.check_made(embeddings)
-        given = _by_name(ref_emb, target_emb)
+        given = _by_name(ref_emb, target_emb, embeddings)
         super().check_given(embeddings, labels, indices_tuple, None, ref_labels, **others)
         for name, weight in zip(_NAMES, (self.point_weight, self.match_weight), strict=True):
             called, rows = given[name]
@@ -177,31 +161,24 @@ class BT2Loss(TaskAndTermsLoss):
         if self.class_weight > 0:
             count_rows(self, self.old_classifier.index_of(labels) >= 0)
 
-    def compute_loss(
-        self,
-        embeddings: torch.Tensor,
-        labels: Any,
-        indices_tuple: Any,
-        ref_emb: Any,
-        ref_labels: Any,
-        *,
-        target_emb: Any = None,
-        **task_arguments: Any,
-    ) -> dict[str, Any]:
-        """Return the task loss, which has reduced itself, and the added terms."""
-        references = _by_name(ref_emb, target_emb)
-        z, labels = at_least_float32(embeddings), self.given_labels(labels, embeddings)
-        free, old_part = self.basis.free_part(z), self.basis.old_part(z)
-        task_loss = self.task(free, labels, indices_tuple, dtype=embeddings.dtype, **task_arguments)
-        found = {"task_loss": reduced(task_loss)}
-        found["match_loss"] = self._apart(free, references, "independent", self.match_weight, "match_weight")
-        found["class_loss"] = self._misclassified(old_part, labels)
-        found["point_loss"] = self._apart(old_part, references, "old", self.point_weight, "point_weight")
-        return found
+    def parts(self, given: Given) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Return the free part, and both parts."""
+        free, old_part = self.basis.free_part(given.embeddings), self.basis.old_part(given.embeddings)
+        return free, (free, old_part)
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
-        """Return nothing: the added terms are of the parts of ``z``, which the task loss does not see."""
-        return {}
+    def task_references(self, given: Given) -> tuple[Any, Any]:
+        """Return none: the task loss sees the free part alone."""
+        return None, None
+
+    def compute_terms(self, given: Given, rest: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
+        """Return the added terms, of the two parts of ``z``."""
+        free, old_part = rest
+        references = _by_name(given.ref_emb, given.own["target_emb"], free)
+        return {
+            "match_loss": self._apart(free, references, "independent", self.match_weight, "match_weight"),
+            "class_loss": self._misclassified(old_part, given.labels),
+            "point_loss": self._apart(old_part, references, "old", self.point_weight, "point_weight"),
+        }
 
     def _apart(
         self, part: torch.Tensor, references: Mapping[str, tuple[str, Any]], name: str, weight: float, argument: str
@@ -211,24 +188,26 @@ class BT2Loss(TaskAndTermsLoss):
             return self.zero_loss()
         rows = _check_rows(part, *references[name], name, argument)
         losses = weight * (1 - (part * rows).sum(1))
-        return per_sample(losses, c_f.torch_arange_from_size(part))
+        return per_sample(losses)
 
     def _misclassified(self, old_part: torch.Tensor, labels: Any) -> dict[str, Any]:
         """The cross-entropy over the old centres, one loss a known sample."""
         if self.class_weight == 0:
             return self.zero_loss()
         check_same_device(old_part, "embeddings", self.old_classifier.rows, "the loss")
-        index = rows_where(self, self.old_classifier.index_of(labels) >= 0)
+        targets = self.old_classifier.index_of(labels)
+        index = rows_where(self, targets >= 0)
         if self.collect_stats:
             self.known_fraction = len(index) / len(labels)
         if len(index) == 0:
             return self.zero_loss()
-        losses, _ = self.old_classifier.losses(old_part[index], labels[index])
+        losses = self.old_classifier.losses_at(old_part[index], targets[index])
         return per_sample(self.class_weight * losses, index)
 
 
-def _by_name(ref_emb: Any, target_emb: Any) -> dict[str, tuple[str, Any]]:
+def _by_name(ref_emb: Any, target_emb: Any, embeddings: torch.Tensor) -> dict[str, tuple[str, Any]]:
     """Return, of the old and the independent embeddings, what to call them in errors and the rows or None."""
+    target_emb = as_rows(target_emb, embeddings)
     if not isinstance(ref_emb, Mapping):
         return {"old": ("ref_emb", ref_emb), "independent": ("target_emb", target_emb)}
     if not set(ref_emb) <= set(_NAMES):

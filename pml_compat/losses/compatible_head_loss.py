@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import SupConLoss
 
-from ..checks import check_embeddings, check_same_device, one_read, values_known
-from ..frozen import ClassCenters, FrozenClassifier
-from ..frozen.class_centers import check_centers
+from ..checks import check_embeddings, check_labels, check_same_device, one_read, values_known
+from ..frozen import FrozenClassifier
+from ..frozen.old_system import OldSystem, as_centers
 from ..heads import CompatibleHead
-from ._base import at_least_float32, check_task_width
+from ..precision import at_least_float32, no_autocast
+from ..unit_rows import unit_rows
+from ._reduction import mean_of_positive
+from ._task import Given, check_task_width
 from .compatible_loss import CompatibleLoss, check_old_losses
-from .cross_model_loss import CrossModelLoss
+from .old_rows import check_old_rows
 from .point_alignment_loss import PointAlignmentLoss
+from .supervised_contrast import supervised_contrast
 
+_TEMPERATURE = 0.1
 _WEIGHTS = {"point_loss": 10.0, "contrast_loss": 5.0}
 _WEIGHTS_WITH_CENTERS = {"point_loss": 10.0, "class_loss": 1.0, "contrast_loss": 3.0}
 
@@ -32,9 +36,9 @@ class CompatibleHeadLoss(CompatibleLoss):
     :math:`t = ` ``head.target(old_embeddings)`` is what the old model says of the items of the batch. The first added
     term (:class:`PointAlignmentLoss`, weight 10) teaches the head the old space itself, also where no training class
     lies; the second (weight 1, scale 16) where queries of each class find the old embeddings, if ``centers`` say so;
-    the third (:class:`CrossModelLoss` of PML's ``SupConLoss``, weight 3, without ``centers`` 5,
-    :math:`\tau = 0.1`) what of the old space tells the classes of the batch apart (PML gives 0 for a batch of one
-    class). Give ``old_losses`` for other terms; a head of several parts has one for each term.
+    the third (weight 3, without ``centers`` 5, :math:`\tau = 0.1`) what of the old space tells the classes of the batch
+    apart, 0 for a batch of one class. Give ``old_losses`` for other terms; a head of several parts has one for each
+    term.
 
     The head belongs to the model. The loss refers to it and does not own it: ``loss.head`` is in neither
     ``parameters()`` nor ``state_dict()``. Copy or pickle the two in one go, ``copy.deepcopy((model, loss))``.
@@ -47,7 +51,8 @@ class CompatibleHeadLoss(CompatibleLoss):
             all with the one of a head of one part; and with the targets as ``ref_emb``. None for the terms above,
             ``"point_loss"``, ``"class_loss"`` and ``"contrast_loss"``.
         weights: their multipliers; None for those above, or with ``old_losses`` for 1.
-        centers: of the old model's embeddings of the new training set, for the second term; needed where the old model
+        centers: of the old model's embeddings of the new training set (ClassCenters, the pair ``(embeddings, labels)``
+            or a FrozenClassifier), for the second term; needed where the old model
             never saw most classes. None: there is no such term.
         **kwargs: ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``; each loss reduces by its own
             reducer.
@@ -64,6 +69,7 @@ class CompatibleHeadLoss(CompatibleLoss):
             classes.
     Example:
         >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
+        >>> from pml_compat.frozen import ClassCenters
         >>> old, labels = torch.randn(40, 8), torch.arange(40) % 10
         >>> head, task_loss = CompatibleHead(12, 8), NormalizedSoftmaxLoss(num_classes=10, embedding_size=12)
         >>> loss_func = CompatibleHeadLoss(task_loss, head, centers=ClassCenters.from_embeddings(old, labels))
@@ -86,7 +92,7 @@ class CompatibleHeadLoss(CompatibleLoss):
         old_losses: torch.nn.Module | Mapping[str, torch.nn.Module] | None = None,
         weights: float | Mapping[str, float] | None = None,
         *,
-        centers: ClassCenters | None = None,
+        centers: OldSystem | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(head, CompatibleHead):
@@ -95,7 +101,7 @@ class CompatibleHeadLoss(CompatibleLoss):
         if old_losses is None:
             terms: dict[str, torch.nn.Module] = {
                 "point_loss": PointAlignmentLoss(),
-                "contrast_loss": CrossModelLoss(SupConLoss(temperature=0.1)),
+                "contrast_loss": _ContrastTerm(),
             }
             default = _WEIGHTS
             if centers is not None:
@@ -135,17 +141,20 @@ class CompatibleHeadLoss(CompatibleLoss):
             check_embeddings(embeddings)
             check_embeddings(ref_emb, "ref_emb")
         with values_known():
-            _, compared = self.parts(at_least_float32(embeddings))
+            compared = self._compared(at_least_float32(embeddings))
             target = self.target(ref_emb)
             losses = [self.weights[name] * term(compared[name], ref_emb=target) for name, term in readers.items()]
         return torch.stack(losses).sum()
 
-    def parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def parts(self, given: Given) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the free part, which the task loss sees, and by name what each old loss sees."""
+        return self.head.free_part(given.embeddings), self._compared(given.embeddings)
+
+    def _compared(self, embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
         compatible = self.head.compatible_parts(embeddings)
         if self.head.parts == 1:
             compatible *= len(self._names)
-        return self.head.free_part(embeddings), dict(zip(self._names, compatible, strict=True))
+        return dict(zip(self._names, compatible, strict=True))
 
     def target(self, old_embeddings: torch.Tensor) -> torch.Tensor:
         """Return where the compatible part should lie."""
@@ -157,9 +166,9 @@ class CompatibleHeadLoss(CompatibleLoss):
 class _ClassTerm(torch.nn.Module):
     """The softmax over the directions of the old classes, as a loss that is called like those of old embeddings."""
 
-    def __init__(self, centers: ClassCenters, head: CompatibleHead) -> None:
+    def __init__(self, centers: OldSystem, head: CompatibleHead) -> None:
         super().__init__()
-        check_centers(centers, width=head.old_features)
+        centers = as_centers(centers, width=head.old_features)
         rows = head.target(centers.directions)
         self.classifier = FrozenClassifier(rows, labels=centers.labels, kind="cosine")
         self.needs_ref_emb, self.needs_labels = False, True
@@ -168,3 +177,20 @@ class _ClassTerm(torch.nn.Module):
         """Return the mean over the samples whose class has a direction."""
         losses, known = self.classifier.losses(embeddings, labels)
         return losses.sum() / known.sum().clamp(min=1)
+
+
+class _ContrastTerm(torch.nn.Module):
+    """The supervised contrast of new embeddings with old ones."""
+
+    needs_ref_emb, needs_labels = True, True
+
+    def forward(
+        self, embeddings: torch.Tensor, labels: torch.Tensor, *, ref_emb: torch.Tensor, ref_labels: Any = None
+    ) -> torch.Tensor:
+        """Return the mean over the rows of a class that is there; 0 where there is no other to be told apart from."""
+        new, old = check_old_rows(embeddings, ref_emb)
+        ref_labels = labels if ref_labels is None else check_labels(ref_labels, "ref_labels", len(old))
+        with no_autocast(new):
+            losses = supervised_contrast(unit_rows(new), unit_rows(old), labels, ref_labels, _TEMPERATURE)
+            several = (labels != ref_labels[:1]).any() | (ref_labels != ref_labels[:1]).any()
+            return torch.where(several, mean_of_positive(losses), 0.0)

@@ -8,16 +8,9 @@ from typing import Any
 import torch
 
 from ..old_references import check_references
-from ._base import (
-    NamedTermsLoss,
-    TaskAndTermsLoss,
-    at_least_float32,
-    check_weight,
-    escaped,
-    reduced,
-    steady_for,
-    unwrapped,
-)
+from ._base import NamedTermsLoss, check_weight
+from ._reduction import escaped, reduced
+from ._task import Given, TaskAndTermsLoss, steady_for, unwrapped
 from .gathered_loss import GatheredLoss
 
 _NAME = "old_loss"
@@ -78,7 +71,6 @@ class CompatibleLoss(TaskAndTermsLoss):
         super().__init__(loss, balanced=balanced, **kwargs)
         self.old_losses = torch.nn.ModuleDict({escaped(name): old_loss for name, old_loss in named.items()})
         self.weights = {name: check_weight(given[name], f"weights[{name!r}]") for name in self._names}
-        self.shorten()
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", *self._names]
@@ -93,20 +85,11 @@ class CompatibleLoss(TaskAndTermsLoss):
         """Whether an old loss that has a weight needs them."""
         return any(getattr(inner_loss(old_loss), "needs_labels", True) for _, old_loss in self._active())
 
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        indices_tuple: Any = None,
-        ref_emb: Any = None,
-        ref_labels: torch.Tensor | None = None,
-        **task_arguments: Any,
-    ) -> torch.Tensor:
-        """Return the loss; ``ref_emb`` and ``ref_labels`` go to the old losses, the others to the task loss."""
+    def references(self, ref_emb: Any, embeddings: torch.Tensor) -> dict[str, Any]:
+        """Return the old embeddings for each old loss."""
         if ref_emb is None:
             raise ValueError("ref_emb must be given: the old model's embeddings of the same items, row by row")
-        references = _by_name(ref_emb, self._names, "ref_emb")
-        return self.call(embeddings, labels, indices_tuple, references, ref_labels, **task_arguments)
+        return super().references(_by_name(ref_emb, self._names, "ref_emb"), embeddings)
 
     def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
         """Look for every old loss of ours."""
@@ -119,47 +102,36 @@ class CompatibleLoss(TaskAndTermsLoss):
     def _active(self) -> list[tuple[str, torch.nn.Module]]:
         return [(name, self.old_losses[escaped(name)]) for name in self._names if self.weights[name] != 0]
 
-    def compute_loss(
-        self,
-        embeddings: torch.Tensor,
-        labels: Any,
-        indices_tuple: Any,
-        ref_emb: Any,
-        ref_labels: Any,
-        **task_arguments: Any,
-    ) -> dict[str, Any]:
-        """Return the task loss and every old loss; each has reduced itself."""
-        precise = at_least_float32(embeddings)
-        labels = self.given_labels(labels, embeddings)
-        own, compared = self.parts(precise)
-        old: tuple[Any, Any] = (None, None)
-        if getattr(self.loss, "needs_ref_emb", False):
-            old = (ref_emb if len({id(rows) for rows in ref_emb.values()}) > 1 else ref_emb[self._names[0]]), ref_labels
-        task_loss = self.task(own, labels, indices_tuple, *old, embeddings.dtype, **task_arguments)
-        found: dict[str, Any] = {name: self.zero_loss() for name in self._names}
-        for name, old_loss in self._active():
-            new, target = compared[name], self.target(ref_emb[name])
-            if hasattr(inner_loss(old_loss), "needs_labels"):
-                value = old_loss(new, labels, ref_emb=target, ref_labels=ref_labels)
-            else:  # PML's: no gradient for the old rows, and labels that are not one object
-                new, labels, target, other_labels = check_references(new, labels, target, ref_labels)
-                new = steady_for(old_loss, new, embeddings.dtype)
-                value = old_loss(new, labels, ref_emb=target, ref_labels=other_labels)
-            weight = self.weights[name]
-            found[name] = reduced(value if weight is None else value * weight)
-        return {"task_loss": reduced(task_loss), **self.balanced_terms(task_loss, found, precise)}
-
-    def parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def parts(self, given: Given) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return what the task loss sees, and by name what each old loss sees: all of it."""
-        return embeddings, dict.fromkeys(self._names, embeddings)
+        return given.embeddings, dict.fromkeys(self._names, given.embeddings)
 
     def target(self, old_embeddings: torch.Tensor) -> torch.Tensor:
         """Return what an old loss compares with: the old embeddings."""
         return old_embeddings
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
-        """Return nothing more: the old losses are no terms of the embeddings and labels alone."""
-        return {}
+    def task_references(self, given: Given) -> tuple[Any, Any]:
+        """Return the old embeddings where the task loss asks for them; one tensor for all as that tensor."""
+        if not getattr(self.loss, "needs_ref_emb", False):
+            return None, None
+        ref_emb = given.ref_emb
+        several = len({id(rows) for rows in ref_emb.values()}) > 1
+        return ref_emb if several else ref_emb[self._names[0]], given.ref_labels
+
+    def compute_terms(self, given: Given, rest: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Return every old loss, which has reduced itself."""
+        found: dict[str, Any] = {name: self.zero_loss() for name in self._names}
+        for name, old_loss in self._active():
+            new, labels, ref_labels = rest[name], given.labels, given.ref_labels
+            target = self.target(given.ref_emb[name])
+            if not hasattr(inner_loss(old_loss), "needs_labels"):
+                # PML's: no gradient for the old rows, and labels that are not one object
+                new, labels, target, ref_labels = check_references(new, labels, target, ref_labels)
+                new = steady_for(old_loss, new, given.dtype)
+            value = old_loss(new, labels, ref_emb=target, ref_labels=ref_labels)
+            weight = self.weights[name]
+            found[name] = reduced(value if weight is None else value * weight)
+        return found
 
 
 def check_old_losses(old_losses: Any) -> Mapping[str, torch.nn.Module]:

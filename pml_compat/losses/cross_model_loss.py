@@ -13,7 +13,9 @@ from ..checks import check_values
 from ..frozen import class_weights
 from ..old_references import check_references
 from ..precision import no_autocast
-from ._base import NamedTermsLoss, reduced, steady_for
+from ._base import NamedTermsLoss
+from ._reduction import reduced
+from ._task import steady_for
 
 Tuples = tuple[torch.Tensor, ...]
 

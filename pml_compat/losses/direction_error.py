@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,22 +24,23 @@ def direction_error(weights: torch.Tensor, directions: torch.Tensor) -> torch.Te
     return _DirectionError.apply(weights, directions)
 
 
-def blocks(weights: torch.Tensor) -> Iterator[slice]:
-    """Split the rows into blocks of bounded size."""
+def rows_of_a_block(weights: torch.Tensor) -> int:
+    """Return how many rows are gone through at once."""
     elements = _BLOCK_ELEMENTS.get(weights.device.type, _BLOCK_ELEMENTS["cuda"])
-    size = max(1, elements // weights.shape[1])
-    return (slice(start, start + size) for start in range(0, len(weights), size))
+    return max(1, elements // weights.shape[1])
 
 
 class _DirectionError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-        lengths, products = weights.new_empty(len(weights)), weights.new_empty(len(weights))
-        for rows in blocks(weights):
-            torch.linalg.vector_norm(weights[rows], dim=1, out=lengths[rows])
-            torch.sum(weights[rows] * directions[rows], dim=1, out=products[rows])
+        size = rows_of_a_block(weights)
+        squares, products = [], []
+        for block, aims in zip(weights.split(size), directions.split(size), strict=True):
+            squares.append((block * block).sum(1))  # where columns lie together, faster than the norm of rows
+            products.append((block * aims).sum(1))
+        lengths = torch.cat(squares).sqrt_()
         inverse = torch.where(lengths > 0, 1 / lengths, 0)
-        cosines = products * inverse
+        cosines = torch.cat(products) * inverse
         ctx.save_for_backward(weights, directions, inverse, cosines)
         return ((lengths > 0) + 1 - 2 * cosines).sum() / weights.numel()
 
@@ -51,7 +51,9 @@ class _DirectionError(torch.autograd.Function):
         factor = grad * (-2 / weights.numel()) * inverse
         onto_weights = -factor * cosines * inverse
         gradient = torch.empty_like(weights)
-        for rows in blocks(weights):
-            torch.mul(directions[rows], factor[rows, None], out=gradient[rows])
-            gradient[rows].addcmul_(weights[rows], onto_weights[rows, None])
+        given = gradient, weights, directions, factor[:, None], onto_weights[:, None]
+        for found, block, aims, one, other in zip(
+            *(rows.split(rows_of_a_block(weights)) for rows in given), strict=True
+        ):
+            torch.mul(aims, one, out=found).addcmul_(block, other)
         return gradient, None

@@ -8,13 +8,16 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_finite, check_labels, check_number, check_same_device, count_rows, rows_where
+from ..checks import check_finite, check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
 from ..frozen import FrozenClassifier
+from ..frozen.old_system import OldSystem, as_classifier
+from ..old_references import check_row_labels
 from ..precision import no_autocast
 from ..transformations.fastfill import gaussian_losses
 from ..unit_rows import unit_rows
-from ._base import NamedTermsLoss, per_sample
-from .old_rows import check_old_rows, check_row_labels
+from ._base import NamedTermsLoss
+from ._reduction import per_sample
+from .old_rows import check_old_rows
 
 
 class FastFillLoss(NamedTermsLoss):
@@ -36,7 +39,8 @@ class FastFillLoss(NamedTermsLoss):
             return fct(mapped, ref_emb=ref_emb) + fastfill(mapped.detach(), ref_emb=ref_emb, log_var=log_var)
 
     Args:
-        new_classifier: the new model's, frozen: ``FrozenClassifier.from_loss(new_task_loss)``; None: no second term.
+        new_classifier: the new model's, frozen: ``FrozenClassifier.from_loss(new_task_loss)``; or ClassCenters, or the
+            pair ``(embeddings, labels)`` of stored new embeddings. None: no second term.
         classifier_weight: the multiplier ``w``; 0 or more, no unit.
         **kwargs: ``distance``: ``LpDistance(normalize_embeddings=False, p=2, power=2)`` by default, errors as they are;
             with ``normalize_embeddings=True`` those of unit rows, for galleries that are searched by cosine.
@@ -44,12 +48,13 @@ class FastFillLoss(NamedTermsLoss):
             ``collect_stats``.
     Shape:
         - embeddings ``(N, D_new)`` and log_var ``(N,)``: what ``FastFillTransformation.with_log_variance`` gives,
-          both carry the gradient; labels ``(N,)``, needed with ``new_classifier`` alone
+          both carry the gradient; log_var is a keyword of the call, which PML's wrappers and :class:`CompatibleLoss` do
+          not pass on; labels ``(N,)``, needed with ``new_classifier`` alone
         - ref_emb ``(N, D_new)``: the new model's embeddings, row i of the same item; receives no gradient
         - output: scalar, float32 or better; ``terms["likelihood_loss"]`` and, with ``new_classifier``,
           ``terms["classification_loss"]`` after the call
     Raises:
-        ValueError: ``new_classifier`` no FrozenClassifier, or of another width; ``classifier_weight`` < 0; another
+        ValueError: ``new_classifier`` something else, or of another width; ``classifier_weight`` < 0; another
             distance; ``ref_emb`` or ``log_var`` missing, or not one row (one entry) an embedding; empty, NaN or
             infinite; another device; ``labels`` missing where they are needed; an ``indices_tuple``.
     Example:
@@ -67,15 +72,9 @@ class FastFillLoss(NamedTermsLoss):
         width, the weight 1, unit rows, and that labels which the classifier does not know are left out.
     """
 
-    def __init__(
-        self, new_classifier: FrozenClassifier | None = None, classifier_weight: float = 1.0, **kwargs: Any
-    ) -> None:
-        if not isinstance(new_classifier, FrozenClassifier | None):
-            raise ValueError(
-                f"new_classifier must be a FrozenClassifier or None, got {type(new_classifier).__name__}; make one "
-                "with FrozenClassifier.from_loss(new_task_loss) or .from_layer(new_linear)"
-            )
-        self._classifies = new_classifier is not None  # before PML's __init__, which asks for the names of the terms
+    def __init__(self, new_classifier: OldSystem | None = None, classifier_weight: float = 1.0, **kwargs: Any) -> None:
+        classifier = None if new_classifier is None else as_classifier(new_classifier, "new_classifier")
+        self._classifies = classifier is not None  # before PML's __init__, which asks for the names of the terms
         super().__init__(**kwargs)
         distance: BaseDistance = self.distance
         if not isinstance(distance, LpDistance) or (distance.p, distance.power) != (2, 2):
@@ -83,7 +82,7 @@ class FastFillLoss(NamedTermsLoss):
                 "distance must be LpDistance(p=2, power=2), with normalize_embeddings=True for cosines, got "
                 f"{type(distance).__name__}(p={distance.p}, power={distance.power})"
             )
-        self.new_classifier: FrozenClassifier | None = new_classifier
+        self.new_classifier = classifier
         self.classifier_weight = check_number(classifier_weight, "classifier_weight", minimum=0)
         self.add_to_recordable_attributes(list_of_names=["classifier_weight"], is_stat=False)
 
@@ -93,22 +92,6 @@ class FastFillLoss(NamedTermsLoss):
     def get_default_distance(self) -> BaseDistance:
         """Squared error on embeddings as they are."""
         return LpDistance(normalize_embeddings=False, p=2, power=2)
-
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        indices_tuple: Any = None,
-        ref_emb: torch.Tensor | None = None,
-        ref_labels: torch.Tensor | None = None,
-        *,
-        log_var: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the loss; ``log_var`` is the predicted log variance of each row.
-
-        PML's wrappers and :class:`CompatibleLoss` do not pass ``log_var`` on.
-        """
-        return self.call(embeddings, labels, indices_tuple, ref_emb, ref_labels, log_var=log_var)
 
     @property
     def needs_ref_emb(self) -> bool:
@@ -161,7 +144,7 @@ class FastFillLoss(NamedTermsLoss):
             if self.distance.normalize_embeddings:
                 one, other = (unit_rows(rows, embeddings.dtype) for rows in (mapped, target))
             likelihood = gaussian_losses(one, other, log_var)
-        terms = {"likelihood_loss": per_sample(likelihood, c_f.torch_arange_from_size(embeddings))}
+        terms = {"likelihood_loss": per_sample(likelihood)}
         if self.new_classifier is not None:
             labels = check_labels(labels, length=len(embeddings))
             terms["classification_loss"] = self._classification(self.new_classifier, mapped, labels)
@@ -173,10 +156,12 @@ class FastFillLoss(NamedTermsLoss):
         if self.classifier_weight == 0:
             return self.zero_loss()
         check_same_device(mapped, "embeddings", classifier.rows, "the loss")
-        index = rows_where(self, classifier.index_of(labels) >= 0)
+        targets = classifier.index_of(labels)
+        index = rows_where(self, targets >= 0)
         if len(index) == 0:
             return self.zero_loss()
-        losses, _ = classifier.losses(mapped[index], labels[index])
+        check_matrix(mapped, width=classifier.in_features)
+        losses = classifier.losses_at(mapped[index], targets[index])
         return per_sample(losses * self.classifier_weight, index)
 
 

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, LpDistance
 from pytorch_metric_learning.utils import common_functions as c_f
+from torch.nn.functional import mse_loss
 
 from ..checks import check_labels, check_number
 from ..precision import no_autocast
 from ..unit_rows import unit_rows
-from ._base import NamedTermsLoss, per_sample
+from ._base import NamedTermsLoss
+from ._reduction import per_sample
 from .old_rows import check_old_rows
+from .supervised_contrast import supervised_contrast
 
 
 class FCTLoss(NamedTermsLoss):
@@ -97,12 +100,16 @@ class FCTLoss(NamedTermsLoss):
         """Return one loss a row."""
         c_f.indices_tuple_not_supported(indices_tuple)
         one, other = check_old_rows(embeddings, ref_emb, fit=False, whose="the new model's embeddings")
+        distance = self.distance
         with no_autocast(embeddings):
-            if self.distance.normalize_embeddings or self.contrast_weight > 0:
+            if distance.normalize_embeddings or self.contrast_weight > 0:
                 unit, other_unit = unit_rows(one, embeddings.dtype), unit_rows(other)
-            if self.distance.normalize_embeddings:
+            if distance.normalize_embeddings:
                 one, other = unit, other_unit
-            losses = 1 - (one * other).sum(1) if self.distance.is_inverted else (one - other).square().mean(1)
+            if distance.is_inverted:
+                losses = 1 - (one * other).sum(1)
+            else:  # not mean(1), whose gradient is one pass more over all entries
+                losses = mse_loss(one, other, reduction="none").sum(1) / one.shape[1]
             if self.contrast_weight > 0:
                 if labels is None:
                     raise ValueError(
@@ -110,21 +117,7 @@ class FCTLoss(NamedTermsLoss):
                         "over the training set makes each row find its own"
                     )
                 labels = check_labels(labels, length=len(one)).to(one.device)
-                losses = losses + self.contrast_weight * contrast_losses(other_unit, unit, labels, self.temperature)
-        return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
-
-
-def contrast_losses(
-    queries: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Return what each query misses of the rows of its class: the cross-entropy of its softmax with their share.
-
-    The mean of a query's scores within its class is its score with their mean, so that no mask of all pairs is needed.
-    """
-    ordered, order = labels.sort()
-    place = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).cumsum(0)])
-    position = torch.empty_like(order).index_copy(0, order, place)  # as of torch.unique, which waits for the device
-    counts = gallery.new_zeros(len(gallery)).index_add(0, position, gallery.new_ones(len(gallery)))
-    sums = torch.zeros_like(gallery).index_add(0, position, gallery)
-    wanted = (queries * sums[position]).sum(1) / counts[position]
-    return (queries @ gallery.t() / temperature).logsumexp(1) - wanted / temperature
+                losses = losses + self.contrast_weight * supervised_contrast(
+                    other_unit, unit, labels, labels, self.temperature
+                )
+        return {"loss": per_sample(losses)}

@@ -9,10 +9,12 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import normalize
 
 from ..checks import check_labels, check_matrix, check_number, check_same_device
-from ..frozen import ClassCenters, FrozenClassifier
+from ..frozen.old_system import OldSystem, as_classifier
+from ..old_references import check_row_labels
 from ..precision import no_autocast
-from ._base import NamedTermsLoss, per_sample
-from .old_rows import check_old_rows, check_row_labels, check_row_values
+from ._base import NamedTermsLoss
+from ._reduction import per_sample
+from .old_rows import check_old_rows, check_row_values
 
 
 class FocalDistillationLoss(NamedTermsLoss):
@@ -34,10 +36,11 @@ class FocalDistillationLoss(NamedTermsLoss):
     A label that ``old_classifier`` does not know is not right. Who knows better passes ``old_correct``.
 
     Args:
-        old_classifier: a FrozenClassifier, ClassCenters or None; its tensors are buffers.
+        old_classifier: a FrozenClassifier, ClassCenters, the pair ``(embeddings, labels)`` of stored old embeddings, or
+            None; its tensors are buffers.
         alpha: the weight of every sample; 0 or more.
         beta: what a sample weighs more where the old model is right; 0 or more.
-        kind: ``"features"`` or ``"logits"``; the latter needs a FrozenClassifier.
+        kind: ``"features"`` or ``"logits"``; the latter needs an ``old_classifier``.
         temperature: ``T``, above 0, for ``kind="logits"``; the logits carry the old classifier's own scale already.
             There is no factor :math:`T^2`: a high temperature needs larger weights.
         **kwargs: ``reducer`` (one loss a row, default ``MeanReducer``), ``embedding_regularizer``,
@@ -47,14 +50,16 @@ class FocalDistillationLoss(NamedTermsLoss):
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)``, not needed with ``old_correct``
         - ref_emb ``(N, D_old)``: the old model's embeddings, row i of the same item; receives no gradient; new
           embeddings are fitted to their width (:func:`pml_compat.width.fit_width`)
-        - old_correct: ``(N,)`` bool, a keyword of the call
+        - old_correct: ``(N,)`` bool, a keyword of the call that PML's wrappers and :class:`CompatibleLoss` do not pass
+          on: where the old model is right, instead of this loss finding out
         - output: scalar, float32 or better
     Raises:
-        ValueError: ``old_classifier`` of another type, or no FrozenClassifier with ``kind="logits"``; a
+        ValueError: ``old_classifier`` of another type, or None with ``kind="logits"``; a
             hyper-parameter out of its range; labels missing; ``ref_labels`` that are not ``labels``; ``ref_emb``
             missing or of another shape; ``old_correct`` that is no ``(N,)`` bool tensor; embeddings empty, NaN,
             infinite or on another device; an ``indices_tuple``.
     Example:
+        >>> from pml_compat.frozen import ClassCenters
         >>> new_emb, old_emb, labels = torch.zeros(2, 2), torch.eye(2), torch.tensor([0, 0])
         >>> centers = ClassCenters(torch.eye(2), torch.tensor([0, 1]))  # right on the first: (6 + 1) / 2 times 1/2
         >>> FocalDistillationLoss(centers)(new_emb, labels, ref_emb=old_emb)
@@ -70,7 +75,7 @@ class FocalDistillationLoss(NamedTermsLoss):
 
     def __init__(
         self,
-        old_classifier: FrozenClassifier | ClassCenters | None = None,
+        old_classifier: OldSystem | None = None,
         *,
         alpha: float = 1.0,
         beta: float = 5.0,
@@ -81,41 +86,16 @@ class FocalDistillationLoss(NamedTermsLoss):
         super().__init__(**kwargs)
         if kind not in ("features", "logits"):
             raise ValueError(f"kind must be 'features' or 'logits', got {kind!r}")
-        if not isinstance(old_classifier, FrozenClassifier | ClassCenters | None):
-            raise ValueError(
-                "old_classifier must be a FrozenClassifier, a ClassCenters or None, got "
-                f"{type(old_classifier).__name__}"
-            )
-        if kind == "logits" and not isinstance(old_classifier, FrozenClassifier):
-            raise ValueError(
-                f"old_classifier must be a FrozenClassifier with kind='logits', got {type(old_classifier).__name__}; "
-                "make one with FrozenClassifier.from_loss(old_loss) or .from_centers(class_centers)"
-            )
-        if isinstance(old_classifier, ClassCenters):  # the nearest by cosine is the largest logit
-            old_classifier = FrozenClassifier.from_centers(old_classifier)
-        self.old_classifier: FrozenClassifier | None = old_classifier
+        if kind == "logits" and old_classifier is None:
+            raise ValueError("old_classifier must be given with kind='logits', got None")
+        # Of centres, the nearest by cosine is the largest logit.
+        self.old_classifier = None if old_classifier is None else as_classifier(old_classifier)
         self.alpha = check_number(alpha, "alpha", minimum=0)
         self.beta = check_number(beta, "beta", minimum=0)
         self.kind = kind
         self.temperature = check_number(temperature, "temperature", minimum=0, exclusive=True)
         self.add_to_recordable_attributes(list_of_names=["alpha", "beta"], is_stat=False)
         self.add_to_recordable_attributes(name="old_correct_fraction", is_stat=True)
-
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        indices_tuple: Any = None,
-        ref_emb: torch.Tensor | None = None,
-        ref_labels: torch.Tensor | None = None,
-        *,
-        old_correct: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the loss; ``old_correct`` tells where the old model is right, instead of this loss finding out.
-
-        PML's wrappers and :class:`CompatibleLoss` do not pass ``old_correct`` on.
-        """
-        return self.call(embeddings, labels, indices_tuple, ref_emb, ref_labels, old_correct=old_correct)
 
     @property
     def needs_ref_emb(self) -> bool:
@@ -179,7 +159,7 @@ class FocalDistillationLoss(NamedTermsLoss):
             losses = (self.alpha + self.beta * right.to(distances.dtype)) * distances
         if self.collect_stats:
             self.old_correct_fraction = right.float().mean().item()
-        return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
+        return {"loss": per_sample(losses)}
 
 
 def nearest_has_the_label(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
 from ..checks import check_labels
+from ..precision import precise_dtype
 
 
 class GatheredLoss(torch.nn.Module):
@@ -192,7 +193,7 @@ class _Gather(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # float32: numbers of many ranks, each like the other, add up badly in less.
-        dtype = torch.promote_types(ctx.dtype, torch.float32)
+        dtype = precise_dtype(ctx.dtype)
         total = grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total.split(ctx.sizes)[dist.get_rank(ctx.group)].to(ctx.dtype), None, None

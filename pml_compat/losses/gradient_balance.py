@@ -46,9 +46,13 @@ class GradientBalance(torch.nn.Module):
 
     def weight(self, name: str) -> torch.Tensor:
         """Return the multiplier of a term, 0-dimensional, without a gradient."""
-        index = self.names.index(name)
-        task, term = self.task_lengths[index], self.term_lengths[index]
-        return torch.where((task > 0) & (term > 0), task / term, 1.0)
+        return self.weights([name])[0]
+
+    def weights(self, names: Sequence[str]) -> list[torch.Tensor]:
+        """Return the multipliers of several terms."""
+        task, term = self.task_lengths, self.term_lengths
+        found = torch.where((task > 0) & (term > 0), task / term, 1.0).unbind()
+        return [found[self.names.index(name)] for name in names]
 
     @torch.compiler.disable
     def measure(self, task_loss: torch.Tensor, terms: dict[str, tuple[torch.Tensor, torch.Tensor, int]]) -> None:
@@ -56,18 +60,19 @@ class GradientBalance(torch.nn.Module):
 
         Args:
             task_loss: reduced.
-            terms: of each name its reduced loss, the tensor whose gradient counts by rows, and its dimension of rows.
+            terms: of each name its losses, whose mean counts, the tensor whose gradient counts by rows, and its
+                dimension of rows.
         """
         due = self._calls < _FIRST_CALLS or self._calls % _EVERY == 0
         self._calls += 1
-        self.calls += 1
+        self.calls.add_(1)
         if not due or not task_loss.requires_grad:
             return
         task_gradients: dict[int, Any] = {}
-        for name, (loss, rows, dim) in terms.items():
-            if not loss.requires_grad or not rows.requires_grad:
+        for name, (losses, rows, dim) in terms.items():
+            if not losses.requires_grad or not rows.requires_grad:
                 continue
-            own = _row_lengths(loss, rows, dim)
+            own = _row_lengths(losses.mean(), rows, dim)
             if id(rows) not in task_gradients:
                 task_gradients[id(rows)] = _row_lengths(task_loss, rows, dim)
             task = task_gradients[id(rows)]

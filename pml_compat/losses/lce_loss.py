@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
-from torch.nn.functional import mse_loss, relu
+from torch.nn.functional import mse_loss
 
 from ..checks import check_same_device, count_rows, rows_where
 from ..frozen import ClassCenters, class_weights
-from ..frozen.class_centers import check_centers
 from ..frozen.class_weights import class_weight_parameter
+from ..frozen.old_system import OldSystem, as_centers
 from ..precision import no_autocast
 from ..transformations import Transformation
-from ..unit_rows import unit_rows
-from ._base import CLASS_WEIGHT_LENGTH, TaskAndTermsLoss, check_weight, per_sample, reduced
+from ..unit_rows import cosines_with, unit_rows
+from ._base import check_weight
+from ._reduction import per_sample, reduced
+from ._task import Given, TaskAndTermsLoss
+from .boundaries import Boundary, check_boundary_form, outside_boundary, with_boundary
+from .class_weight_length import CLASS_WEIGHT_LENGTH
 from .direction_error import direction_error
-
-Boundary = Literal["angle", "cosine"]
-_NEAR_ONE = 1 - 1e-6  # arccos has an infinite slope at 1
+from .transformation_widths import check_widths
 
 
 class LCELoss(TaskAndTermsLoss):
@@ -50,7 +51,9 @@ class LCELoss(TaskAndTermsLoss):
     Args:
         loss: the task loss, a PML loss with class weights (any PML loss with ``align_weight=0``). It keeps its own
             reducer, and its parameters are in ``parameters()`` of this loss.
-        centers: centres and boundaries of the old model's embeddings of the new training set; copied, as buffers.
+        centers: centres and boundaries of the old model's embeddings of the new training set: ClassCenters; or what
+            they are made of, the pair ``(embeddings, labels)``; or a FrozenClassifier, without boundaries. Copied, as
+            buffers.
         align_weight: None, or the multiplier ``lambda_a`` of the paper's term, 0 or more. 100, its public code's,
             belongs to the mean over all C d entries.
         boundary_weight: None, or the multiplier ``lambda_b`` of the paper's term, 0 or more; 1 in its public code.
@@ -96,7 +99,7 @@ class LCELoss(TaskAndTermsLoss):
     def __init__(
         self,
         loss: torch.nn.Module,
-        centers: ClassCenters,
+        centers: OldSystem,
         align_weight: float | None = None,
         boundary_weight: float | None = None,
         boundary: Boundary = "angle",
@@ -109,10 +112,10 @@ class LCELoss(TaskAndTermsLoss):
         weights = {"align_loss": align_weight, "boundary_loss": boundary_weight}
         balanced = tuple(name for name, weight in weights.items() if weight is None)
         super().__init__(loss, balanced=balanced, class_weight_length=class_weight_length, **kwargs)
-        check_centers(centers)
+        centers = as_centers(centers)
         self.align_weight = check_weight(align_weight, "align_weight")
         self.boundary_weight = check_weight(boundary_weight, "boundary_weight")
-        self.boundary = check_boundary(boundary, centers, "centers", self.boundary_weight)
+        self.boundary = check_boundary_form(boundary, centers, "centers", self.boundary_weight)
         self.forward_transformation = forward_transformation
         self.backward_transformation = backward_transformation
         if balanced and forward_transformation is None:
@@ -129,7 +132,6 @@ class LCELoss(TaskAndTermsLoss):
         given = [name for name in ("align_weight", "boundary_weight") if getattr(self, name) is not None]
         self.add_to_recordable_attributes(list_of_names=given, is_stat=False)
         self.add_to_recordable_attributes(list_of_names=["bounded_fraction", "outside_fraction"], is_stat=True)
-        self.shorten()
 
     def _check_without_class_weights(self, centers: ClassCenters) -> None:
         if self.align_weight is None:
@@ -139,7 +141,7 @@ class LCELoss(TaskAndTermsLoss):
                 f"loss must have class weights to align, {type(self.loss).__name__} has none; take a classification or "
                 "proxy loss, or leave align_weight out, or pass 0, to keep the boundary term alone"
             )
-        _check_widths(self.forward_transformation, self.backward_transformation, centers.centers.shape[1], None)
+        check_widths(self.forward_transformation, self.backward_transformation, centers.centers.shape[1], None)
 
     def _check_class_weights(self, centers: ClassCenters) -> None:
         with torch.no_grad():
@@ -151,7 +153,7 @@ class LCELoss(TaskAndTermsLoss):
                 "is one of the new training set"
             )
         old_width, new_width = centers.centers.shape[1], weights.shape[1]
-        _check_widths(self.forward_transformation, self.backward_transformation, old_width, new_width)
+        check_widths(self.forward_transformation, self.backward_transformation, old_width, new_width)
         if self.forward_transformation is None and self.backward_transformation is None and weights.stride(0) == 1:
             # A copy that lies in memory as the weights do, (D, C), for the alignment that goes through both whole; the
             # boundary term picks rows, which would miss the cache there the more, the more classes there are.
@@ -195,11 +197,12 @@ class LCELoss(TaskAndTermsLoss):
         """Return which of the centres' rows, -1 for none, the boundary term has something to say about."""
         return rows >= 0 if self.boundary_weight is None else (rows >= 0) & self.old_bounded[rows.clamp(min=0)]
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
+    def compute_terms(self, given: Given, rest: torch.Tensor) -> dict[str, Any]:
         """Return the alignment, one number, and the boundary term, one loss a sample that has a boundary."""
+        embeddings, labels = rest, given.labels
         centers = self.old_centers.centers
         check_same_device(embeddings, "embeddings", centers, "the loss")
-        _check_widths(self.forward_transformation, self.backward_transformation, centers.shape[1], embeddings.shape[1])
+        check_widths(self.forward_transformation, self.backward_transformation, centers.shape[1], embeddings.shape[1])
         with no_autocast(embeddings):
             terms = {"align_loss": self.zero_loss(), "boundary_loss": self.zero_loss()}
             if self.align_weight is None:
@@ -253,21 +256,24 @@ class LCELoss(TaskAndTermsLoss):
 
     def _cosines(self, embeddings: torch.Tensor, rows: torch.Tensor, aims: torch.Tensor) -> torch.Tensor:
         """Return each embedding's cosine with the aim of its class, ``(N,)``, in the space that is searched."""
-        directions = unit_rows(embeddings, embeddings.dtype)
         if self.backward_transformation is not None:
-            return (unit_rows(self.backward_transformation(directions)) * aims[rows]).sum(1)
-        if self.forward_transformation is not None:
-            aims = unit_rows(self.forward_transformation(aims))
-        return (directions * aims[rows]).sum(1)
+            mapped = self.backward_transformation(unit_rows(embeddings))
+            return cosines_with(mapped, aims.index_select(0, rows))
+        if self.forward_transformation is None:
+            return cosines_with(embeddings, aims.index_select(0, rows))
+        aims = unit_rows(self.forward_transformation(aims))
+        return (unit_rows(embeddings) * aims.index_select(0, rows)).sum(1)
 
     def _of_known(self, losses: torch.Tensor, rows: torch.Tensor) -> dict[str, Any]:
-        index = c_f.torch_arange_from_size(losses) if self._for_all else rows_where(self, self._known(rows))
-        if len(index) < len(losses):
-            losses = losses[index]
+        index = None
+        if not self._for_all:
+            index = rows_where(self, self._known(rows))
+            if len(index) < len(losses):
+                losses = losses[index]
         if self.collect_stats:
-            self.bounded_fraction = len(index) / len(rows)
-            self.outside_fraction = (losses > 0).float().mean().item() if len(index) else 0.0
-        if len(index) == 0:
+            self.bounded_fraction = len(losses) / len(rows)
+            self.outside_fraction = (losses > 0).float().mean().item() if len(losses) else 0.0
+        if len(losses) == 0:
             return self.zero_loss()
         return per_sample(losses, index)
 
@@ -281,62 +287,3 @@ def _derive(loss: LCELoss, _: Any = None) -> None:
     if hasattr(loss, "old_columns"):
         aims = loss.old_centers.directions if loss.align_weight is None else loss.old_centers.centers
         loss.old_columns = aims.t().contiguous()
-
-
-def check_boundary(boundary: Boundary, centers: ClassCenters, name: str, weight: float | None) -> Boundary:
-    """Return ``boundary``; raise a ValueError where it is unknown, or has a weight and ``centers`` no boundaries."""
-    if boundary not in ("angle", "cosine"):
-        raise ValueError(f"boundary must be 'angle' or 'cosine', got {boundary!r}")
-    if weight and centers.boundaries is None:
-        raise ValueError(
-            f"{name} must have boundaries, got none; measure them with boundary='max' or 'iqr', "
-            "or pass boundary_weight=0"
-        )
-    return boundary
-
-
-def with_boundary(centers: ClassCenters) -> torch.Tensor:
-    """Return which classes have a boundary that says something, ``(C,)`` bool: not those of one sample."""
-    return torch.ones_like(centers.labels, dtype=torch.bool) if centers.counts is None else centers.counts > 1
-
-
-def outside_boundary(cosines: torch.Tensor, boundaries: torch.Tensor, kind: Boundary) -> torch.Tensor:
-    """Return by how much each sample lies outside: ``(N,)`` angles in radians, or differences of cosines, 0 inside.
-
-    Args:
-        cosines: ``(N,)``, of each sample with the centre of its class.
-        boundaries: ``(N,)``, the angle in radians of its class's boundary.
-        kind: ``"angle"`` or ``"cosine"``.
-    """
-    if kind == "angle":
-        return relu(cosines.clamp(-_NEAR_ONE, _NEAR_ONE).arccos() - boundaries)
-    return relu(boundaries.cos() - cosines)
-
-
-def _check_widths(
-    forward: Transformation | None, backward: Transformation | None, old_width: int, new_width: int | None
-) -> None:
-    """``new_width`` None: the task loss does not say how wide its embeddings are."""
-    for transformation, name, widths in (
-        (forward, "forward_transformation", (old_width, new_width)),
-        (backward, "backward_transformation", (new_width, old_width)),
-    ):
-        if transformation is None:
-            continue
-        if not isinstance(transformation, Transformation):
-            raise ValueError(
-                f"{name} must be one of pml_compat.transformations (or a subclass of its Transformation), "
-                f"got {type(transformation).__name__}"
-            )
-        if transformation.side_features is not None:
-            raise ValueError(f"{name} must take no side-information, a class centre has none")
-        got = transformation.in_features, transformation.out_features
-        if any(want not in (None, have) for want, have in zip(widths, got, strict=True)):
-            raise ValueError(f"{name} must map width {widths[0]} to {widths[1]}, got {got[0]} to {got[1]}")
-    if forward is None and backward is None and new_width not in (None, old_width):
-        raise ValueError(
-            f"centers must be {new_width} wide like the new embeddings, got width {old_width}; pass "
-            f"backward_transformation=LinearTransformation({new_width}, {old_width}), which maps new queries into the "
-            f"old space, or forward_transformation=LinearTransformation({old_width}, {new_width}), which maps the "
-            "stored gallery into the new one (or another of pml_compat.transformations)"
-        )

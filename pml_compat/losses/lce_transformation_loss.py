@@ -12,12 +12,13 @@ from torch.nn.functional import mse_loss
 
 from ..checks import check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
 from ..frozen import ClassCenters
-from ..frozen.class_centers import check_centers
-from ..precision import no_autocast
+from ..frozen.old_system import OldSystem, as_centers
+from ..precision import at_least_float32, no_autocast
 from ..transformations import Transformation
 from ..unit_rows import unit_rows
-from ._base import NamedTermsLoss, per_sample, reduced
-from .lce_loss import Boundary, check_boundary, outside_boundary, with_boundary
+from ._base import NamedTermsLoss
+from ._reduction import per_sample, reduced
+from .boundaries import Boundary, check_boundary_form, outside_boundary, with_boundary
 
 
 class LCETransformationLoss(NamedTermsLoss):
@@ -34,8 +35,9 @@ class LCETransformationLoss(NamedTermsLoss):
     Args:
         transformation: the map that is trained, and that gave the embeddings. The loss refers to it and does not own
             it: optimise and save ``transformation`` itself, it is in neither ``parameters()`` nor ``state_dict()``.
-        source_centers: class centres in the space that ``transformation`` maps from.
-        target_centers: class centres and boundaries in the space that it maps into.
+        source_centers: class centres in the space that ``transformation`` maps from: ClassCenters, the pair
+            ``(embeddings, labels)`` or a FrozenClassifier.
+        target_centers: class centres and boundaries in the space that it maps into, likewise.
         align_weight: the multiplier ``lambda_a``, 0 or more.
         boundary_weight: the multiplier ``lambda_b``, 0 or more.
         boundary: ``"angle"`` or ``"cosine"``, see :class:`LCELoss`.
@@ -68,8 +70,8 @@ class LCETransformationLoss(NamedTermsLoss):
     def __init__(
         self,
         transformation: Transformation,
-        source_centers: ClassCenters,
-        target_centers: ClassCenters,
+        source_centers: OldSystem,
+        target_centers: OldSystem,
         align_weight: float = 100.0,
         boundary_weight: float = 1.0,
         boundary: Boundary = "angle",
@@ -82,13 +84,13 @@ class LCETransformationLoss(NamedTermsLoss):
             )
         if transformation.side_features is not None:
             raise ValueError("transformation must take no side-information, a class centre has none")
-        check_centers(source_centers, "source_centers", transformation.in_features)
-        check_centers(target_centers, "target_centers", transformation.out_features)
+        source_centers = as_centers(source_centers, "source_centers", transformation.in_features)
+        target_centers = as_centers(target_centers, "target_centers", transformation.out_features)
         # Past nn.Module's registration: it is the caller's, and would be optimised and saved twice.
         self.__dict__["transformation"] = transformation
         self.align_weight = check_number(align_weight, "align_weight", minimum=0)
         self.boundary_weight = check_number(boundary_weight, "boundary_weight", minimum=0)
-        self.boundary = check_boundary(boundary, target_centers, "target_centers", self.boundary_weight)
+        self.boundary = check_boundary_form(boundary, target_centers, "target_centers", self.boundary_weight)
         self.old_target_centers = copy.deepcopy(target_centers)
         self.register_buffer("old_bounded", with_boundary(target_centers))
         rows = source_centers.index_of(target_centers.labels)
@@ -130,7 +132,7 @@ class LCETransformationLoss(NamedTermsLoss):
         check_same_device(embeddings, "embeddings", self.old_target_directions, "the loss")
         terms = {"align_loss": self.zero_loss(), "boundary_loss": self.zero_loss()}
         with no_autocast(embeddings):
-            precise = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+            precise = at_least_float32(embeddings)
             if self.align_weight > 0:
                 mapped = self.transformation(self.old_source_directions.to(precise.dtype))
                 error = mse_loss(mapped, self.old_target_directions.to(precise.dtype))

@@ -8,9 +8,10 @@ import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_number, check_same_device
-from ..frozen import FrozenClassifier
+from ..frozen.old_system import OldSystem, as_classifier
 from ..precision import no_autocast
-from ._base import NamedTermsLoss, per_sample
+from ._base import NamedTermsLoss
+from ._reduction import per_sample
 from .old_rows import check_old_rows
 
 
@@ -25,7 +26,8 @@ class LwFLoss(NamedTermsLoss):
     class that the old classifier does not know is described by its likeness to those it knows.
 
     Args:
-        old_classifier: the frozen classifier; its tensors are buffers.
+        old_classifier: the FrozenClassifier, whose tensors are buffers; or ClassCenters, or the pair
+            ``(embeddings, labels)`` of stored old embeddings, of which one is made.
         temperature: ``T``, above 0. 1 by default, as the logits are the old classifier's own: those of a cosine or
             a margin classifier carry its scale already. Public code has 0.01 for bare cosines, which is a scale of
             100; here it would multiply the scale and make every target one-hot.
@@ -37,10 +39,11 @@ class LwFLoss(NamedTermsLoss):
         - ref_emb ``(N, D_old)``: the old model's embeddings, row i of the same item; receives no gradient
         - output: scalar, float32 or better; at least the mean entropy of the old answers, not 0
     Raises:
-        ValueError: ``old_classifier`` no FrozenClassifier; a temperature that is not above 0; ``ref_emb`` missing, of
+        ValueError: ``old_classifier`` something else; a temperature that is not above 0; ``ref_emb`` missing, of
             another length or not as wide as the old classifier; empty, NaN or infinite; another device; an
             ``indices_tuple``.
     Example:
+        >>> from pml_compat.frozen import FrozenClassifier
         >>> old_classifier = FrozenClassifier(torch.eye(2))
         >>> LwFLoss(old_classifier)(torch.tensor([[2.0, 2.0]]), ref_emb=torch.tensor([[0.0, 3.0]]))
         tensor(0.6931)
@@ -53,18 +56,13 @@ class LwFLoss(NamedTermsLoss):
 
     def __init__(
         self,
-        old_classifier: FrozenClassifier,
+        old_classifier: OldSystem,
         temperature: float = 1.0,
         old_temperature: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not isinstance(old_classifier, FrozenClassifier):
-            raise ValueError(
-                f"old_classifier must be a FrozenClassifier, got {type(old_classifier).__name__}; make one with "
-                "FrozenClassifier.from_loss(old_loss), .from_layer(old_linear) or .from_centers(class_centers)"
-            )
-        self.old_classifier = old_classifier
+        self.old_classifier = as_classifier(old_classifier)
         self.temperature = check_number(temperature, "temperature", minimum=0, exclusive=True)
         if old_temperature is None:
             old_temperature = self.temperature
@@ -92,4 +90,4 @@ class LwFLoss(NamedTermsLoss):
             targets = torch.softmax(self.old_classifier.logits(old_emb) / self.old_temperature, dim=1)
             logits = self.old_classifier.logits(new_emb) / self.temperature
             losses = torch.nn.functional.cross_entropy(logits, targets.to(logits.dtype), reduction="none")
-        return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
+        return {"loss": per_sample(losses)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,11 +10,14 @@ from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_integer, check_number
 from ..frozen import class_weights
+from ..old_references import check_row_labels
 from ..precision import no_autocast
 from ..unit_rows import unit_rows
 from ..width import fit_width
-from ._base import TaskAndTermsLoss, at_least_float32, check_weight, per_sample, reduced
-from .old_rows import check_old_rows, check_row_labels
+from ._base import check_weight
+from ._reduction import per_sample
+from ._task import Given, TaskAndTermsLoss
+from .old_rows import check_old_rows
 
 
 class MixBCTLoss(TaskAndTermsLoss):
@@ -76,6 +80,7 @@ class MixBCTLoss(TaskAndTermsLoss):
         the draw is seeded.
     """
 
+    own_arguments = ("credible",)
     old_sums: torch.Tensor | None
 
     def __init__(
@@ -97,24 +102,9 @@ class MixBCTLoss(TaskAndTermsLoss):
         self._generator = torch.Generator().manual_seed(check_integer(seed, "seed", minimum=0))
         self.add_to_recordable_attributes(list_of_names=["share"], is_stat=False)
         self.add_to_recordable_attributes(name="mixed_fraction", is_stat=True)
-        self.shorten()
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", "draw_loss"]
-
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        indices_tuple: Any = None,
-        ref_emb: Any = None,
-        ref_labels: torch.Tensor | None = None,
-        *,
-        credible: torch.Tensor | None = None,
-        **task_arguments: Any,
-    ) -> torch.Tensor:
-        """Return the task loss of the mixed batch."""
-        return self.call(embeddings, labels, indices_tuple, ref_emb, ref_labels, credible=credible, **task_arguments)
 
     @property
     def needs_ref_emb(self) -> bool:
@@ -132,40 +122,35 @@ class MixBCTLoss(TaskAndTermsLoss):
         if self.training and ref_labels is not None and ref_labels.shape == labels.shape:
             check_row_labels(labels, torch.where(ref_labels == -1, labels, ref_labels))
 
-    def compute_loss(
-        self,
-        embeddings: torch.Tensor,
-        labels: Any,
-        indices_tuple: Any,
-        ref_emb: Any,
-        ref_labels: Any,
-        *,
-        credible: torch.Tensor | None = None,
-        **task_arguments: Any,
-    ) -> dict[str, Any]:
-        """Return the task loss of the mixed batch, which has reduced itself."""
+    def parts(self, given: Given) -> tuple[torch.Tensor, Any]:
+        """Return the mixed batch, and the old rows at length 1; in eval mode the new embeddings alone."""
         if not self.training:
-            found = super().compute_loss(embeddings, labels, indices_tuple, None, None, **task_arguments)
-            return {**found, "draw_loss": self.zero_loss()}
-        _, old = check_old_rows(embeddings, ref_emb)
-        new, labels = at_least_float32(embeddings), self.given_labels(labels, embeddings)
-        credible = _check_credible(credible, len(new), ref_labels).to(new.device)
+            return given.embeddings, None
+        new = given.embeddings
+        _, old = check_old_rows(new, given.ref_emb)
+        credible = _check_credible(given.own["credible"], len(new), given.ref_labels).to(new.device)
         chosen = self._draw(credible)
         if self.collect_stats:
             self.mixed_fraction = chosen.float().mean().item()
-        with no_autocast(embeddings):
-            width = min(old.shape[1], new.shape[1])
-            old = unit_rows(fit_width(old, width))
-            mixed = torch.where(chosen[:, None], fit_width(old, new.shape[1]), new)
-            task_loss = self.task(mixed, labels, indices_tuple, dtype=embeddings.dtype, **task_arguments)
-            found = {"draw_loss": self.zero_loss()}
-            if self.draw_weight != 0:
-                found["draw_loss"] = self._drawn(unit_rows(new[:, :width], embeddings.dtype), old, labels)
-        return {"task_loss": reduced(task_loss), **self.balanced_terms(task_loss, found, new)}
+        old = unit_rows(fit_width(old, min(old.shape[1], new.shape[1])))
+        return torch.where(chosen[:, None], fit_width(old, new.shape[1]), new), old
 
-    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
-        """Return nothing more: the added term needs the old embeddings too."""
-        return {}
+    def task_references(self, given: Given) -> tuple[Any, Any]:
+        """Return none: the old embeddings are in the mixed batch."""
+        return None, None
+
+    def task(self, seen: torch.Tensor, given: Given, indices_tuple: Any, **task_arguments: Any) -> torch.Tensor:
+        """Return the task loss of the mixed batch, in which old embeddings keep their precision."""
+        with no_autocast(seen) if self.training else nullcontext():
+            return super().task(seen, given, indices_tuple, **task_arguments)
+
+    def compute_terms(self, given: Given, rest: Any) -> dict[str, Any]:
+        """Return how far the new embeddings are from the old ones of their class."""
+        if rest is None or self.draw_weight == 0:
+            return {"draw_loss": self.zero_loss()}
+        with no_autocast(rest):
+            new = unit_rows(given.embeddings[:, : rest.shape[1]], given.dtype)
+            return {"draw_loss": self._drawn(new, rest, given.labels)}
 
     def _drawn(self, new: torch.Tensor, old: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         """Return how far each new embedding is from its class's old ones and its own, whatever is mixed."""
@@ -177,7 +162,7 @@ class MixBCTLoss(TaskAndTermsLoss):
         losses = 1 - (new * aims).sum(1)
         if self.draw_weight is not None:
             losses = losses * self.draw_weight
-        return per_sample(losses, c_f.torch_arange_from_size(new))
+        return per_sample(losses)
 
     def _draw(self, credible: torch.Tensor) -> torch.Tensor:
         """Return which rows are replaced, without asking the device how many are credible."""

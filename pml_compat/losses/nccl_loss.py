@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_embeddings, check_integer, check_labels, check_number, check_same_device
 from ..frozen import class_weights
-from ..precision import no_autocast
+from ..old_references import check_row_labels
+from ..precision import no_autocast, precise_dtype
 from ..unit_rows import unit_rows
 from ..width import fit_width
-from ._base import TaskAndTermsLoss, at_least_float32, check_weight, per_sample, reduced
-from .old_rows import check_old_rows, check_row_labels
+from ._base import check_weight
+from ._reduction import per_sample
+from ._task import Given, TaskAndTermsLoss
+from .old_rows import check_old_rows
 
 
 class NCCLLoss(TaskAndTermsLoss):
@@ -108,7 +110,6 @@ class NCCLLoss(TaskAndTermsLoss):
         self.register_buffer("old_queue_count", torch.tensor(0))
         given = [name for name in ("feature_weight", "logit_weight") if getattr(self, name) is not None]
         self.add_to_recordable_attributes(list_of_names=[*given, "temperature"], is_stat=False)
-        self.shorten()
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", "feature_loss", "logit_loss"]
@@ -127,7 +128,7 @@ class NCCLLoss(TaskAndTermsLoss):
         labels = check_labels(labels, length=len(embeddings))
         if int(labels.min()) < 0:
             raise ValueError(f"labels must be 0 or more, got {int(labels.min())}")
-        embeddings = embeddings.to(self.old_queue.device, torch.promote_types(embeddings.dtype, torch.float32))
+        embeddings = embeddings.to(self.old_queue.device, precise_dtype(embeddings.dtype))
         self._keep(*self._enqueued(unit_rows(embeddings), labels.to(self.old_queue.device)))
 
     @property
@@ -140,22 +141,21 @@ class NCCLLoss(TaskAndTermsLoss):
         super().look_at_labels(labels, ref_labels)
         check_row_labels(check_labels(labels), ref_labels)
 
-    def compute_loss(
-        self,
-        embeddings: torch.Tensor,
-        labels: Any,
-        indices_tuple: Any,
-        ref_emb: Any,
-        ref_labels: Any,
-        **task_arguments: Any,
-    ) -> dict[str, Any]:
-        """Return the task loss, which has reduced itself, and one loss a sample for each of the two terms."""
-        new, labels = at_least_float32(embeddings), self.given_labels(labels, embeddings)
-        fitted, old = check_old_rows(new, ref_emb, width=self.old_queue.shape[1])
-        check_same_device(embeddings, "embeddings", self.old_queue, "the loss")
-        task_loss = self.task(new, labels, indices_tuple, dtype=embeddings.dtype, **task_arguments)
+    def parts(self, given: Given) -> tuple[torch.Tensor, Any]:
+        """Return the embeddings, and both models' in the old width."""
+        rows = check_old_rows(given.embeddings, given.ref_emb, width=self.old_queue.shape[1])
+        check_same_device(given.embeddings, "embeddings", self.old_queue, "the loss")
+        return given.embeddings, rows
+
+    def task_references(self, given: Given) -> tuple[Any, Any]:
+        """Return none: the task loss sees the new embeddings alone."""
+        return None, None
+
+    def compute_terms(self, given: Given, rest: Any) -> dict[str, Any]:
+        """Return one loss a sample for each of the two terms."""
         found: dict[str, Any] = {"feature_loss": self.zero_loss(), "logit_loss": self.zero_loss()}
-        with no_autocast(embeddings):
+        (fitted, old), new, labels = rest, given.embeddings, given.labels
+        with no_autocast(new):
             old = unit_rows(old)
             queue, queue_labels, filled, position = self._enqueued(old, labels)
             if self.training:
@@ -164,21 +164,16 @@ class NCCLLoss(TaskAndTermsLoss):
                 queue, queue_labels, filled = old, labels, filled.new_tensor(len(old))
             there = torch.arange(len(queue), device=filled.device) < filled
             shares = _shares(old, labels, queue, queue_labels)
-            index = c_f.torch_arange_from_size(embeddings)
             if self.feature_weight != 0:
-                similarities = unit_rows(fitted, embeddings.dtype) @ queue.t()
+                similarities = unit_rows(fitted, given.dtype) @ queue.t()
                 losses = self._contrast(similarities, shares, there)
-                found["feature_loss"] = per_sample(_times(losses, self.feature_weight), index)
+                found["feature_loss"] = per_sample(_times(losses, self.feature_weight))
             if self.logit_weight != 0:
                 weights = unit_rows(class_weights(self.loss).to(new.dtype))
                 similarities = _logit_cosines(new, fit_width(queue, new.shape[1]), weights)
                 losses = self._contrast(similarities, shares, there)
-                found["logit_loss"] = per_sample(_times(losses, self.logit_weight), index)
-        return {"task_loss": reduced(task_loss), **self.balanced_terms(task_loss, found, new)}
-
-    def compute_terms(self, embeddings: torch.Tensor, labels: Any) -> dict[str, Any]:
-        """Return nothing more: the terms need the old embeddings too."""
-        return {}
+                found["logit_loss"] = per_sample(_times(losses, self.logit_weight))
+        return found
 
     def _contrast(self, similarities: torch.Tensor, shares: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
         """Return each sample's loss, ``(N,)``, of its ``(N, K)`` similarities with the queue."""

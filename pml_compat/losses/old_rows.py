@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..checks import check_finite, check_matrix, check_same_device, check_values
+from ..checks import check_finite, check_matrix, check_same_device
+from ..precision import precise_dtype
 from ..width import fit_width
 
 
@@ -36,7 +37,7 @@ def check_old_rows(
     Both come in float32 or better.
 
     Args:
-        embeddings: ``(N, D)``, of the model in training; the result carries its gradient.
+        embeddings: ``(N, D)``, of the model in training, checked; the result carries its gradient.
         ref_emb: ``(N, D_old)``, row i of the same item; the result is detached.
         width: the width that ``ref_emb`` must have; None: any.
         fit: fit the batch to the width of ``ref_emb`` (:func:`pml_compat.width.fit_width`); without, both must have
@@ -52,7 +53,6 @@ def check_old_rows(
             f"ref_emb must be a torch.Tensor, a numpy.ndarray or FrozenEmbeddings, got {type(ref_emb).__name__}"
         )
     check_same_device(embeddings, "embeddings", ref_emb, "ref_emb")
-    check_matrix(embeddings)
     check_matrix(ref_emb, "ref_emb", width)
     if len(ref_emb) != len(embeddings) or (not fit and ref_emb.shape[1] != embeddings.shape[1]):
         expected = f"{len(embeddings)} rows" if fit else tuple(embeddings.shape)
@@ -60,25 +60,6 @@ def check_old_rows(
             f"ref_emb must be shaped like embeddings, row i of the same item: expected {expected}, "
             f"got {len(ref_emb) if fit else tuple(ref_emb.shape)}"
         )
-    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    dtype = precise_dtype(embeddings.dtype)
     old = ref_emb.detach().to(dtype)
     return fit_width(embeddings.to(dtype), old.shape[1]), old
-
-
-def check_row_labels(labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
-    """Check that labels given for the old embeddings are those of the same rows.
-
-    Raises:
-        ValueError: they differ.
-    """
-    if ref_labels is None or ref_labels is labels:
-        return
-    error = "ref_labels must equal labels, as row i of ref_emb is the item of row i of embeddings"
-    if ref_labels.shape != labels.shape:
-        raise ValueError(error)
-
-    def judge(differ: float) -> None:
-        if differ:
-            raise ValueError(error)
-
-    check_values([(ref_labels.to(labels.device) != labels).any()], judge)

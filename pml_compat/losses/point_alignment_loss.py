@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from pytorch_metric_learning.utils import common_functions as c_f
+from torch.nn.functional import mse_loss
 
 from ..checks import check_number
 from ..precision import no_autocast
 from ..unit_rows import unit_rows
-from ._base import NamedTermsLoss, per_sample
+from ._base import NamedTermsLoss
+from ._reduction import per_sample
 from .old_rows import check_old_rows
 
 
@@ -91,14 +93,15 @@ class PointAlignmentLoss(NamedTermsLoss):
         with no_autocast(embeddings):
             if self.distance.normalize_embeddings:
                 new_emb, old_emb = (unit_rows(rows, embeddings.dtype) for rows in (new_emb, old_emb))
-            losses = hinged_distances(new_emb - old_emb, self.threshold, self.squared)
-            losses = self.weight * losses
-        return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
+            losses = hinged_distances(new_emb, old_emb, self.threshold, self.squared)
+            if self.weight != 1:
+                losses = self.weight * losses
+        return {"loss": per_sample(losses)}
 
 
-def hinged_distances(differences: torch.Tensor, threshold: float, squared: bool) -> torch.Tensor:
-    """Return how far the length of each row is beyond ``threshold``, squared or not; finite slope at length 0."""
+def hinged_distances(one: torch.Tensor, other: torch.Tensor, threshold: float, squared: bool) -> torch.Tensor:
+    """Return how far each row's distance is beyond ``threshold``, squared or not; finite slope at distance 0."""
     if squared and threshold == 0:
-        return differences.square().sum(1)
-    beyond = torch.relu(torch.linalg.vector_norm(differences, dim=1) - threshold)
+        return mse_loss(one, other, reduction="none").sum(1)
+    beyond = torch.relu(torch.linalg.vector_norm(one - other, dim=1) - threshold)
     return beyond.square() if squared else beyond

@@ -8,10 +8,12 @@ import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..checks import check_integer, check_labels, check_number
+from ..old_references import check_row_labels
 from ..precision import no_autocast
 from ..unit_rows import unit_rows
-from ._base import NamedTermsLoss, per_sample
-from .old_rows import check_old_rows, check_row_labels
+from ._base import NamedTermsLoss
+from ._reduction import per_sample
+from .old_rows import check_old_rows
 
 
 class RACTLoss(NamedTermsLoss):
@@ -111,7 +113,7 @@ class RACTLoss(NamedTermsLoss):
                 losses = contrastive_losses(new_emb, old_emb, others, same, self.top_k, self.temperature)
             else:
                 losses = triplet_losses(new_emb, old_emb, others, same, self.top_k, self.margin)
-        return {"loss": per_sample(losses, c_f.torch_arange_from_size(embeddings))}
+        return {"loss": per_sample(losses)}
 
 
 def contrastive_losses(

@@ -12,7 +12,9 @@ from ..frozen import ClassCenters, FrozenClassifier
 from ..frozen.class_centers import check_centers
 from ..frozen.classifier import DEFAULT_SCALE
 from ..frozen.heads import SoftmaxHead
+from ..frozen.old_system import OldSystem, as_centers
 from ..frozen.prototypes import refine_prototypes
+from ..moved import renamed
 from .bct_loss import BCTLoss
 
 
@@ -32,26 +34,29 @@ class UniBCTLoss(BCTLoss):
 
     The paper's schedule: no influence until epoch 10, and prototypes refined after epochs 10 and 20. To follow it,
     start with ``influence_weight=0``, and set the attribute when the prototypes are first refined; plain class means
-    are good prototypes to start with too. The attribute is in no ``state_dict``: set it again after a resume. ::
+    are good prototypes to start with too. The attribute is in ``state_dict()``, so that a training that
+    is resumed goes on with it. ::
 
         if epoch in (10, 20):
             loss_func.update_prototypes(old_embeddings, embed(model, train_set), labels)
 
     Args:
         loss: the task loss, any PML loss; it keeps its own reducer, and its parameters are in ``parameters()``.
-        prototypes: of the old embeddings of the new training set: ``ClassCenters.from_embeddings`` or
-            ``refine_prototypes``. Copied, as buffers; samples of other labels take no part in the influence.
+        centers: the prototypes, of the old embeddings of the new training set: ``ClassCenters.from_embeddings`` or
+            ``refine_prototypes``, or the pair ``(embeddings, labels)``, or a FrozenClassifier, for its directions.
+            Copied, as buffers; samples of other labels take no part in the influence.
         influence_weight: None, or the multiplier ``lambda`` of the paper's form, 0 or more. An attribute that may be
-            set at any time.
+            set at any time, and is in ``state_dict()``.
         scale: ``s`` of the cosines in the paper's form, above 0; None: the one that fits the old embeddings best.
         margin: ``m`` on the angle with the own prototype in the paper's form, in radians, in [0, pi]; 0 is a softmax.
             A scale or a margin makes it the paper's form without an ``influence_weight``, too.
+        prototypes: the old name of ``centers``, for a release.
         **kwargs: as for :class:`BCTLoss`.
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set
         - output: scalar, float32 or better; ``terms["task_loss"]`` and ``terms["influence_loss"]`` after the call
     Raises:
-        ValueError: as :class:`BCTLoss`; ``prototypes`` no ClassCenters; ``scale`` or ``margin`` out of its range.
+        ValueError: as :class:`BCTLoss`; ``centers`` something else; ``scale`` or ``margin`` out of its range.
     Example:
         >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
         >>> old, labels = torch.randn(40, 8), torch.arange(40) % 10
@@ -69,14 +74,15 @@ class UniBCTLoss(BCTLoss):
     def __init__(
         self,
         loss: torch.nn.Module,
-        prototypes: ClassCenters,
+        centers: OldSystem | None = None,
         influence_weight: float | None = None,
         *,
         scale: float | None = None,
         margin: float = 0.0,
+        prototypes: ClassCenters | None = None,
         **kwargs: Any,
     ) -> None:
-        check_centers(prototypes, "prototypes")
+        prototypes = as_centers(renamed(centers, "centers", prototypes, "prototypes", stacklevel=4))
         margin = check_number(margin, "margin", minimum=0)
         if margin > torch.pi:
             raise ValueError(f"margin must be in radians, in [0, pi], got {margin!r}; PML's ArcFaceLoss takes degrees")

@@ -9,7 +9,7 @@ from pytorch_metric_learning.distances import BaseDistance
 from pytorch_metric_learning.miners import BaseMiner
 
 from ..checks import one_read, values_known
-from ..old_references import check_references
+from ..old_references import check_references, check_row_labels
 
 
 class CrossModelMiner(BaseMiner):
@@ -42,6 +42,8 @@ class CrossModelMiner(BaseMiner):
         with torch.no_grad():
             with one_read():
                 new, labels, old, ref_labels = check_references(embeddings, labels, ref_emb, ref_labels)
+                if self.row_aligned and len(new) == len(old):
+                    check_row_labels(labels, ref_labels)
             with torch.autocast(new.device.type, enabled=False), values_known():
                 return super().forward(new, labels, old, ref_labels)
 

@@ -10,8 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ..checks import check_integer, check_number, check_same_device
-from ..frozen import ClassCenters
-from ..frozen.class_centers import check_centers
+from ..frozen.old_system import OldSystem, as_centers
 from .base import CrossModelMiner
 from .cross_model_miner import farthest
 
@@ -38,9 +37,10 @@ class BoundaryViolationMiner(CrossModelMiner):
         - output: (anchors, positives, anchors, negatives), indices; anchors into ``embeddings``, others into
           ``ref_emb``. Labels without a centre, or whose class has one sample and so no boundary, give no anchors
     Raises:
-        ValueError: no ClassCenters, or none with boundaries; ``margin`` < -pi; ``k`` < 1; in a call: embeddings not
-            as wide as the centres, on another device; see also :class:`CrossModelMiner`.
+        ValueError: ``centers`` something else, or without boundaries; ``margin`` < -pi; ``k`` < 1; in a call:
+            embeddings not as wide as the centres, on another device; see also :class:`CrossModelMiner`.
     Example:
+        >>> from pml_compat.frozen import ClassCenters
         >>> centers = ClassCenters(torch.eye(2), torch.tensor([0, 1]), boundaries=torch.tensor([0.5, 0.5]))
         >>> new, old = torch.tensor([[0.9, 0.1], [0.7, 0.7]]), torch.eye(2)
         >>> BoundaryViolationMiner(centers)(new, torch.tensor([0, 1]), old)
@@ -52,9 +52,9 @@ class BoundaryViolationMiner(CrossModelMiner):
 
     new_anchors_only = True
 
-    def __init__(self, centers: ClassCenters, margin: float = 0.0, *, k: int | None = 10, **kwargs: Any) -> None:
+    def __init__(self, centers: OldSystem, margin: float = 0.0, *, k: int | None = 10, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_centers(centers)
+        centers = as_centers(centers)
         if centers.boundaries is None:
             raise ValueError("centers must have boundaries, got none; measure them with boundary='max' or 'iqr'")
         self.margin = check_number(margin, "margin", minimum=-math.pi)

@@ -13,6 +13,7 @@ from ..checks import check_matrix, check_same_device
 from ..frozen.class_means import class_means
 from ..frozen.credible import Rule, check_rule, kept
 from ..frozen.label_map import LabelMap
+from ..precision import at_least_float32
 from .base import CrossModelMiner
 
 _ROUNDING = 1e-6  # relative: a sample on its class's radius stays in, whatever the batch it comes in
@@ -105,7 +106,7 @@ class CredibleSampleFilter(CrossModelMiner):
         """Return which old embeddings ``(M, D)`` with ``labels (M,)`` are credible, as a boolean mask ``(M,)``."""
         check_same_device(embeddings, "embeddings", self.old_means, "the filter")
         check_matrix(embeddings, "embeddings", width=self.old_means.shape[1])
-        rows = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        rows = at_least_float32(embeddings)
         rows = unit(rows, dim=1) if self.normalize else rows
         means = self.old_means.to(rows.dtype)
         with torch.autocast(rows.device.type, enabled=False):
@@ -142,7 +143,7 @@ class CredibleSampleFilter(CrossModelMiner):
 def _without(mined: tuple[torch.Tensor, ...], credible: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return the tuples whose old references are all credible."""
     if len(mined) == 3:
-        kept = credible[mined[1]] & credible[mined[2]]
+        kept = (credible[mined[1]] & credible[mined[2]]).nonzero()[:, 0]
         return mined[0][kept], mined[1][kept], mined[2][kept]
-    positive, negative = credible[mined[1]], credible[mined[3]]
+    positive, negative = (credible[mined[i]].nonzero()[:, 0] for i in (1, 3))
     return mined[0][positive], mined[1][positive], mined[2][negative], mined[3][negative]

@@ -68,7 +68,7 @@ def triplets_of(
     a1: torch.Tensor, p: torch.Tensor, a2: torch.Tensor, n: torch.Tensor, num_anchors: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return every positive pair with every negative of its anchor; ``a2`` is sorted. Nothing larger is made."""
-    counts = torch.bincount(a2, minlength=num_anchors)
+    counts = a2.new_zeros(num_anchors).index_add_(0, a2, torch.ones_like(a2))
     starts = counts.cumsum(0) - counts
     repeats = counts[a1]
     pair = torch.repeat_interleave(repeats)

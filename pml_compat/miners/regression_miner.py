@@ -67,12 +67,12 @@ class RegressionMiner(CrossModelMiner):
                 "ref_emb must be of the same items, row i of ref_emb that of row i of embeddings: expected "
                 f"{len(embeddings)} rows, got {len(ref_emb)}"
             )
-        if not torch.equal(labels, ref_labels):
-            raise ValueError("ref_labels must equal labels, as row i of ref_emb is the item of row i of embeddings")
         new, old = self.distances(embeddings, ref_emb), self.distances(ref_emb, ref_emb)
         same = labels[:, None] == ref_labels
-        ends = same.sum(1).cumsum(0).tolist()
         anchors, positives = same.nonzero(as_tuple=True)
+        if len(anchors) * len(labels) <= _BLOCK_ELEMENTS:
+            return self._recorded(self._block(new, old, same, anchors, positives), len(labels))
+        ends = same.sum(1).cumsum(0).tolist()
         most = max(end - start for start, end in zip([0, *ends], ends, strict=False))
         step = max(1, _BLOCK_ELEMENTS // (most * len(labels)))
         found, start = [], 0
@@ -81,9 +81,12 @@ class RegressionMiner(CrossModelMiner):
             found.append(self._block(new, old, same, anchors[start:end], positives[start:end]))
             start = end
         a, p, n = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return self._recorded((a, p, n), len(labels))
+
+    def _recorded(self, triplets: tuple[torch.Tensor, ...], length: int) -> tuple[torch.Tensor, ...]:
         if self.collect_stats:
-            self.regressed_fraction = len(a.unique()) / len(labels)
-        return a, p, n
+            self.regressed_fraction = len(triplets[0].unique()) / length
+        return triplets
 
     def _block(
         self, new: torch.Tensor, old: torch.Tensor, same: torch.Tensor, a: torch.Tensor, p: torch.Tensor

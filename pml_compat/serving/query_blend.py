@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from ..checks import check_labels, check_matrix, check_same_device
 from ..extras import import_extra
 from ..files import load_tensors, save_tensors, whole_file
+from ..precision import precise_dtype
 from ..stored_rows import stored_rows
 from ..transformations import OrthogonalTransformation
 from ..unit_rows import unit_rows_as_given
@@ -136,7 +137,7 @@ class QueryBlend:
         if len(old) != len(new):
             raise ValueError(f"new_query must have the queries of old_query, {len(old)}, got {len(new)}")
         check_same_device(new, "new_query", old, "old_query")
-        precise = torch.promote_types(old.dtype, torch.float32)
+        precise = precise_dtype(old.dtype)
         u, v, rotation = unit_rows_as_given(old.to(precise)), new.to(precise), rotation.to(old.device, precise)
         if not self._known_to_fit and len(u) >= _SEEN_ROWS and u.shape == v.shape:
             self._check_order(u, unit_rows_as_given(v), rotation)

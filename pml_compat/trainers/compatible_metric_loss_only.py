@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.nest import moved_to, rows_of
 from ..frozen import FrozenEmbeddings, FrozenModel, OldEmbeddingDataset, data_and_label
 from ..losses import GatheredLoss
-from ..losses._base import unwrapped
+from ..losses._task import unwrapped
+from ..precision import precise_dtype
 from .resumable_sampler import ResumableSampler
 from .stored_rows import ONE, called, indices_in_batch, rows_in_batch, stored_rows
 
@@ -198,7 +199,7 @@ class CompatibleMetricLossOnly(MetricLossOnly):
                     f"{called('old_model', name)} must return one embedding a sample: expected {len(embeddings)} "
                     f"rows, got {len(found[name])}"
                 )
-        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        dtype = precise_dtype(embeddings.dtype)
         found = {name: rows.to(embeddings.device, dtype) for name, rows in found.items()}
         return found.get(ONE, found)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..precision import at_least_float32
 from .base import Transformation
 from .linear import LinearTransformation
 from .pairs import pair_moments
@@ -48,7 +49,7 @@ class OrthogonalTransformation(Transformation):
     def matrix(self) -> torch.Tensor:
         """Return ``R``, ``(in_features, out_features)``."""
         with torch.autocast(self.generator.device.type, enabled=False):
-            precise = self.generator.to(torch.promote_types(self.generator.dtype, torch.float32))
+            precise = at_least_float32(self.generator)
             rotation = torch.linalg.matrix_exp(precise - precise.t()).to(self.base.dtype)
             return rotation @ self.base if self.in_features >= self.out_features else self.base @ rotation
 

@@ -292,7 +292,7 @@ def test_refined_prototypes_have_directions_of_the_old_embeddings():
 
 
 def test_no_more_than_a_sample_is_kept(monkeypatch, few_steps):
-    monkeypatch.setattr("pml_compat.frozen.class_centers._SAMPLE_ROWS", 20)
+    monkeypatch.setattr("pml_compat.frozen.measured_classes.SAMPLE_ROWS", 20)
     rows, labels = distinct_classes(n=200)
     centers = ClassCenters.from_batches(list(zip(rows.split(9), labels.split(9), strict=True)))
     kept, classes = centers._sample

@@ -10,7 +10,7 @@ from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimila
 from pytorch_metric_learning.reducers import DoNothingReducer
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
-from pml_compat.frozen import ClassCenters, FrozenClassifier, class_weights, log_sum_exp
+from pml_compat.frozen import ClassCenters, FrozenClassifier, class_weights, heads, log_sum_exp
 from pml_compat.losses import BCTLoss
 from tests import reference
 
@@ -59,6 +59,13 @@ def make(kind, rows=C, dtype=torch.float64):
 KINDS = ["linear", "cosine", *ALL_LOSSES]
 
 
+@pytest.fixture(params=[0, 512], ids=["in blocks", "at once"])
+def either_way(request, monkeypatch):
+    """Few classes are taken all at once, many in blocks; here few are taken in blocks too."""
+    monkeypatch.setattr(heads, "_FEW_ROWS", request.param)
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_linear_matches_naive_loop(seed):
     embeddings, labels = batch(seed)
@@ -69,6 +76,7 @@ def test_linear_matches_naive_loop(seed):
     assert known.all()
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("scale", [None, 1.0, 64.0])
 def test_cosine_matches_naive_loop(seed, scale):
@@ -86,6 +94,7 @@ def test_by_hand():
     torch.testing.assert_close(losses, torch.tensor([2.0, 1 + np.exp(2.0)]).log(), check_dtype=False)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("name", PER_SAMPLE_LOSSES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_from_loss_is_the_pml_loss(name, seed):
@@ -110,6 +119,7 @@ def test_losses_that_couple_samples_are_taken_one_sample_at_a_time(name):
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind):
     classifier = make(kind)
@@ -134,6 +144,7 @@ def test_logits_carry_a_gradient_and_the_old_scale():
     assert embeddings.grad is not None
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["zero", "row", "opposite"])
 def test_gradients_are_finite_at_the_edges(kind, case):
@@ -154,6 +165,7 @@ def test_blocks_give_what_one_buffer_gives(monkeypatch):
             pml_losses.SubCenterArcFaceLoss(num_classes=300, embedding_size=D, sub_centers=2).double()
         ),
     ):
+        monkeypatch.setattr(heads, "_FEW_ROWS", 0)
         whole, _ = classifier.losses(embeddings, labels)
         monkeypatch.setitem(log_sum_exp._BLOCK_ELEMENTS, "cpu", 1)  # the least: 64 classes at a time
         blocks, _ = classifier.losses(embeddings, labels)
@@ -171,6 +183,7 @@ def test_logits_with_a_bias_of_another_dtype(dtype, own):
     assert logits.dtype == dtype and logits.tolist() == [[1.5, 1.5]]
 
 
+@pytest.mark.usefixtures("either_way")
 def test_logits_far_apart_do_not_overflow():
     embeddings = torch.full((2, D), 300.0, requires_grad=True)
     classifier = FrozenClassifier(weight(dtype=torch.float32) * 100)
@@ -179,6 +192,7 @@ def test_logits_far_apart_do_not_overflow():
     assert torch.isfinite(losses).all() and torch.isfinite(embeddings.grad).all()
 
 
+@pytest.mark.usefixtures("either_way")
 def test_one_class_costs_nothing():
     embeddings = torch.randn(3, D, requires_grad=True)
     losses, _ = FrozenClassifier(torch.ones(1, D)).losses(embeddings, torch.zeros(3, dtype=torch.long))

@@ -448,3 +448,21 @@ def test_gpu_gives_what_the_cpu_gives(dtype):
         loss = called(loss_func, on_gpu, labels, old.cuda(), independent.cuda())  # labels may stay, as in PML
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=0.02) and torch.isfinite(on_gpu.grad).all()
+
+
+def test_a_step_makes_each_matrix_exponential_once(monkeypatch):
+    """The free part is read back by what z was turned by, whose gradient is the same."""
+    made, real = [], torch.linalg.matrix_exp
+    monkeypatch.setattr(torch.linalg, "matrix_exp", lambda matrix: made.append(matrix) or real(matrix))
+    found = []
+    for keep in (lambda z: z, lambda z: z * 1.0 + torch.zeros_like(z, requires_grad=True)):  # the latter is unknown
+        torch.manual_seed(0)
+        basis = BasisTransformation(6, 4, extra_features=2)
+        centers = ClassCenters(torch.randn(3, 4), torch.arange(3))
+        loss_func = BT2Loss(losses.NormalizedSoftmaxLoss(3, 6), basis, centers, match_weight=0.0)
+        labels, old = torch.arange(5) % 3, torch.randn(5, 4)
+        made.clear()
+        loss_func(keep(basis(torch.randn(5, 10))), labels, ref_emb=old).backward()
+        found.append((len(made), [parameter.grad for parameter in basis.parameters()]))
+    assert [count for count, _ in found] == [2, 4]
+    torch.testing.assert_close(found[0][1], found[1][1])

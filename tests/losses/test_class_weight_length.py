@@ -191,3 +191,23 @@ def test_a_refused_construction_leaves_the_task_loss_as_it_was(name):
     with pytest.raises(ValueError, match=r"must be|width|wide"):
         REFUSED[name](loss)
     assert same(before, loss.state_dict())
+
+
+def test_a_loss_of_ones_own_is_shortened_once_it_is_made():
+    """Whatever its __init__ does after that of its base; what is refused leaves the loss as it was."""
+    task, seen = losses.NormalizedSoftmaxLoss(C, D), []
+
+    class Own(BCTLoss):
+        def __init__(self, loss, old, refuse):
+            super().__init__(loss, old)
+            seen.append(lengths(loss))
+            if refuse:
+                raise ValueError("refused")
+
+    before = lengths(task)
+    with pytest.raises(ValueError, match="refused"):
+        Own(task, CENTERS, True)
+    assert lengths(task).equal(before) and seen[0].equal(before)
+    Own(task, CENTERS, False)
+    assert seen[1].equal(before)
+    torch.testing.assert_close(lengths(task), torch.full_like(before, DEFAULT))

@@ -220,7 +220,7 @@ def test_permuted_rows_and_one_row(kind):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"new_classifier": torch.nn.Linear(5, 3)}, r"new_classifier must be a FrozenClassifier or None, got Linear"),
+        ({"new_classifier": torch.nn.Linear(5, 3)}, r"new_classifier must be a FrozenClassifier, got Linear"),
         ({"classifier_weight": -1.0}, r"classifier_weight must be a finite number of at least 0, got -1.0"),
         ({"distance": distances.LpDistance()}, r"distance must be LpDistance\(p=2, power=2\), .*\(p=2, power=1\)"),
         ({"distance": distances.LpDistance(p=1, power=2)}, r"distance must be LpDistance\(p=2, power=2\), .*\(p=1, "),

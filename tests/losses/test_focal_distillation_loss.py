@@ -243,10 +243,9 @@ def test_beside_a_task_loss():
         (
             (torch.nn.Linear(5, 3),),
             {},
-            r"old_classifier must be a FrozenClassifier, a ClassCenters or None, got Linear",
+            r"old_classifier must be a FrozenClassifier, got Linear; make one with",
         ),
-        ((), {"kind": "logits"}, r"old_classifier must be a FrozenClassifier with kind='logits', got NoneType"),
-        ((centers(),), {"kind": "logits"}, r"must be a FrozenClassifier with kind='logits', got ClassCenters; make"),
+        ((), {"kind": "logits"}, r"old_classifier must be given with kind='logits', got None"),
     ],
 )
 def test_bad_options(arguments, options, message):

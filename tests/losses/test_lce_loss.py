@@ -8,8 +8,8 @@ from pytorch_metric_learning import losses, reducers, regularizers
 
 from pml_compat.frozen import ClassCenters, class_weights
 from pml_compat.losses import LCELoss
+from pml_compat.losses.boundaries import outside_boundary
 from pml_compat.losses.direction_error import direction_error
-from pml_compat.losses.lce_loss import outside_boundary
 from pml_compat.transformations import (
     LinearTransformation,
     OrthogonalTransformation,

@@ -5,7 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from pytorch_metric_learning import losses
+from torch.nn.parallel import DistributedDataParallel
 
 from pml_compat.frozen import ClassCenters, FrozenClassifier, FrozenEmbeddings
 from pml_compat.heads import BasisTransformation
@@ -103,6 +105,43 @@ def test_a_grad_scaler_takes_float16_steps():
     assert torch.isfinite(embeddings.grad).all()
 
 
+def train_in_ddp(rank, rendezvous, results):
+    """Three steps of AdvBCT on two ranks, the second without a known class on either."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    known = [2, 0, 4]
+    loss_func = AdvBCTLoss(torch.randn(3, WIDTH) / 8, torch.rand(3), known)
+    loss_func.set_progress(0.5)
+    model = DistributedDataParallel(torch.nn.Linear(4, WIDTH))
+    wrapped = DistributedDataParallel(GatheredLoss(loss_func))
+    optimizer = torch.optim.SGD([*model.parameters(), *wrapped.parameters()], lr=0.1)
+    moved = []
+    for labels in (LABELS % 5, LABELS + 9, LABELS % 5):
+        before = [parameter.detach().clone() for parameter in loss_func.parameters()]
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(rank)
+        wrapped(
+            model(torch.randn(N, 4, generator=generator)), labels, ref_emb=torch.randn(N, WIDTH, generator=generator)
+        ).backward()
+        optimizer.step()
+        moved.append(any(not one.equal(two) for one, two in zip(before, loss_func.parameters(), strict=True)))
+    results[rank] = moved, [parameter.detach().numpy() for parameter in loss_func.parameters()]
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_batch_without_a_known_class_trains_on_in_ddp(tmp_path):
+    """Where a parameter gets no gradient DDP waits for it, and fails at the next step."""
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(train_in_ddp, (f"file://{tmp_path / 'rendezvous'}", results), nprocs=2)
+        (moved, first), (_, second) = results[0], results[1]
+    assert moved == [True, True, True]
+    assert all((one == two).all() for one, two in zip(first, second, strict=True))
+
+
 # --- names and nesting
 def test_old_models_may_be_named_as_people_name_them():
     loss_func = CompatibleLoss(task(), {"v1.0": FCTLoss(), "v1.1": PointAlignmentLoss()}, {"v1.0": 0.5, "v1.1": None})
@@ -133,8 +172,9 @@ def test_a_copy_of_the_model_alone_is_no_longer_the_losss():
     loss_func = BT2Loss(task(6), basis, centers, match_weight=0.0)
     inputs, old = torch.randn(N, 4), rows(OLD_WIDTH, seed=1)
     loss_func(model(inputs), LABELS, ref_emb=old).backward()
-    with pytest.raises(ValueError, match=r"must come from the basis that the loss was made with.*deepcopy"):
-        loss_func(copy.deepcopy(model)(inputs), LABELS, ref_emb=old)
+    for lose in (lambda z: z, torch.Tensor.double, lambda z: z.half().clone()):
+        with pytest.raises(ValueError, match=r"must come from the basis that the loss was made with.*deepcopy"):
+            loss_func(lose(copy.deepcopy(model)(inputs)), LABELS, ref_emb=old)
     both = copy.deepcopy((model, loss_func))
     both[1](both[0](inputs), LABELS, ref_emb=old).backward()
 

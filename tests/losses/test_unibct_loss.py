@@ -214,7 +214,7 @@ def test_dtypes_stay_what_they_are(dtype, autocast, weight):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: UniBCTLoss(task(), torch.ones(6, 5)), r"prototypes must be a ClassCenters, got Tensor"),
+        (lambda: UniBCTLoss(task(), torch.ones(6, 5)), r"centers must be a ClassCenters, got Tensor"),
         (lambda: UniBCTLoss(task(), prototypes(), -1.0), r"influence_weight must be .* at least 0, got -1.0"),
         (lambda: UniBCTLoss(task(), prototypes(), scale=0.0), r"scale must be .* above 0, got 0.0"),
         (lambda: UniBCTLoss(task(), prototypes(), margin=-0.1), r"margin must be .* at least 0, got -0.1"),

@@ -7,6 +7,7 @@ from pytorch_metric_learning import distances, losses
 from pytorch_metric_learning.miners import BaseMiner
 
 from tests.miners.cases import MINERS, WIDTH, samples
+from tests.reads import Reads
 
 every_miner = pytest.mark.parametrize("name", MINERS)
 
@@ -134,3 +135,28 @@ def test_gpu_gives_what_the_cpu_gives(name):
     mined = miner.cuda()(new.cuda(), labels, old.cuda())
     assert {part.device.type for part in mined} == {"cuda"}
     assert same([part.cpu() for part in mined], expected)
+
+
+# What is read for a tuple: how many pairs there are of either sort, and how many triplets these make; how many anchors,
+# or references, take part.
+READS = {
+    "hardest": 2,
+    "hardest_triplets": 3,
+    "hardest_all": 3,
+    "boundary": 3,
+    "regression": 2,
+    "regression_capped": 3,
+    "credible": 3,
+    "credible_entropy": 1,
+    "credible_regression": 3,
+}
+
+
+@pytest.mark.parametrize("name", MINERS)
+def test_no_more_is_read_back_from_the_device_than_a_tuple_needs(name):
+    new, labels, old = samples()
+    miner = MINERS[name]()
+    with Reads() as reads:
+        miner(new, labels, old)
+    assert reads.ours.total() <= 1  # what is given, looked at once
+    assert reads.miners.total() == READS[name], reads.miners
