@@ -1,9 +1,8 @@
 """Exact ranks of the right gallery items, query chunk by query chunk: the one engine under every metric.
 
-Retrieval metrics need only where the positives stand in each query's full ranking, and that is counted, not sorted: the
-scores of a chunk of queries (one float32 matrix product) are put into narrow buckets; the items in a positive's own
-bucket are compared with it one by one, those in nearer buckets by number. No more than one chunk of queries by the
-gallery is ever held.
+Retrieval metrics need only where the positives stand in each query's full ranking: the scores of a chunk of queries (one
+float32 matrix product) are sorted by value, and each positive's score is looked up among them. No more than one chunk
+of queries by the gallery is ever held.
 
 Where the rounding of the scores could show in a metric (among the first places, across a cut-off, or by more than a
 thousandth of the query's average precision or reciprocal rank, in the worst case), float64 decides: the query is ranked
@@ -16,57 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
 from .gallery import Gallery
 from .matches import Matches, mask
+from .places import PlaceBounds, PositiveRanks, unsure_queries
 
 _CHUNK_ELEMENTS = 4 * 2**20  # scores held at once: 16 MiB
 _COUNTED_ELEMENTS = 2**20  # scores counted at once, with some 20 bytes each
 _MIN_QUERIES = 16  # a matrix product of fewer rows would spend its time reading the gallery
 _FEW_QUERIES = 4  # the least that float64 works at: each time it reads the gallery
-_FIRST_PLACES = 10  # where the order is not left to rounding
-_CHANGE = 1e-3  # share of a query's average precision, or of its reciprocal rank, that is left to rounding at most
-
-
-@dataclass(frozen=True)
-class PositiveRanks:
-    """Where the positives of some queries stand; every tensor but ``relevant`` is ``(Q, P)``, nearest first.
-
-    A row has as many valid entries as its query has positives in the ranking. Ties make ``within`` exceed
-    ``closer + 1``: the item stands anywhere from place ``closer + 1`` to place ``within``.
-    """
-
-    valid: torch.Tensor  # False for padding
-    closer: torch.Tensor  # gallery items strictly closer than this positive
-    within: torch.Tensor  # gallery items at most as far, itself included
-    positives_within: torch.Tensor  # positives at most as far, itself included
-    relevant: torch.Tensor  # (Q,) positives of each query, in the ranking or not
-
-    def of(self, queries: torch.Tensor) -> PositiveRanks:
-        """Return the ranks of some of the queries."""
-        return PositiveRanks(**{field.name: getattr(self, field.name)[queries] for field in fields(self)})
-
-
-@dataclass(frozen=True)
-class PlaceBounds:
-    """What rounding leaves of the places of positives; every tensor is ``(Q, P)``."""
-
-    closer: torch.Tensor  # gallery items that are closer for sure
-    within: torch.Tensor  # gallery items that may be as close, itself included
-    positives_closer: torch.Tensor  # positives that are closer for sure
-    positives_within: torch.Tensor  # positives that may be as close, itself included
-
-    def precisions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the least and the largest precision that each positive may end a list with."""
-        wrong_before = (self.closer - self.positives_closer).clamp_min(0)
-        wrong_within = (self.within - self.positives_within).clamp_min(0)
-        least = (self.positives_closer + 1).double()
-        most = self.positives_within.clamp_min(1).double()
-        return least / (least + wrong_within), most / (most + wrong_before)
 
 
 def query_chunks(n_query: int, n_reference: int) -> Iterator[slice]:
@@ -124,8 +84,6 @@ class _Counting:
         # differ in length by as much, and scores are rounded once more when they are scaled.
         self.tolerance = (5 + math.sqrt(query.shape[1]) / 4) * torch.finfo(torch.float32).eps * size
         self.scores = self.query.new_empty(0, len(gallery))
-        self.bucket = torch.empty(0, len(gallery), dtype=torch.long, device=query.device)
-        self.buckets = 2 ** max(8, math.floor(math.log2(len(gallery))) - 1)
         precise = torch.get_float32_matmul_precision() == "highest" and query.device.type != "mps"
         countable = len(gallery) < 2**24  # in float32
         self.works = precise and countable and bool(torch.isfinite(size).all()) and float(size.min()) > 1e-20
@@ -150,48 +108,29 @@ class _Counting:
         excluded: Sequence[Matches],
         k: int | None,
     ) -> tuple[PositiveRanks, torch.Tensor]:
-        tolerance = self.tolerance[numbers]
-        low = scores.amin(1, keepdim=True)
-        # A little less than all buckets, so that the largest score is not rounded past the last one.
-        scale = (self.buckets - 1.5) / (scores.amax(1, keepdim=True) - low).clamp_min_(tolerance)
-        scores.sub_(low).mul_(scale)
-        if self.bucket.shape[0] < len(numbers):
-            self.bucket = torch.empty(scores.shape, dtype=torch.long, device=scores.device)
-        bucket = self.bucket[: len(numbers)].copy_(scores)
         for matches in excluded:
-            bucket[matches.pairs(numbers)] = self.buckets  # one more, past all others
-
+            scores[matches.pairs(numbers)] = torch.inf
         index, valid = positives.lists(numbers)
-        valid = valid & (bucket.gather(1, index) < self.buckets)
         own = _sort_values(scores.gather(1, index).masked_fill_(~valid, torch.inf))
-        relevant = valid.sum(1)
+        relevant = (own < torch.inf).sum(1)
         width = max(1, int(relevant.max()))
         own = torch.nn.functional.pad(own, (0, max(0, width - own.shape[1])), value=torch.inf)[:, :width].contiguous()
-
-        # Items in the buckets of the positives are compared one by one, all others counted.
-        below, above = own - tolerance * scale, own + tolerance * scale
-        place = torch.cat([below, own, above], dim=1).clamp_(0, self.buckets - 1).long()
-        shared = bucket.new_zeros(len(numbers), self.buckets + 1, dtype=torch.bool).scatter_(1, place, True)
-        counts = scores.new_zeros(shared.shape)
-        counts.scatter_add_(1, bucket, counts.new_ones(1, 1).expand_as(bucket)).scatter_(1, place, 0)
-        near = _sort_values(_packed(scores, shared.gather(1, bucket)))
-        before, here, after = counts.cumsum(1).gather(1, place).long().split(width, dim=1)
-        positives_within = torch.arange(1, width + 1, device=own.device).expand_as(own)
-        if bool((own.diff(dim=1) == 0).any()):  # infinity less infinity is not 0
-            positives_within = torch.searchsorted(own, own, right=True)
+        tolerance, everyone = self.tolerance[numbers], _sort_values(scores)
+        below, above = own - tolerance, own + tolerance
         ranks = PositiveRanks(
-            valid=torch.arange(width, device=own.device) < relevant[:, None],
-            closer=here + torch.searchsorted(near, own),
-            within=here + torch.searchsorted(near, own, right=True),
-            positives_within=positives_within,
+            valid=own < torch.inf,
+            closer=torch.searchsorted(everyone, own),
+            within=torch.searchsorted(everyone, own, right=True),
+            positives_within=torch.searchsorted(own, own, right=True),
             relevant=relevant,
         )
-        surely_closer = before + torch.searchsorted(near, below)
-        maybe_within = after + torch.searchsorted(near, above, right=True)
-        surely_before = torch.searchsorted(own, below.contiguous())
-        maybe_here = torch.searchsorted(own, above.contiguous(), right=True).minimum(relevant[:, None])
-        bounds = PlaceBounds(surely_closer, maybe_within, surely_before, maybe_here)
-        return ranks, _unsure(ranks, bounds, k)
+        bounds = PlaceBounds(
+            closer=torch.searchsorted(everyone, below),
+            within=torch.searchsorted(everyone, above, right=True),
+            positives_closer=torch.searchsorted(own, below),
+            positives_within=torch.searchsorted(own, above, right=True).minimum(relevant[:, None]),
+        )
+        return ranks, unsure_queries(ranks, bounds, k)
 
 
 def _sorted_ranks(
@@ -225,24 +164,6 @@ def _sorted_ranks(
                 relevant=counts,
             ),
         )
-
-
-def _unsure(ranks: PositiveRanks, bounds: PlaceBounds, k: int | None) -> torch.Tensor:
-    """Tell for which queries rounding could move a positive that a metric looks at, or much of average precision."""
-    others = (bounds.within - bounds.closer - 1) * ranks.valid
-    seen = bounds.closer < _FIRST_PLACES
-    cuts = [ranks.relevant[:, None]]
-    if k is not None:
-        cuts += [torch.full_like(cuts[0], k), cuts[0].clamp_max(k)]
-    for cut in cuts:
-        seen = seen | ((bounds.closer < cut) & (bounds.within > cut))
-    least, most = bounds.precisions()
-    precision = ranks.positives_within.double() / ranks.within.clamp_min(1)
-    change = torch.maximum(most - precision, precision - least).mul_(ranks.valid).sum(1)
-    first = bounds.closer[:, 0] + 1, bounds.within[:, 0].clamp_min(1)  # whose reciprocals differ by (b - a) / (a b)
-    reciprocal = (first[1] - first[0]).double() / first[1] * ranks.valid[:, 0]
-    unsure = (change > _CHANGE * precision.mul_(ranks.valid).sum(1)) | (reciprocal > _CHANGE)
-    return unsure | (seen & (others > 0)).any(1)
 
 
 def nearest(
@@ -302,15 +223,3 @@ def _first_of_tie(values: torch.Tensor, query_norms: torch.Tensor) -> torch.Tens
     apart = values.diff(dim=1) > scale[:, :-1].mul_(64 * torch.finfo(values.dtype).eps)
     places = torch.arange(1, values.shape[1], device=values.device) * apart
     return torch.nn.functional.pad(places, (1, 0)).cummax(1).values
-
-
-def _packed(values: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
-    """Return the flagged values of each row, filled up with infinity."""
-    if values.device.type == "cpu":  # NumPy finds them faster
-        places = torch.from_numpy(np.flatnonzero(flags.numpy()))
-    else:
-        places = flags.view(-1).nonzero()[:, 0]
-    ends = torch.arange(1, len(flags) + 1, device=values.device) * flags.shape[1]
-    count = torch.searchsorted(places, ends).diff(prepend=places.new_zeros(1))
-    filled = torch.arange(int(count.max()), device=values.device) < count[:, None]
-    return values.new_full(filled.shape, torch.inf).masked_scatter_(filled, values.view(-1)[places])
