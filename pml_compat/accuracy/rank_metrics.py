@@ -17,14 +17,14 @@ def average_precision(ranks: PositiveRanks, k: int | torch.Tensor | None = None)
 
     ``R`` is the number of positives, within the first k or not: PML's denominator. ``k=R`` gives AP@R.
     """
-    precision = ranks.positives_within.double() / ranks.within.clamp_min(1)
-    return (precision * _chance_within(ranks, k)).sum(1) / ranks.relevant
+    precision = ranks.precision if k is None else ranks.precision * _chance_within(ranks, k)
+    return precision.sum(1) / ranks.relevant
 
 
 def r_precision(ranks: PositiveRanks, k: int | None = None) -> torch.Tensor:
     """Return the share of the first R places that positives hold; R is their number, or k where that is less."""
     places = ranks.relevant if k is None else ranks.relevant.clamp_max(k)
-    return _chance_within(ranks, places).sum(1) / places
+    return _chance_within(ranks, places).sum(1, dtype=torch.float64) / places
 
 
 def hit_rate(ranks: PositiveRanks, k: int) -> torch.Tensor:
@@ -49,12 +49,12 @@ def reciprocal_rank(ranks: PositiveRanks, k: int | None = None) -> torch.Tensor:
     return torch.where(found, 1 / place, 0.0)
 
 
-def _chance_within(ranks: PositiveRanks, places: int | torch.Tensor | None) -> torch.Tensor:
+def _chance_within(ranks: PositiveRanks, places: int | torch.Tensor) -> torch.Tensor:
     """The chance of each positive to stand in the first ``places``: 0 or 1 but for ties across the border."""
-    if places is None:
-        return ranks.valid.double()
     if isinstance(places, torch.Tensor):
         places = places[:, None]
+    if not ranks.tied:
+        return (ranks.closer < places) & ranks.valid
     size = (ranks.within - ranks.closer).clamp_min(1)
     return ((places - ranks.closer).double() / size).clamp(0, 1).double() * ranks.valid
 

@@ -1,8 +1,9 @@
 """Exact ranks of the right gallery items, query chunk by query chunk: the one engine under every metric.
 
-Retrieval metrics need only where the positives stand in each query's full ranking: the scores of a chunk of queries (one
-float32 matrix product) are sorted by value, and each positive's score is looked up among them. No more than one chunk
-of queries by the gallery is ever held.
+Retrieval metrics need only where the positives stand in each query's full ranking: the scores of a chunk of queries,
+one float32 matrix product, are sorted by value, and each positive's score is looked up among them. Compiled loops count
+in place of sorting where there are any (:mod:`pml_compat.accuracy.compiled`). No more than one chunk of queries by the
+gallery is ever held.
 
 Where the rounding of the scores could show in a metric (among the first places, across a cut-off, or by more than a
 thousandth of the query's average precision or reciprocal rank, in the worst case), float64 decides: the query is ranked
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from .compiled import CompiledCounting, can_compile
 from .gallery import Gallery
 from .matches import Matches, mask
 from .places import PlaceBounds, PositiveRanks, unsure_queries
@@ -42,6 +44,7 @@ def exact_ranks(
     positives: Matches,
     excluded: Sequence[Matches] = (),
     k: int | None = None,
+    first_only: bool = False,
 ) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
     """Yield numbers of queries, each once and in any order, and the ranks of their positives by Euclidean distance.
 
@@ -51,25 +54,34 @@ def exact_ranks(
         positives: the right items of each query.
         excluded: items that are not in the ranking at all.
         k: the place at which the caller cuts rankings off, if any.
+        first_only: the caller looks at no more than whether the nearest item is right: ranks may be those of the
+            nearest positive, 1 or not, whatever its place.
     """
     gallery = reference if isinstance(reference, Gallery) else Gallery(reference)
-    counting = _Counting(query, gallery)
-    careful = not counting.works
+    plain = _Counting(query, gallery, first_only)
+    counting: _Counting | CompiledCounting = plain
+    careful = not plain.works
+    if not careful and not first_only and can_compile(query, gallery, positives):
+        counting = CompiledCounting(plain.query, gallery, plain.size, plain.tolerance)
     left = torch.zeros(0, dtype=torch.long, device=query.device)
-    chunks = list(query_chunks(len(query), len(gallery)))
-    for rows in chunks:
-        numbers = torch.arange(rows.start, rows.stop, device=query.device)
+    chunks = counting.chunks(positives)
+    for place, numbers in enumerate(chunks):
         if careful:
             left = torch.cat([left, numbers])
         else:
             counted = 0
             for part, ranks, unsure in counting.ranks(numbers, positives, excluded, k):
-                if not bool(unsure.all()):
+                n_unsure = int(unsure.sum())
+                if n_unsure == 0:
+                    yield part, ranks
+                elif n_unsure < len(part):
                     yield part[~unsure], ranks.of(~unsure)
-                    counted += int((~unsure).sum())
+                counted += len(part) - n_unsure
                 left = torch.cat([left, part[unsure]])
             careful = 2 * counted < len(numbers)  # ties everywhere: counting first would be for nothing
-        if len(left) and (rows is chunks[-1] or len(left) >= len(numbers)):  # together: each time reads the gallery
+        if len(left) and (
+            place == len(chunks) - 1 or len(left) >= len(numbers)
+        ):  # together: each time reads the gallery
             yield from _sorted_ranks(query, gallery, left, positives, excluded)
             left = left[:0]
 
@@ -77,16 +89,22 @@ def exact_ranks(
 class _Counting:
     """Ranks by counting float32 scores, half the squared distance less the query's share of it."""
 
-    def __init__(self, query: torch.Tensor, gallery: Gallery) -> None:
-        self.query, self.gallery = query.float(), gallery
+    def __init__(self, query: torch.Tensor, gallery: Gallery, first_only: bool = False) -> None:
+        self.query, self.gallery, self.first_only = query.float(), gallery, first_only
         size = self.query.norm(dim=1, keepdim=True) * gallery.half_longest.mul(2).sqrt() + gallery.half_longest
         # The error of a product grows with the square root of its terms; then inputs may have been rounded, unit rows
         # differ in length by as much, and scores are rounded once more when they are scaled.
+        self.size = size
         self.tolerance = (5 + math.sqrt(query.shape[1]) / 4) * torch.finfo(torch.float32).eps * size
         self.scores = self.query.new_empty(0, len(gallery))
         precise = torch.get_float32_matmul_precision() == "highest" and query.device.type != "mps"
         countable = len(gallery) < 2**24  # in float32
         self.works = precise and countable and bool(torch.isfinite(size).all()) and float(size.min()) > 1e-20
+
+    def chunks(self, positives: Matches) -> list[torch.Tensor]:
+        """Return all queries' numbers, in the parts that are counted at once."""
+        rows = query_chunks(len(self.query), len(self.gallery))
+        return [torch.arange(part.start, part.stop, device=self.query.device) for part in rows]
 
     def ranks(
         self, numbers: torch.Tensor, positives: Matches, excluded: Sequence[Matches], k: int | None
@@ -111,6 +129,8 @@ class _Counting:
         for matches in excluded:
             scores[matches.pairs(numbers)] = torch.inf
         index, valid = positives.lists(numbers)
+        if self.first_only:
+            return self._first(scores, self.tolerance[numbers], index, valid)
         own = _sort_values(scores.gather(1, index).masked_fill_(~valid, torch.inf))
         relevant = (own < torch.inf).sum(1)
         width = max(1, int(relevant.max()))
@@ -132,6 +152,27 @@ class _Counting:
         )
         return ranks, unsure_queries(ranks, bounds, k)
 
+    @staticmethod
+    def _first(
+        scores: torch.Tensor, tolerance: torch.Tensor, index: torch.Tensor, valid: torch.Tensor
+    ) -> tuple[PositiveRanks, torch.Tensor]:
+        """Tell whether the nearest item is a positive: the one nearest positive, in place 1 or 2."""
+        own = scores.gather(1, index).masked_fill_(~valid, torch.inf)
+        relevant = (own < torch.inf).sum(1)
+        row, place = valid.nonzero(as_tuple=True)
+        scores[row, index[row, place]] = torch.inf
+        right = own.amin(1, keepdim=True) if own.shape[1] else own.new_full((len(own), 1), torch.inf)
+        wrong = scores.amin(1, keepdim=True)
+        closer = (wrong < right).long()
+        ranks = PositiveRanks(
+            valid=relevant[:, None] > 0,
+            closer=closer,
+            within=closer + 1,
+            positives_within=torch.ones_like(closer),
+            relevant=relevant,
+        )
+        return ranks, (ranks.valid & ((right - wrong).abs() <= tolerance))[:, 0]
+
 
 def _sorted_ranks(
     query: torch.Tensor,
@@ -141,7 +182,7 @@ def _sorted_ranks(
     excluded: Sequence[Matches],
 ) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
     """Rank by sorted float64 distances: slower than counting, and exact to the last tie."""
-    for numbers in queries.split(max(_FEW_QUERIES, _COUNTED_ELEMENTS // (4 * len(gallery)))):
+    for numbers in queries.split(max(_FEW_QUERIES, _COUNTED_ELEMENTS // len(gallery))):
         distances = gallery.squared_distances(query[numbers])
         out = mask(list(excluded), numbers, len(gallery))
         positive = mask([positives], numbers, len(gallery)) & ~out

@@ -46,11 +46,14 @@ class Search:
         chunks = ((mask([self.positives], part, size), mask(self.excluded, part, size)) for part in self.chunks())
         return torch.cat([(positive & ~out).sum(1) for positive, out in chunks])
 
-    def ranks(self, k: int | None) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
-        """Yield some queries after the other, and the places of their positives among the first k, or in all."""
+    def ranks(self, k: int | None, first_only: bool = False) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
+        """Yield some queries after the other, and the places of their positives among the first k, or in all.
+
+        With ``first_only`` the ranks may be no more than whether the nearest item is right.
+        """
         if self.knn_func is None:
             gallery = Gallery(self.reference, self.gallery_group)
-            yield from exact_ranks(self.query, gallery, self.positives, self.excluded, k)
+            yield from exact_ranks(self.query, gallery, self.positives, self.excluded, k, first_only)
             return
         at_least = None if k is None else max(k, 10)  # cmc_top_10 looks at ten, whatever k is
         for numbers, _, indices, kept, out in self._found(at_least):
