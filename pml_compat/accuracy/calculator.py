@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partialmethod
 from typing import Any
 
@@ -16,21 +16,8 @@ from pytorch_metric_learning.utils.accuracy_calculator import (
 )
 from pytorch_metric_learning.utils.inference import FaissKMeans
 
-from .rank_metrics import average_precision, hit_rate, r_precision, reciprocal_rank
-from .ranking import PositiveRanks
+from .rank_scores import FIRST_ONLY, RANK_METRICS, score_queries, without_lone
 from .search import Search, prepare_search
-
-RANK_METRICS = (
-    "precision_at_1",
-    "mean_average_precision",
-    "mean_average_precision_at_r",
-    "mean_reciprocal_rank",
-    "r_precision",
-    "cmc_top_1",
-    "cmc_top_5",
-    "cmc_top_10",
-)
-_FIRST_ONLY = {"precision_at_1", "cmc_top_1"}  # what the nearest item alone tells
 
 
 class CrossModelAccuracyCalculator(AccuracyCalculator):
@@ -222,7 +209,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             self.determine_k(search.positives.most(), len(search.reference_labels), search.ref_includes_query)  # warns
         if metrics & set(RANK_METRICS):
             asked = metrics & set(RANK_METRICS)
-            kwargs["per_query"] = _score(search.ranks(k, asked <= _FIRST_ONLY), k, len(search.query), asked)
+            kwargs["per_query"] = score_queries(search.ranks(k, asked <= FIRST_ONLY), k, len(search.query), asked)
         if own_metrics:
             scored = search.count_positives() > 0
             kwargs["knn_distances"], rows = search.neighbors(k)
@@ -275,9 +262,8 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         )
         names = [name for name in self.get_function_dict(include, exclude) if name in RANK_METRICS]
         k = self._cut_off(search)
-        found = _score(search.ranks(k, set(names) <= _FIRST_ONLY), k, len(search.query), names)
-        lone = found["relevant"] == 0
-        return {name: found[name].double().masked_fill(lone, torch.nan).cpu() for name in names}
+        found = score_queries(search.ranks(k, set(names) <= FIRST_ONLY), k, len(search.query), names)
+        return without_lone(found, names)
 
     def _own(self, metrics: set[str]) -> set[str]:
         """Return the metrics that a subclass computes itself, from neighbours."""
@@ -299,34 +285,6 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         if self.k == "max_bin_count":
             return int(search.count_positives().max()) or 1
         return self.k
-
-
-def _score(
-    ranks: Iterator[tuple[torch.Tensor, PositiveRanks]], k: int | None, n_query: int, metrics: Collection[str]
-) -> dict[str, torch.Tensor]:
-    """Score queries chunk by chunk; only one number a query and metric is kept."""
-    scores: dict[str, torch.Tensor] = {}
-    for numbers, chunk in ranks:
-        found = {"relevant": chunk.relevant} | {name: _METRICS[name](chunk, k) for name in metrics}
-        for name, values in found.items():
-            scores.setdefault(name, values.new_zeros(n_query))[numbers] = values
-    return scores
-
-
-def _average_precision_at_r(ranks: PositiveRanks, k: int | None) -> torch.Tensor:
-    return average_precision(ranks, ranks.relevant if k is None else ranks.relevant.clamp_max(k))
-
-
-_METRICS: dict[str, Callable[[PositiveRanks, int | None], torch.Tensor]] = {
-    "precision_at_1": lambda ranks, _: hit_rate(ranks, 1),
-    "mean_average_precision": average_precision,
-    "mean_average_precision_at_r": _average_precision_at_r,
-    "mean_reciprocal_rank": reciprocal_rank,
-    "r_precision": r_precision,
-    "cmc_top_1": lambda ranks, _: hit_rate(ranks, 1),
-    "cmc_top_5": lambda ranks, _: hit_rate(ranks, 5),
-    "cmc_top_10": lambda ranks, _: hit_rate(ranks, 10),
-}
 
 
 def _exact_search(*args: Any, **kwargs: Any) -> None:

@@ -42,12 +42,12 @@ def kernels() -> tuple[Any, Any] | None:
     return counting_kernel, places_kernel
 
 
-def can_compile(query: torch.Tensor, gallery: Gallery, positives: Matches) -> bool:
-    """Tell whether queries are worth it and fit."""
+def can_compile(query: torch.Tensor, gallery: Gallery, positives: Matches, thresholds: int = 1) -> bool:
+    """Tell whether queries are worth it and fit, with as many thresholds of each positive."""
     large = len(query) * len(gallery) >= _WORTH_IT
     here = gallery.group is None and gallery.device.type == "cpu"
     most = int(positives.most()) or len(gallery)
-    return large and here and most < _MOST_POSITIVES and kernels() is not None
+    return large and here and thresholds * most < _MOST_POSITIVES and kernels() is not None
 
 
 def _loops() -> tuple[Any, Any]:
@@ -199,6 +199,21 @@ def find_places(
     return ranks, torch.from_numpy(unsure)
 
 
+def choose_thresholds(
+    thresholds: Thresholds, order: np.ndarray, items: np.ndarray, size: np.ndarray, replaced: int, wrong: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``(q, P)`` thresholds of a gallery whose first rows are new, and ``(q, 4, P)`` the wrong items before."""
+    own = np.full(items.shape, np.inf, dtype=np.float32)
+    chosen, loops = np.zeros((len(items), 4, items.shape[1]), dtype=np.int32), _loops()[1]
+
+    def work(rows: slice) -> None:
+        given = thresholds.own[rows], order[rows], items[rows], size[rows], replaced, wrong[rows]
+        loops.choose_thresholds(*given, own[rows], chosen[rows])
+
+    thresholds.threads.spread(work, len(items))
+    return own, chosen
+
+
 def blocks(
     query: torch.Tensor,
     size: torch.Tensor,
@@ -207,9 +222,13 @@ def blocks(
     n_reference: int,
     positives: Matches,
     excluded: Sequence[Matches],
+    thresholds: int = 1,
 ) -> Iterator[tuple[torch.Tensor, QueryBlock]]:
-    """Yield some of the queries' numbers after the other, and what is counted for them."""
-    most = int(positives.most()) or n_reference
+    """Yield some of the queries' numbers after the other, and what is counted for them.
+
+    So many that their tables fit, with as many thresholds of each positive.
+    """
+    most = thresholds * (int(positives.most()) or n_reference)
     bytes_a_query = _BYTES_A_POSITIVE * most + 2 * min(_BUCKETS_A_POSITIVE * most, _BUCKETS[1])
     for part in numbers.split(min(_ROWS, max(_FEWEST_ROWS, _BYTES // bytes_a_query))):
         right, out = _arrays(positives.runs(part)), _arrays(joined_runs(excluded, part, n_reference))

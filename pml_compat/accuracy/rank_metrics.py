@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .ranking import PositiveRanks
+from .places import PositiveRanks
 
 
 def average_precision(ranks: PositiveRanks, k: int | torch.Tensor | None = None) -> torch.Tensor:

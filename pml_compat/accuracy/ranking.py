@@ -58,8 +58,8 @@ def exact_ranks(
             nearest positive, 1 or not, whatever its place.
     """
     gallery = reference if isinstance(reference, Gallery) else Gallery(reference)
-    plain = _Counting(query, gallery, first_only)
-    counting: _Counting | CompiledCounting = plain
+    plain = Counting(query, gallery, first_only)
+    counting: Counting | CompiledCounting = plain
     careful = not plain.works
     if not careful and not first_only and can_compile(query, gallery, positives):
         counting = CompiledCounting(plain.query, gallery, plain.size, plain.tolerance)
@@ -82,11 +82,11 @@ def exact_ranks(
         if len(left) and (
             place == len(chunks) - 1 or len(left) >= len(numbers)
         ):  # together: each time reads the gallery
-            yield from _sorted_ranks(query, gallery, left, positives, excluded)
+            yield from sorted_ranks(query, gallery, left, positives, excluded)
             left = left[:0]
 
 
-class _Counting:
+class Counting:
     """Ranks by counting float32 scores, half the squared distance less the query's share of it."""
 
     def __init__(self, query: torch.Tensor, gallery: Gallery, first_only: bool = False) -> None:
@@ -174,7 +174,7 @@ class _Counting:
         return ranks, (ranks.valid & ((right - wrong).abs() <= tolerance))[:, 0]
 
 
-def _sorted_ranks(
+def sorted_ranks(
     query: torch.Tensor,
     gallery: Gallery,
     queries: torch.Tensor,

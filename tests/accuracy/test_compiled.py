@@ -85,7 +85,7 @@ def test_brute_force_2000_times(engine):
 def both_engines(query, reference, positives, excluded, k):
     """Ranks and doubts of all queries by each engine, before float64 decides any."""
     gallery = Gallery(reference)
-    plain = ranking._Counting(query, gallery)
+    plain = ranking.Counting(query, gallery)
     fast = compiled.CompiledCounting(plain.query, gallery, plain.size, plain.tolerance)
     for counting in (plain, fast):
         found, doubts = [], torch.zeros(len(query), dtype=torch.bool)
