@@ -45,26 +45,30 @@ def make_tables(
     for i in range(len(own)):
         if size[i] == 0:
             continue
-        to_cell, near = table[i], tolerance[i]
-        low[i] = own[i, 0] - near
-        width = own[i, size[i] - 1] + near - low[i]
+        start, stop = own[i, 0] - tolerance[i], own[i, size[i] - 1] + tolerance[i]
         # No finer than rounding, so that no score's bucket is past what int32 holds.
-        scale[i] = min(np.float32(buckets - 1) / width, np.float32(2**24) / largest[i])
-        to_cell[:] = 0
-        for k in range(size[i]):
-            start = LANES + np.int32(((own[i, k] - near) - low[i]) * scale[i])
-            stop = LANES + np.int32(((own[i, k] + near) - low[i]) * scale[i])
-            for bucket in range(start, stop + 1):
-                to_cell[bucket] |= 1
-            to_cell[stop + 1] += 2
-        for lane in range(LANES):
-            to_cell[lane] = 2 * lane
-        cell = 2 * LANES
-        for bucket in range(LANES, LANES + buckets):
-            cell += to_cell[bucket] & 0xFFFE
-            to_cell[bucket] = cell | (to_cell[bucket] & 1)
-        for lane in range(LANES):
-            to_cell[LANES + buckets + lane] = 2 * (LANES + size[i] + lane)
+        unit = min(np.float32(buckets - 1) / (stop - start), np.float32(2**24) / largest[i])
+        low[i], scale[i] = start, unit
+        _fill_table(own[i, : size[i]], tolerance[i], start, unit, table[i], np.uint64(buckets))
+
+
+@njit(nogil=True, cache=True)
+def _fill_table(own: np.ndarray, near: float, low: float, scale: float, to_cell: np.ndarray, buckets: int) -> None:
+    to_cell[:] = 0
+    for k in range(len(own)):
+        first = np.uint64(LANES) + np.uint64(np.int32(((own[k] - near) - low) * scale))
+        last = np.uint64(LANES) + np.uint64(np.int32(((own[k] + near) - low) * scale))
+        for bucket in range(first, last + np.uint64(1)):
+            to_cell[bucket] |= np.uint16(1)
+        to_cell[last + np.uint64(1)] += np.uint16(2)
+    cell = np.uint16(2 * LANES)
+    for bucket in range(np.uint64(LANES), np.uint64(LANES) + buckets):
+        entry = to_cell[bucket]
+        cell += entry & np.uint16(0xFFFE)
+        to_cell[bucket] = cell | (entry & np.uint16(1))
+    for lane in range(LANES):
+        to_cell[lane] = 2 * lane
+        to_cell[LANES + buckets + lane] = 2 * (LANES + len(own) + lane)
 
 
 @njit(nogil=True, cache=True)

@@ -32,7 +32,7 @@ class PositiveRanks:
     @cached_property
     def tied(self) -> bool:
         """Whether any positive ties with another item."""
-        return bool(((self.within - self.closer > 1) & self.valid).any())
+        return bool((self.within - self.closer).mul_(self.valid).max() > 1)
 
     @cached_property
     def precision(self) -> torch.Tensor:

@@ -182,7 +182,7 @@ def sorted_ranks(
     excluded: Sequence[Matches],
 ) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
     """Rank by sorted float64 distances: slower than counting, and exact to the last tie."""
-    for numbers in queries.split(max(_FEW_QUERIES, _COUNTED_ELEMENTS // len(gallery))):
+    for numbers in queries.split(max(_FEW_QUERIES, _COUNTED_ELEMENTS // (2 * len(gallery)))):
         distances = gallery.squared_distances(query[numbers])
         out = mask(list(excluded), numbers, len(gallery))
         positive = mask([positives], numbers, len(gallery)) & ~out
