@@ -1,6 +1,6 @@
 """What cross-model retrieval metrics cost, against the matrix product that any exact search needs, and against PML.
 
-All ranking metrics of ``CrossModelAccuracyCalculator``, on unit-length embeddings of 100 classes, beside
+All ranking metrics of ``CrossModelAccuracyCalculator``, or precision at 1 alone, on unit-length embeddings, beside
 
 - ``product``: the chunked float32 matrix product of queries and gallery alone, into a buffer that is there already;
 - ``PML k=None``: PML's ``AccuracyCalculator`` on the full ranking (on fewer queries: its time grows with them alone);
@@ -9,9 +9,12 @@ All ranking metrics of ``CrossModelAccuracyCalculator``, on unit-length embeddin
 PML's nearest neighbours come from faiss. Every ratio is one of medians of repeats that take turns in one process.
 Memory: the growth of the process's peak while the metrics are computed, in a process of its own. ``agreement`` is the
 largest difference from scikit-learn's ``average_precision_score`` on float64 distances, averaged over 200 queries.
+``--steps`` measures ``evaluate`` with an old, a transformed and a new gallery, beside the same with a ranking at every
+step of the backfill. Where numba is missing, or with ``--torch``, torch's path is measured.
 
-    pip install "pml-compat[faiss-cpu]"
+    pip install "pml-compat[faiss-cpu,fast]"
     python benchmarks/accuracy.py --threads 2 --repeats 5
+    python benchmarks/accuracy.py --steps
     python benchmarks/accuracy.py --million    # a million gallery rows, ten thousand queries
 """
 
@@ -29,18 +32,26 @@ from frozen_classifier import hardware
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sklearn.metrics import average_precision_score
 
-from pml_compat.accuracy import CrossModelAccuracyCalculator
+from pml_compat.accuracy import CrossModelAccuracyCalculator, compiled, mixed_accuracy
 from pml_compat.accuracy.calculator import RANK_METRICS
+from pml_compat.upgrade import evaluate
 
-CLASSES = 100
-SIZES = [(10_000, 10_000, 128, 3.0), (10_000, 10_000, 512, 2.0), (1_000, 100_000, 128, 2.0)]
+FIRST = ("precision_at_1",)
+CASES = [  # metrics, queries, gallery, width, classes, goal
+    ("all", 10_000, 10_000, 128, 100, 2.2),
+    ("all", 10_000, 10_000, 512, 100, 1.5),
+    ("all", 1_000, 100_000, 128, 1000, 2.0),
+    ("all", 1_000, 100_000, 128, 100, 2.5),
+    ("P@1", 10_000, 10_000, 128, 100, 1.3),
+]
+MILLION_GOAL = 3.5
 PML_METRICS = ("precision_at_1", "mean_average_precision", "mean_average_precision_at_r", "r_precision")
 
 
-def data(queries, gallery, width):
+def data(queries, gallery, width, classes=100):
     torch.manual_seed(0)
-    labels = torch.randint(CLASSES, (queries,)), torch.randint(CLASSES, (gallery,))
-    centers = torch.randn(CLASSES, width)
+    labels = torch.randint(classes, (queries,)), torch.randint(classes, (gallery,))
+    centers = torch.randn(classes, width)
     rows = (torch.nn.functional.normalize(centers[y] * 0.5 + torch.randn(len(y), width), dim=1) for y in labels)
     query, reference = rows
     return query, labels[0], reference, labels[1]
@@ -59,33 +70,37 @@ def medians(runs, repeats):
 
 
 def product(query, reference):
-    out = torch.empty(256, len(reference))
+    """The plainest tiles: 256 queries by at most 16,384 gallery rows, into one buffer."""
+    out = torch.empty(256 * min(len(reference), 16_384))
 
     def run():
         for part in query.split(256):
-            torch.mm(part, reference.t(), out=out[: len(part)])
+            for rows in reference.split(16_384):
+                torch.mm(part, rows.t(), out=out[: len(part) * len(rows)].view(len(part), -1))
 
     return run
 
 
 def main(threads, repeats):
     torch.set_num_threads(threads)
-    print(f"{hardware('cpu')}, {threads} used; torch {torch.__version__}; medians of {repeats} repeats.\n")
-    print(
-        "| queries x gallery x width | product, s | all metrics, s | metrics / product | goal | extra MiB | agreement |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    calculator = CrossModelAccuracyCalculator(include=RANK_METRICS, device="cpu")
-    for queries, gallery, width, goal in SIZES:
-        arrays = data(queries, gallery, width)
+    engine = "torch" if compiled.kernels() is None else "compiled loops"
+    print(f"{hardware('cpu')}, {threads} used; torch {torch.__version__}; {engine}; medians of {repeats} repeats.\n")
+    print("| metrics | queries x gallery x width, classes | product, s | s | s / product | goal | MiB | agreement |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    for metrics, queries, gallery, width, classes, goal in CASES:
+        calculator = CrossModelAccuracyCalculator(include=FIRST if metrics == "P@1" else RANK_METRICS, device="cpu")
+        arrays = data(queries, gallery, width, classes)
         found = medians(
-            {"product": product(arrays[0], arrays[2]), "metrics": lambda a=arrays: calculator.get_accuracy(*a)}, repeats
+            {
+                "product": product(arrays[0], arrays[2]),
+                "metrics": lambda a=arrays, c=calculator: c.get_accuracy(*a),
+            },
+            repeats,
         )
-        ratio = found["metrics"] / found["product"]
-        sizes = f"{queries} x {gallery} x {width}"
+        bare, ours = found["product"], found["metrics"]
         print(
-            f"| {sizes} | {found['product']:.3f} | {found['metrics']:.3f} | {ratio:.2f} | {goal} "
-            f"| {extra_memory(arrays, threads):.0f} | {agreement(arrays):.1g} |",
+            f"| {metrics} | {queries} x {gallery} x {width}, {classes} | {bare:.3f} | {ours:.3f} | {ours / bare:.2f} "
+            f"| {goal} | {extra_memory(arrays, threads):.0f} | {agreement(arrays):.1g} |",
             flush=True,
         )
     pml(repeats)
@@ -140,7 +155,7 @@ def extra_memory(arrays, threads):
 def print_memory(folder, threads):
     torch.set_num_threads(threads)
     calculator = CrossModelAccuracyCalculator(include=RANK_METRICS, device="cpu")
-    calculator.get_accuracy(*data(300, 3000, 128))  # what is loaded and started once
+    calculator.get_accuracy(*data(500, 10_000, 128))  # what is loaded and started once
     arrays = [torch.from_numpy(np.load(f"{folder}/{number}.npy")) for number in range(4)]
     held = status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:  # sets the peak back to what is held now
@@ -155,13 +170,41 @@ def status(name):
         return int(next(line for line in file if line.startswith(name)).split()[1])
 
 
+def steps(repeats):
+    query, query_labels, new, labels = data(2_000, 10_000, 128)
+    old, mapped = (torch.nn.functional.normalize(new + noise * torch.randn(new.shape), dim=1) for noise in (0.1, 0.05))
+    given = {"old_queries": query.roll(1, 1), "new_gallery": new, "transformed_gallery": mapped}
+
+    def run(can_mix):
+        def timed():
+            mixed_accuracy.can_mix = can_mix
+            evaluate(query, old, query_labels, labels, **given)
+
+        return timed
+
+    found = medians(
+        {"two products": run(mixed_accuracy.can_mix), "a ranking at every step": run(lambda *_: False)}, repeats
+    )
+    print("| evaluate, 2000 x 10000 x 128, two galleries to backfill, five orders | s |\n|---|---:|")
+    for name, seconds in found.items():
+        print(f"| {name} | {seconds:.2f} |")
+
+
 def million():
     query, query_labels, reference, reference_labels = data(10_000, 1_000_000, 128)
+    few = query[:2560]
+    multiply = product(few, reference)
+    multiply()
+    start = time.perf_counter()
+    multiply()
+    products = (time.perf_counter() - start) * len(query) / len(few)
     start = time.perf_counter()
     accuracy = CrossModelAccuracyCalculator(include=RANK_METRICS, device="cpu").get_accuracy(
         query, query_labels, reference, reference_labels
     )
-    print(f"{time.perf_counter() - start:.0f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{seconds:.0f} s, {seconds / products:.2f} x the product (goal {MILLION_GOAL}), {peak:.2f} GiB")
     print(accuracy)
 
 
@@ -169,12 +212,20 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", action="store_true")
     parser.add_argument("--million", action="store_true")
+    parser.add_argument("--torch", action="store_true", help="without compiled loops")
     parser.add_argument("--memory", metavar="FOLDER", help="print the extra MiB for the arrays in a folder")
     arguments = parser.parse_args()
+    if arguments.torch:
+        compiled.kernels = lambda: None
     if arguments.memory:
         print_memory(arguments.memory, arguments.threads)
+    elif arguments.steps:
+        torch.set_num_threads(arguments.threads)
+        steps(arguments.repeats)
     elif arguments.million:
+        torch.set_num_threads(arguments.threads)
         million()
     else:
         main(arguments.threads, arguments.repeats)

@@ -12,7 +12,8 @@ import torch
 
 from .gallery import Gallery
 from .matches import Matches
-from .ranking import PositiveRanks, exact_ranks, query_chunks
+from .places import PositiveRanks
+from .ranking import exact_ranks, query_chunks
 
 
 def first_ranks(
@@ -37,7 +38,8 @@ def first_ranks(
             scores = query32.new_empty(len(numbers), len(gallery))
         chunk = gallery.scores(query32[rows], out=scores[: len(numbers)])
         ranks, sure = _first(numbers, chunk, rounding[rows], positives, excluded)
-        yield numbers[sure], ranks.of(sure)
+        if bool(sure.any()):
+            yield numbers[sure], ranks.of(sure)
         unsure.append(numbers[~sure])
     left = torch.cat(unsure)
     if len(left):

@@ -29,7 +29,7 @@ class Gallery:
         self.rows, self.group = rows, group
         self.sizes = [len(rows)] if group is None else gathered(len(rows), group)
         self.rows32 = rows.float()
-        half_norms = torch.linalg.vector_norm(self.rows32, dim=1).square_().mul_(0.5)
+        half_norms = _half_norms(self.rows32)
         low, high = half_norms.min(), half_norms.max()
         if group is not None:
             low, high = torch.stack(gathered(low.cpu(), group)).min(), torch.stack(gathered(high.cpu(), group)).max()
@@ -46,22 +46,30 @@ class Gallery:
         """Where the rows are."""
         return self.rows.device
 
-    def scores(self, query: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Put half the squared distances less the query's share of them, in float32, into the ``(q, N)`` ``out``."""
+    def scores(self, query: torch.Tensor, out: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        """Put half the squared distances less the query's share of them, in float32, into the ``(q, N)`` ``out``.
+
+        Without a group, ``columns`` asks for some of the rows alone.
+        """
 
         def product(out: torch.Tensor) -> torch.Tensor:
+            rows = self.rows32[columns].t()
             with torch.autocast(query.device.type, enabled=False):
                 if self.half_norms is None:
-                    return torch.mm(-query, self.rows32.t(), out=out)
-                return torch.addmm(self.half_norms, query, self.rows32.t(), alpha=-1, out=out)
+                    return torch.mm(-query, rows, out=out)
+                return torch.addmm(self.half_norms[columns], query, rows, alpha=-1, out=out)
 
         if self.group is None:
             return product(out)
         return self._joined(product(out.new_empty(len(query), len(self.rows))), out)
 
+    def largest_scores(self, query: torch.Tensor) -> torch.Tensor:
+        """Return what a query's :meth:`scores` are at most, in absolute value, ``(Q, 1)``."""
+        return query.norm(dim=1, keepdim=True) * self.half_longest.mul(2).sqrt() + self.half_longest
+
     def rounding(self, query: torch.Tensor) -> torch.Tensor | None:
         """Return by how much a query's :meth:`scores` may be off, ``(Q, 1)``; None where that is not known."""
-        size = query.norm(dim=1, keepdim=True) * self.half_longest.mul(2).sqrt() + self.half_longest
+        size = self.largest_scores(query)
         precise = torch.get_float32_matmul_precision() == "highest" and query.device.type != "mps"
         if not (precise and bool(torch.isfinite(size).all()) and float(size.min()) > 1e-20):
             return None
@@ -92,6 +100,25 @@ class Gallery:
         dist.all_gather(parts, padded, group=self.group)
         columns = [one[:, :size] for one, size in zip(parts, self.sizes, strict=True)]
         return torch.cat(columns, dim=1) if out is None else torch.cat(columns, dim=1, out=out)
+
+
+def galleries_to_mix(old: torch.Tensor, new: torch.Tensor) -> tuple[Gallery, Gallery]:
+    """Return two galleries whose scores can be compared with each other."""
+    pair = Gallery(old), Gallery(new)
+    longest = torch.maximum(*(one.half_longest for one in pair))
+    shortest = torch.minimum(*(one.half_longest for one in pair))
+    alike = bool(longest - shortest <= 8 * torch.finfo(torch.float32).eps * longest)
+    for one in pair:
+        one.half_longest = longest
+        if not alike or any(other.half_norms is not None for other in pair):
+            one.half_norms = _half_norms(one.rows32)
+    return pair
+
+
+def _half_norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return half the squared length of each row, exact for small whole numbers."""
+    blocks = rows.split(max(1, _BLOCK // rows.shape[1]))
+    return torch.cat([block.square().sum(1) for block in blocks]).mul_(0.5)
 
 
 def gathered(value: Any, group: Any) -> list[Any]:

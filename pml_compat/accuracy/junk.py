@@ -30,6 +30,8 @@ class Junk(Matches):
             wrong = rows[(rows < 0) | (rows >= sizes[1])][:1].tolist() if rows.dtype.kind in "iuf" else []
             got = wrong[0] if wrong else f"values of type {rows.dtype}"
             raise ValueError(f"junk must be rows of the gallery, integers from 0 to {sizes[1] - 1}, got {got}")
+        lists = [np.unique(one) for one in lists]  # ascending, and each once
+        rows = np.concatenate([np.zeros(0, dtype=np.int64), *(one for one in lists if len(one))])
         self.rows = torch.from_numpy(rows.astype(np.int64)).to(device)
         self.count = torch.tensor([len(one) for one in lists], dtype=torch.long, device=device)
         self.start = self.count.cumsum(0) - self.count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,8 +14,18 @@ class Matches:
     """
 
     def lists(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ``(q, P)`` gallery rows of the ``(q,)`` queries, and which entries are no padding."""
+        """Return ``(q, P)`` gallery rows of the ``(q,)`` queries, ascending, and which entries are no padding."""
         raise NotImplementedError
+
+    def runs(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the same as runs of one list: the list, where each query's begins, and its length."""
+        index, valid = self.lists(queries)
+        length = valid.sum(1)
+        return index[valid], length.cumsum(0) - length, length
+
+    def neighbours(self, n_query: int) -> torch.Tensor:
+        """Return the numbers of all queries, those with the same items one after the other if that is known."""
+        return torch.arange(n_query)
 
     def most(self) -> torch.Tensor:
         """Return the number of items that a query has at most; 0 where that would have to be counted."""
@@ -38,6 +48,14 @@ class EqualCodes(Matches):
     def most(self) -> torch.Tensor:
         """Return the number of items that a query has at most."""
         return self.count.max()
+
+    def runs(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the items with each query's code; queries share the list."""
+        return self.order, self.start[queries], self.count[queries]
+
+    def neighbours(self, n_query: int) -> torch.Tensor:
+        """Return the numbers of all queries, those with the same code one after the other."""
+        return torch.argsort(self.start, stable=True)
 
     def lists(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the items with each query's code."""
@@ -83,3 +101,15 @@ def mask(matches: list[Matches], queries: torch.Tensor, n_reference: int) -> tor
     for one in matches:
         out[one.pairs(queries)] = True
     return out
+
+
+def joined_runs(
+    matches: Sequence[Matches], queries: torch.Tensor, n_reference: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the items that any of ``matches`` has, as runs of one list."""
+    if len(matches) == 1:
+        return matches[0].runs(queries)
+    pairs = [one.pairs(queries) for one in matches]
+    keys = torch.cat([row * n_reference + item for row, item in pairs] or [queries[:0]]).unique()
+    length = torch.bincount(keys // n_reference, minlength=len(queries))
+    return keys % n_reference, length.cumsum(0) - length, length

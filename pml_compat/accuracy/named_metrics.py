@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 
+from .places import PositiveRanks
 from .rank_metrics import (
     average_precision,
     discounted_gain,
@@ -16,7 +17,6 @@ from .rank_metrics import (
     recall,
     reciprocal_rank,
 )
-from .ranking import PositiveRanks
 
 RANK_METRICS = (
     "precision_at_1",
@@ -70,15 +70,33 @@ def depth(names: Iterable[str], k: int | None) -> int | None:
 
 
 def score(
-    ranks: Iterator[tuple[torch.Tensor, PositiveRanks]], names: Iterable[str], k: int | None, n_query: int
+    ranks: Iterator[tuple[torch.Tensor, PositiveRanks]], names: Collection[str], k: int | None, n_query: int
 ) -> dict[str, torch.Tensor]:
     """Score queries chunk by chunk; only one number a query and metric is kept, and ``relevant``, its positives."""
     scores: dict[str, torch.Tensor] = {}
     for numbers, chunk in ranks:
-        found = {"relevant": chunk.relevant, **{name: _one(name, chunk, k) for name in names}}
-        for name, values in found.items():
-            scores.setdefault(name, values.new_zeros(n_query))[numbers] = values
+        add_scores(scores, numbers, chunk, names, k, n_query)
     return scores
+
+
+def add_scores(
+    scores: dict[str, torch.Tensor],
+    numbers: torch.Tensor,
+    ranks: PositiveRanks,
+    names: Collection[str],
+    k: int | None,
+    n_query: int,
+) -> None:
+    """Put the metrics of some queries, and how many positives they have, into the ``(Q,)`` scores."""
+    found = {"relevant": ranks.relevant, **{name: _one(name, ranks, k) for name in names}}
+    for name, values in found.items():
+        scores.setdefault(name, values.new_zeros(n_query))[numbers] = values
+
+
+def without_lone(scores: dict[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return ``(Q,)`` metrics in float64 on the CPU, NaN for queries that have no positive."""
+    lone = scores["relevant"] == 0
+    return {name: scores[name].double().masked_fill(lone, torch.nan).cpu() for name in names}
 
 
 def _one(name: str, ranks: PositiveRanks, k: int | None) -> torch.Tensor:

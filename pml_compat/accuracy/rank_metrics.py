@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .ranking import PositiveRanks
+from .places import PositiveRanks
 
 
 def average_precision(ranks: PositiveRanks, k: int | torch.Tensor | None = None) -> torch.Tensor:
@@ -17,8 +17,8 @@ def average_precision(ranks: PositiveRanks, k: int | torch.Tensor | None = None)
 
     ``R`` is the number of positives, within the first k or not: PML's denominator. ``k=R`` gives AP@R.
     """
-    precision = ranks.positives_within.double() / ranks.within.clamp_min(1)
-    return (precision * _chance_within(ranks, k)).sum(1) / ranks.relevant
+    precision = ranks.precision if k is None else ranks.precision * _chance_within(ranks, k)
+    return precision.sum(1) / ranks.relevant
 
 
 def landmark_average_precision(ranks: PositiveRanks, k: int) -> torch.Tensor:
@@ -31,12 +31,12 @@ def landmark_average_precision(ranks: PositiveRanks, k: int) -> torch.Tensor:
 
 def precision(ranks: PositiveRanks, k: int) -> torch.Tensor:
     """Return the share of the first k places that positives hold, of k places even where the ranking has fewer."""
-    return _chance_within(ranks, k).sum(1) / k
+    return _chance_within(ranks, k).sum(1, dtype=torch.float64) / k
 
 
 def recall(ranks: PositiveRanks, k: int) -> torch.Tensor:
     """Return the share of the positives that stand in the first k places; :func:`hit_rate` asks for any of them."""
-    return _chance_within(ranks, k).sum(1) / ranks.relevant.clamp_min(1)
+    return _chance_within(ranks, k).sum(1, dtype=torch.float64) / ranks.relevant.clamp_min(1)
 
 
 def discounted_gain(ranks: PositiveRanks, k: int) -> torch.Tensor:
@@ -59,7 +59,7 @@ def discounted_gain(ranks: PositiveRanks, k: int) -> torch.Tensor:
 def r_precision(ranks: PositiveRanks, k: int | None = None) -> torch.Tensor:
     """Return the share of the first R places that positives hold; R is their number, or k where that is less."""
     places = ranks.relevant if k is None else ranks.relevant.clamp_max(k)
-    return _chance_within(ranks, places).sum(1) / places
+    return _chance_within(ranks, places).sum(1, dtype=torch.float64) / places
 
 
 def hit_rate(ranks: PositiveRanks, k: int) -> torch.Tensor:
@@ -86,12 +86,12 @@ def reciprocal_rank(ranks: PositiveRanks, k: int | None = None) -> torch.Tensor:
     return torch.where(found, 1 / place, 0.0)
 
 
-def _chance_within(ranks: PositiveRanks, places: int | torch.Tensor | None) -> torch.Tensor:
+def _chance_within(ranks: PositiveRanks, places: int | torch.Tensor) -> torch.Tensor:
     """The chance of each positive to stand in the first ``places``: 0 or 1 but for ties across the border."""
-    if places is None:
-        return ranks.valid.double()
     if isinstance(places, torch.Tensor):
         places = places[:, None]
+    if not ranks.tied:
+        return (ranks.closer < places) & ranks.valid
     size = (ranks.within - ranks.closer).clamp_min(1)
     return ((places - ranks.closer).double() / size).clamp(0, 1).double() * ranks.valid
 

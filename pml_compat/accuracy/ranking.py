@@ -1,8 +1,8 @@
 """Exact ranks of the right gallery items, query chunk by query chunk: the one engine under every metric.
 
-Retrieval metrics need only where the positives stand in each query's full ranking, and that is counted, not sorted: the
-scores of a chunk of queries (one float32 matrix product) are put into narrow buckets; the items in a positive's own
-bucket are compared with it one by one, those in nearer buckets by number. No more than one chunk of queries by the
+Retrieval metrics need only where the positives stand in each query's full ranking: the scores of a chunk of queries,
+one float32 matrix product, are sorted by value, and each positive's score is looked up among them. Compiled loops count
+in place of sorting where there are any (:mod:`pml_compat.accuracy.compiled`). No more than one chunk of queries by the
 gallery is ever held.
 
 Where the rounding of the scores could show in a metric (among the first places, across a cut-off, or by more than a
@@ -14,59 +14,20 @@ metric.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
+from .compiled import CompiledCounting, can_compile
 from .gallery import Gallery
 from .matches import Matches, mask
+from .places import PlaceBounds, PositiveRanks, unsure_queries
 
 _CHUNK_ELEMENTS = 4 * 2**20  # scores held at once: 16 MiB
 _COUNTED_ELEMENTS = 2**20  # scores counted at once, with some 20 bytes each
 _MIN_QUERIES = 16  # a matrix product of fewer rows would spend its time reading the gallery
 _FEW_QUERIES = 4  # the least that float64 works at: each time it reads the gallery
-_FIRST_PLACES = 10  # where the order is not left to rounding
-_CHANGE = 1e-3  # share of a query's average precision, or of its reciprocal rank, that is left to rounding at most
-
-
-@dataclass(frozen=True)
-class PositiveRanks:
-    """Where the positives of some queries stand; every tensor but ``relevant`` is ``(Q, P)``, nearest first.
-
-    A row has as many valid entries as its query has positives in the ranking. Ties make ``within`` exceed
-    ``closer + 1``: the item stands anywhere from place ``closer + 1`` to place ``within``.
-    """
-
-    valid: torch.Tensor  # False for padding
-    closer: torch.Tensor  # gallery items strictly closer than this positive
-    within: torch.Tensor  # gallery items at most as far, itself included
-    positives_within: torch.Tensor  # positives at most as far, itself included
-    relevant: torch.Tensor  # (Q,) positives of each query, in the ranking or not
-
-    def of(self, queries: torch.Tensor) -> PositiveRanks:
-        """Return the ranks of some of the queries."""
-        return PositiveRanks(**{field.name: getattr(self, field.name)[queries] for field in fields(self)})
-
-
-@dataclass(frozen=True)
-class PlaceBounds:
-    """What rounding leaves of the places of positives; every tensor is ``(Q, P)``."""
-
-    closer: torch.Tensor  # gallery items that are closer for sure
-    within: torch.Tensor  # gallery items that may be as close, itself included
-    positives_closer: torch.Tensor  # positives that are closer for sure
-    positives_within: torch.Tensor  # positives that may be as close, itself included
-
-    def precisions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the least and the largest precision that each positive may end a list with."""
-        wrong_before = (self.closer - self.positives_closer).clamp_min(0)
-        wrong_within = (self.within - self.positives_within).clamp_min(0)
-        least = (self.positives_closer + 1).double()
-        most = self.positives_within.clamp_min(1).double()
-        return least / (least + wrong_within), most / (most + wrong_before)
 
 
 def query_chunks(n_query: int, n_reference: int) -> Iterator[slice]:
@@ -94,38 +55,49 @@ def exact_ranks(
     """
     cuts = () if k is None else (k,) if isinstance(k, int) else tuple(k)
     gallery = reference if isinstance(reference, Gallery) else Gallery(reference)
-    counting = _Counting(query, gallery)
-    careful = not counting.works
+    plain = Counting(query, gallery)
+    counting: Counting | CompiledCounting = plain
+    careful = not plain.works
+    if not careful and can_compile(query, gallery, positives):
+        counting = CompiledCounting(plain.query, gallery, plain.size, plain.tolerance)
     left = torch.zeros(0, dtype=torch.long, device=query.device)
-    chunks = list(query_chunks(len(query), len(gallery)))
-    for rows in chunks:
-        numbers = torch.arange(rows.start, rows.stop, device=query.device)
+    chunks = counting.chunks(positives)
+    for place, numbers in enumerate(chunks):
         if careful:
             left = torch.cat([left, numbers])
         else:
             counted = 0
             for part, ranks, unsure in counting.ranks(numbers, positives, excluded, cuts):
-                if not bool(unsure.all()):
+                n_unsure = int(unsure.sum())
+                if n_unsure == 0:
+                    yield part, ranks
+                elif n_unsure < len(part):
                     yield part[~unsure], ranks.of(~unsure)
-                    counted += int((~unsure).sum())
+                counted += len(part) - n_unsure
                 left = torch.cat([left, part[unsure]])
             careful = 2 * counted < len(numbers)  # ties everywhere: counting first would be for nothing
-        if len(left) and (rows is chunks[-1] or len(left) >= len(numbers)):  # together: each time reads the gallery
-            yield from _sorted_ranks(query, gallery, left, positives, excluded)
+        if len(left) and (
+            place == len(chunks) - 1 or len(left) >= len(numbers)
+        ):  # together: each time reads the gallery
+            yield from sorted_ranks(query, gallery, left, positives, excluded)
             left = left[:0]
 
 
-class _Counting:
+class Counting:
     """Ranks by counting float32 scores, half the squared distance less the query's share of it."""
 
     def __init__(self, query: torch.Tensor, gallery: Gallery) -> None:
         self.query, self.gallery = query.float(), gallery
+        self.size = gallery.largest_scores(self.query)
         tolerance = gallery.rounding(self.query)
         self.works = tolerance is not None and len(gallery) < 2**24  # countable in float32
         self.tolerance = self.query.new_empty(len(query), 1) if tolerance is None else tolerance
         self.scores = self.query.new_empty(0, len(gallery))
-        self.bucket = torch.empty(0, len(gallery), dtype=torch.long, device=query.device)
-        self.buckets = 2 ** max(8, math.floor(math.log2(len(gallery))) - 1)
+
+    def chunks(self, positives: Matches) -> list[torch.Tensor]:
+        """Return all queries' numbers, in the parts that are counted at once."""
+        rows = query_chunks(len(self.query), len(self.gallery))
+        return [torch.arange(part.start, part.stop, device=self.query.device) for part in rows]
 
     def ranks(
         self, numbers: torch.Tensor, positives: Matches, excluded: Sequence[Matches], cuts: Sequence[int]
@@ -147,51 +119,32 @@ class _Counting:
         excluded: Sequence[Matches],
         cuts: Sequence[int],
     ) -> tuple[PositiveRanks, torch.Tensor]:
-        tolerance = self.tolerance[numbers]
-        low = scores.amin(1, keepdim=True)
-        # A little less than all buckets, so that the largest score is not rounded past the last one.
-        scale = (self.buckets - 1.5) / (scores.amax(1, keepdim=True) - low).clamp_min_(tolerance)
-        scores.sub_(low).mul_(scale)
-        if self.bucket.shape[0] < len(numbers):
-            self.bucket = torch.empty(scores.shape, dtype=torch.long, device=scores.device)
-        bucket = self.bucket[: len(numbers)].copy_(scores)
         for matches in excluded:
-            bucket[matches.pairs(numbers)] = self.buckets  # one more, past all others
-
+            scores[matches.pairs(numbers)] = torch.inf
         index, valid = positives.lists(numbers)
-        valid = valid & (bucket.gather(1, index) < self.buckets)
         own = _sort_values(scores.gather(1, index).masked_fill_(~valid, torch.inf))
-        relevant = valid.sum(1)
+        relevant = (own < torch.inf).sum(1)
         width = max(1, int(relevant.max()))
         own = torch.nn.functional.pad(own, (0, max(0, width - own.shape[1])), value=torch.inf)[:, :width].contiguous()
-
-        # Items in the buckets of the positives are compared one by one, all others counted.
-        below, above = own - tolerance * scale, own + tolerance * scale
-        place = torch.cat([below, own, above], dim=1).clamp_(0, self.buckets - 1).long()
-        shared = bucket.new_zeros(len(numbers), self.buckets + 1, dtype=torch.bool).scatter_(1, place, True)
-        counts = scores.new_zeros(shared.shape)
-        counts.scatter_add_(1, bucket, counts.new_ones(1, 1).expand_as(bucket)).scatter_(1, place, 0)
-        near = _sort_values(_packed(scores, shared.gather(1, bucket)))
-        before, here, after = counts.cumsum(1).gather(1, place).long().split(width, dim=1)
-        positives_within = torch.arange(1, width + 1, device=own.device).expand_as(own)
-        if bool((own.diff(dim=1) == 0).any()):  # infinity less infinity is not 0
-            positives_within = torch.searchsorted(own, own, right=True)
+        tolerance, everyone = self.tolerance[numbers], _sort_values(scores)
+        below, above = own - tolerance, own + tolerance
         ranks = PositiveRanks(
-            valid=torch.arange(width, device=own.device) < relevant[:, None],
-            closer=here + torch.searchsorted(near, own),
-            within=here + torch.searchsorted(near, own, right=True),
-            positives_within=positives_within,
+            valid=own < torch.inf,
+            closer=torch.searchsorted(everyone, own),
+            within=torch.searchsorted(everyone, own, right=True),
+            positives_within=torch.searchsorted(own, own, right=True),
             relevant=relevant,
         )
-        surely_closer = before + torch.searchsorted(near, below)
-        maybe_within = after + torch.searchsorted(near, above, right=True)
-        surely_before = torch.searchsorted(own, below.contiguous())
-        maybe_here = torch.searchsorted(own, above.contiguous(), right=True).minimum(relevant[:, None])
-        bounds = PlaceBounds(surely_closer, maybe_within, surely_before, maybe_here)
-        return ranks, _unsure(ranks, bounds, cuts)
+        bounds = PlaceBounds(
+            closer=torch.searchsorted(everyone, below),
+            within=torch.searchsorted(everyone, above, right=True),
+            positives_closer=torch.searchsorted(own, below),
+            positives_within=torch.searchsorted(own, above, right=True).minimum(relevant[:, None]),
+        )
+        return ranks, unsure_queries(ranks, bounds, cuts)
 
 
-def _sorted_ranks(
+def sorted_ranks(
     query: torch.Tensor,
     gallery: Gallery,
     queries: torch.Tensor,
@@ -199,7 +152,7 @@ def _sorted_ranks(
     excluded: Sequence[Matches],
 ) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
     """Rank by sorted float64 distances: slower than counting, and exact to the last tie."""
-    for numbers in queries.split(max(_FEW_QUERIES, _COUNTED_ELEMENTS // (4 * len(gallery)))):
+    for numbers in queries.split(max(_FEW_QUERIES, _COUNTED_ELEMENTS // (2 * len(gallery)))):
         distances = gallery.squared_distances(query[numbers])
         out = mask(list(excluded), numbers, len(gallery))
         positive = mask([positives], numbers, len(gallery)) & ~out
@@ -222,24 +175,6 @@ def _sorted_ranks(
                 relevant=counts,
             ),
         )
-
-
-def _unsure(ranks: PositiveRanks, bounds: PlaceBounds, cuts: Sequence[int]) -> torch.Tensor:
-    """Tell for which queries rounding could move a positive that a metric looks at, or much of average precision."""
-    others = (bounds.within - bounds.closer - 1) * ranks.valid
-    seen = bounds.closer < _FIRST_PLACES
-    borders = [ranks.relevant[:, None]]
-    for k in cuts:
-        borders += [torch.full_like(borders[0], k), borders[0].clamp_max(k)]
-    for cut in borders:
-        seen = seen | ((bounds.closer < cut) & (bounds.within > cut))
-    least, most = bounds.precisions()
-    precision = ranks.positives_within.double() / ranks.within.clamp_min(1)
-    change = torch.maximum(most - precision, precision - least).mul_(ranks.valid).sum(1)
-    first = bounds.closer[:, 0] + 1, bounds.within[:, 0].clamp_min(1)  # whose reciprocals differ by (b - a) / (a b)
-    reciprocal = (first[1] - first[0]).double() / first[1] * ranks.valid[:, 0]
-    unsure = (change > _CHANGE * precision.mul_(ranks.valid).sum(1)) | (reciprocal > _CHANGE)
-    return unsure | (seen & (others > 0)).any(1)
 
 
 def nearest(
@@ -299,15 +234,3 @@ def _first_of_tie(values: torch.Tensor, query_norms: torch.Tensor) -> torch.Tens
     apart = values.diff(dim=1) > scale[:, :-1].mul_(64 * torch.finfo(values.dtype).eps)
     places = torch.arange(1, values.shape[1], device=values.device) * apart
     return torch.nn.functional.pad(places, (1, 0)).cummax(1).values
-
-
-def _packed(values: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
-    """Return the flagged values of each row, filled up with infinity."""
-    if values.device.type == "cpu":  # NumPy finds them faster
-        places = torch.from_numpy(np.flatnonzero(flags.numpy()))
-    else:
-        places = flags.view(-1).nonzero()[:, 0]
-    ends = torch.arange(1, len(flags) + 1, device=values.device) * flags.shape[1]
-    count = torch.searchsorted(places, ends).diff(prepend=places.new_zeros(1))
-    filled = torch.arange(int(count.max()), device=values.device) < count[:, None]
-    return values.new_full(filled.shape, torch.inf).masked_scatter_(filled, values.view(-1)[places])

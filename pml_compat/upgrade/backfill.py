@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..accuracy import CrossModelAccuracyCalculator
+from ..accuracy.mixed_accuracy import mixed_accuracy
 from ..checks import as_tensor, check_embeddings, check_finite, check_labels
 from ..width import as_wide
-from ..width import fit_width as fitted
 
 _TENTHS = tuple(step / 10 for step in range(11))
 
@@ -119,17 +119,10 @@ def backfill_curve(
     rows = _replacement_order(order, gallery_labels, len(old), seed)
 
     as_wide(new, old, fit_width, ("new_gallery", "old_gallery"))
-    width = max(old.shape[1], new.shape[1])
-    query, new = fitted(query, width), fitted(new, width)
-    gallery = fitted(old, width).to(torch.promote_types(old.dtype, new.dtype), copy=True)
+    counts = [int(fraction * len(old) + 1e-6) for fraction in fractions]  # 0.29 * 100 is 28.999999999999996
     values: dict[str, list[float]] = {}
-    done = 0
-    for fraction in fractions:
-        until = int(fraction * len(old) + 1e-6)  # 0.29 * 100 is 28.999999999999996
-        replaced = rows[done:until]
-        gallery[replaced.to(gallery.device)] = new[replaced.to(new.device)].to(gallery)
-        done = until
-        for metric, value in calculator.get_accuracy(query, query_labels, gallery, gallery_labels, **kwargs).items():
+    for found in mixed_accuracy(calculator, query, query_labels, old, new, gallery_labels, rows, counts, **kwargs):
+        for metric, value in found.items():
             values.setdefault(metric, []).append(value)
     return BackfillCurve(fractions, {metric: tuple(points) for metric, points in values.items()}, rows)
 

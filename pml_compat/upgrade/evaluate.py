@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +11,9 @@ from tqdm import tqdm
 
 from ..accuracy import CrossModelAccuracyCalculator
 from ..accuracy.items import as_values
+from ..accuracy.mixed_accuracy import mixed_accuracy
 from ..checks import check_integer, check_number
 from ..verification.thresholds import check_rates
-from ..width import fit_width as fitted
 from .criterion import pair_criterion
 from .evaluation import ALL_METRICS, METRICS, PAIR_NAMES, TWO_STAGES, Backfill, Evaluation
 from .groups import by_group
@@ -280,8 +279,6 @@ def _backfill(
 ) -> Backfill:
     """Replace the gallery in several random orders; both ends are measured already."""
     query, old, new = ready.queries["new"], ready.galleries[start], ready.galleries["new"]
-    width = max(old.shape[1], new.shape[1])
-    query, new = fitted(query, width), fitted(new, width)
     fractions = tuple(step / _STEPS for step in range(_STEPS + 1))
     vectors = tuple(int(fraction * len(old) + 1e-6) for fraction in fractions)
     ends = ({metric: found[pair][metric] for metric in METRICS} for pair in (f"new_to_{start}", "new_to_new"))
@@ -289,13 +286,13 @@ def _backfill(
     metrics = copy.copy(calculator)
     metrics.original_function_dict = calculator.get_function_dict(tuple(METRICS))
     repeats = []
+    codes: dict[str, Any] = ready.codes
     for turn in range(orders):
-        order = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed + turn)).to(old.device)
-        gallery = fitted(old, width).to(torch.promote_types(old.dtype, new.dtype), copy=True)
+        order = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed + turn))
+        given = metrics, query, ready.labels[0], old, new, ready.labels[1], order, vectors[1:-1]
         steps = [first]
-        for before, until in itertools.pairwise(vectors[:-1]):
-            replaced = order[before:until]
-            gallery[replaced] = new[replaced].to(gallery.dtype)
-            steps.append(_rank(metrics, query, gallery, ready, bar))
+        for step in mixed_accuracy(*given, per_query=True, **codes):
+            steps.append(step)
+            bar.update(len(query))
         repeats.append([*steps, last])
     return Backfill("random", fractions, vectors, repeats[0], repeats)

@@ -74,7 +74,7 @@ def test_copies_of_a_positive_are_sure(monkeypatch):
 
 
 def test_no_buckets_are_made_for_precision_at_1(monkeypatch):
-    monkeypatch.setattr(ranking, "_Counting", None)
+    monkeypatch.setattr(ranking, "Counting", None)
     data = sample("plain")
     CrossModelAccuracyCalculator(("precision_at_1",), device="cpu").get_accuracy(*data)
     with pytest.raises(TypeError):

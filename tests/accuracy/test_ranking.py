@@ -260,7 +260,7 @@ def test_counting_gives_what_sorting_does(kind, exclude, monkeypatch):
     labels[0][:20] = 99  # no positives
     got = scores_of(query, labels[0], reference, labels[1], exclude, k=7)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")  # then nothing is counted
-    monkeypatch.setattr(ranking._Counting, "ranks", lambda *_: pytest.fail("counted"))
+    monkeypatch.setattr(ranking.Counting, "ranks", lambda *_: pytest.fail("counted"))
     expected = scores_of(query, labels[0], reference, labels[1], exclude, k=7)
     for name in expected:
         scored = expected[name].isfinite()
@@ -271,17 +271,17 @@ def test_counting_gives_what_sorting_does(kind, exclude, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["unit", "plain", "huge"])
 def test_ordinary_embeddings_are_counted(kind, monkeypatch):
-    sorted_ranks, queries = ranking._sorted_ranks, []
-    monkeypatch.setattr(ranking, "_sorted_ranks", lambda *a: queries.extend(a[2].tolist()) or sorted_ranks(*a))
+    ranked, queries = ranking.sorted_ranks, []
+    monkeypatch.setattr(ranking, "sorted_ranks", lambda *a: queries.extend(a[2].tolist()) or ranked(*a))
     labels = torch.arange(2000) % 25
     scores_of(embeddings(kind, 300, 0, 64), labels[:300], embeddings(kind, 2000, 1, 64), labels)
     assert len(queries) < 15
 
 
 def test_copies_everywhere_are_sorted_at_once(monkeypatch):
-    counted, ranks = [], ranking._Counting.ranks
+    counted, ranks = [], ranking.Counting.ranks
     monkeypatch.setattr(ranking, "_CHUNK_ELEMENTS", 100)
-    monkeypatch.setattr(ranking._Counting, "ranks", lambda self, n, *a: counted.append(len(n)) or ranks(self, n, *a))
+    monkeypatch.setattr(ranking.Counting, "ranks", lambda self, n, *a: counted.append(len(n)) or ranks(self, n, *a))
     reference = embeddings("unit", 20, 0).repeat(5, 1)
     labels = torch.arange(100) % 20
     found = scores_of(reference, labels, reference, labels)
@@ -293,7 +293,7 @@ def test_copies_everywhere_are_sorted_at_once(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tolerance_bounds_the_error_of_the_scores(kind, width):
     query, reference = embeddings(kind, 200, 3, width), embeddings(kind, 1000, 4, width)
-    tolerance = ranking._Counting(query, Gallery(reference)).tolerance.double()
+    tolerance = ranking.Counting(query, Gallery(reference)).tolerance.double()
     exact = reference.double().square().sum(1) / 2 - query.double() @ reference.double().t()
     scores = torch.addmm(reference.square().sum(1) / 2, query, reference.t(), alpha=-1)
     assert ((scores.double() - exact).abs() <= tolerance).all()

@@ -5,12 +5,22 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.accuracy import CrossModelAccuracyCalculator
+from pml_compat.accuracy import CrossModelAccuracyCalculator, compiled, mixed_accuracy
+from pml_compat.accuracy.calculator import RANK_METRICS
 from pml_compat.upgrade import BackfillCurve, backfill_curve
 from pml_compat.width import fit_width
 from tests.accuracy import naive_metrics
 
 METRICS = ("precision_at_1", "mean_average_precision", "cmc_top_5")
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def engine(request, monkeypatch):
+    """Everything by two products and compiled loops, and by a ranking at each step."""
+    if request.param == "compiled" and compiled.kernels() is None:
+        pytest.skip("needs numba (extra fast)")
+    monkeypatch.setattr(compiled, "_WORTH_IT", 0 if request.param == "compiled" else 2**62)
+    return request.param
 
 
 @pytest.fixture
@@ -247,3 +257,41 @@ def test_unusable_arguments_are_named():
         backfill_curve(*data, calculator=CrossModelAccuracyCalculator(return_per_class=True))
     with pytest.raises(ValueError, match=r"metric must be one of .*precision_at_1.*, got 'recall'"):
         backfill_curve(*data).area("recall")
+
+
+def test_compiled_loops_need_no_ranking_at_each_step(engine, monkeypatch, calculator):
+    asked = []
+    monkeypatch.setattr(calculator, "get_accuracy", lambda *_, **__: asked.append(1) or {"precision_at_1": 0.0})
+    backfill_curve(*sample(0), calculator=calculator)
+    assert len(asked) == (0 if engine == "compiled" else 11)
+
+
+@pytest.mark.parametrize("k", [None, 5, "max_bin_count"])
+@pytest.mark.parametrize("options", ["nothing", "position", "ids", "cameras"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_both_engines_give_the_same(k, options, whole, monkeypatch):
+    rng = np.random.default_rng(3)
+    labels = torch.from_numpy(rng.integers(0, 6, 300))
+    new, old = (torch.from_numpy(rng.normal(size=(300, 6))).float() for _ in range(2))
+    new = new + torch.eye(6)[labels]
+    if whole:
+        new, old = (side.round() for side in (new, old))
+    given = {
+        "nothing": {},
+        "position": {"ref_includes_query": True},
+        "ids": {"query_ids": np.arange(80).astype(str), "reference_ids": [*np.arange(250).astype(str), *[None] * 50]},
+        "cameras": {"query_cameras": labels[:80] % 2, "reference_cameras": torch.from_numpy(rng.integers(0, 2, 300))},
+    }[options]
+    order = torch.from_numpy(rng.permutation(300))
+    for per_query in (False, True):
+        found = []
+        for worth_it in (0, 2**62):
+            monkeypatch.setattr(compiled, "_WORTH_IT", worth_it)
+            metrics = CrossModelAccuracyCalculator(include=RANK_METRICS, k=k, device="cpu", avg_of_avgs=True)
+            data = new[:80], labels[:80], old, new, labels, order, [0, 30, 31, 31, 200, 300]
+            found.append(list(mixed_accuracy.mixed_accuracy(metrics, *data, per_query=per_query, **given)))
+        for got, expected in zip(*found, strict=True):
+            assert got.keys() == expected.keys()
+            for name in expected:
+                both = (torch.as_tensor(one[name], dtype=torch.float64) for one in (got, expected))
+                torch.testing.assert_close(*both, rtol=1e-3 if per_query else 1e-5, atol=0, equal_nan=True)

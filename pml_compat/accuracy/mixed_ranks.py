@@ -1,0 +1,77 @@
+"""Ranks in a gallery of which more and more rows are replaced by new ones, from two matrix products.
+
+What is nearer than a positive among the old rows and among the new ones is counted apart, for each stretch of the
+gallery between two steps: the counts of any step are sums of these.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from .compiled import CompiledCounting, Thresholds, blocks, can_compile, choose_thresholds, find_places
+from .gallery import Gallery, galleries_to_mix
+from .matches import Matches
+from .places import PositiveRanks
+from .ranking import Counting, sorted_ranks
+
+
+def can_mix(query: torch.Tensor, old: torch.Tensor, positives: Matches) -> bool:
+    """Tell whether :func:`mixed_ranks` can rank these queries."""
+    plain = Counting(query, Gallery(old))
+    return plain.works and can_compile(query, plain.gallery, positives, thresholds=2)
+
+
+def mixed_ranks(
+    query: torch.Tensor,
+    old: torch.Tensor,
+    new: torch.Tensor,
+    positives: Matches,
+    excluded: Sequence[Matches],
+    replaced: Sequence[int],
+    cuts: Sequence[int] = (),
+) -> Iterator[tuple[int, torch.Tensor, PositiveRanks]]:
+    """Yield a step's number, numbers of queries, and the ranks of their positives; each query once a step.
+
+    Args:
+        query: ``(Q, D)``.
+        old: ``(N, D)``, rows in the order of their replacement.
+        new: ``(N, D)``, the same items.
+        positives: the right rows of each query.
+        excluded: rows that are not in the ranking at all.
+        replaced: how many rows are new at each step, ascending.
+        cuts: the places at which the caller cuts rankings off.
+    """
+    galleries = galleries_to_mix(old, new)
+    plain = Counting(query, galleries[0])
+    counting = CompiledCounting(plain.query, galleries[0], plain.size, plain.tolerance)
+    left: list[list[torch.Tensor]] = [[] for _ in replaced]
+    given = plain.query, plain.size, plain.tolerance, positives.neighbours(len(query)), len(old), positives, excluded
+    for part, block in blocks(*given, thresholds=2):
+        own, items, size = block.own_scores(galleries[0], counting.threads)
+        own = np.concatenate([own, block.own_scores(galleries[1], counting.threads)[0]], axis=1)
+        order = own.argsort(axis=1)
+        thresholds = Thresholds(block, np.take_along_axis(own, order, axis=1), 2 * size, counting.threads)
+
+        def count(gallery: Gallery, start: int, stop: int, thresholds: Thresholds = thresholds) -> np.ndarray:
+            thresholds.count(gallery, start, stop, counting.buffer)
+            return thresholds.wrong()
+
+        stretches = list(itertools.pairwise([0, *replaced, len(old)]))
+        wrong_old = [count(galleries[0], start, stop) for start, stop in stretches]
+        wrong = np.sum(wrong_old, axis=0, dtype=np.int32)
+        for step, until in enumerate(replaced):
+            wrong += count(galleries[1], *stretches[step]) - wrong_old[step]
+            chosen = choose_thresholds(thresholds, order, items, size, until, wrong)
+            ranks, unsure = find_places(chosen[0], size, block.tolerance, chosen[1], cuts, counting.threads)
+            yield step, part[~unsure], ranks.of(~unsure)
+            left[step].append(part[unsure])
+    for step, until in enumerate(replaced):
+        numbers = torch.cat(left[step])
+        if len(numbers):
+            gallery = Gallery(torch.cat([new[:until], old[until:]]))
+            for part, ranks in sorted_ranks(query, gallery, numbers, positives, excluded):
+                yield step, part, ranks
