@@ -58,6 +58,28 @@ class PlaceBounds:
         return least / (least + wrong_within), most / (most + wrong_before)
 
 
+def first_ranks(
+    right: torch.Tensor, wrong: torch.Tensor, relevant: torch.Tensor, tolerance: torch.Tensor
+) -> tuple[PositiveRanks, torch.Tensor]:
+    """Return the rank of the nearest positive, 1 or not, and for which queries rounding decides.
+
+    Args:
+        right: ``(Q,)`` scores of the nearest positives; lower is nearer.
+        wrong: ``(Q,)``, of the nearest other items.
+        relevant: ``(Q,)``, how many positives there are.
+        tolerance: ``(Q,)``.
+    """
+    closer = (wrong < right).long()[:, None]
+    ranks = PositiveRanks(
+        valid=relevant[:, None] > 0,
+        closer=closer,
+        within=closer + 1,
+        positives_within=torch.ones_like(closer),
+        relevant=relevant,
+    )
+    return ranks, (relevant > 0) & ((right - wrong).abs() <= tolerance)
+
+
 def unsure_queries(ranks: PositiveRanks, bounds: PlaceBounds, k: int | None) -> torch.Tensor:
     """Tell for which queries rounding could move a positive that a metric looks at, or much of average precision."""
     others = (bounds.within - bounds.closer - 1) * ranks.valid

@@ -23,7 +23,7 @@ import torch
 from .compiled import CompiledCounting, can_compile
 from .gallery import Gallery
 from .matches import Matches, mask
-from .places import PlaceBounds, PositiveRanks, unsure_queries
+from .places import PlaceBounds, PositiveRanks, first_ranks, unsure_queries
 
 _CHUNK_ELEMENTS = 4 * 2**20  # scores held at once: 16 MiB
 _COUNTED_ELEMENTS = 2**20  # scores counted at once, with some 20 bytes each
@@ -61,8 +61,8 @@ def exact_ranks(
     plain = Counting(query, gallery, first_only)
     counting: Counting | CompiledCounting = plain
     careful = not plain.works
-    if not careful and not first_only and can_compile(query, gallery, positives):
-        counting = CompiledCounting(plain.query, gallery, plain.size, plain.tolerance)
+    if not careful and can_compile(query, gallery, positives):
+        counting = CompiledCounting(plain.query, gallery, plain.size, plain.tolerance, first_only)
     left = torch.zeros(0, dtype=torch.long, device=query.device)
     chunks = counting.chunks(positives)
     for place, numbers in enumerate(chunks):
@@ -159,19 +159,10 @@ class Counting:
         """Tell whether the nearest item is a positive: the one nearest positive, in place 1 or 2."""
         own = scores.gather(1, index).masked_fill_(~valid, torch.inf)
         relevant = (own < torch.inf).sum(1)
-        row, place = valid.nonzero(as_tuple=True)
-        scores[row, index[row, place]] = torch.inf
-        right = own.amin(1, keepdim=True) if own.shape[1] else own.new_full((len(own), 1), torch.inf)
-        wrong = scores.amin(1, keepdim=True)
-        closer = (wrong < right).long()
-        ranks = PositiveRanks(
-            valid=relevant[:, None] > 0,
-            closer=closer,
-            within=closer + 1,
-            positives_within=torch.ones_like(closer),
-            relevant=relevant,
-        )
-        return ranks, (ranks.valid & ((right - wrong).abs() <= tolerance))[:, 0]
+        # Padding repeats a row's first item: another positive, or of a query that has none.
+        scores.scatter_(1, torch.where(valid, index, index[:, :1]), torch.inf)
+        right = own.amin(1) if own.shape[1] else own.new_full((len(own),), torch.inf)
+        return first_ranks(right, scores.amin(1), relevant, tolerance[:, 0])
 
 
 def sorted_ranks(
