@@ -7,6 +7,7 @@ among its wrong items (:mod:`pml_compat.accuracy.counting_kernel`), so that noth
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -20,13 +21,13 @@ from .matches import Matches, joined_runs
 from .places import CHANGE, FIRST_PLACES, PositiveRanks
 
 _WORTH_IT = 2**22  # scores; numba takes longer to load than torch to count fewer
-_ROWS = 512  # queries of a tile
+_ROWS = 256  # queries of a tile
 _FEWEST_ROWS = 64  # a product of fewer would spend its time reading the gallery
-_COLUMNS = 4096  # gallery rows of a tile: 8 MiB of scores
+_COLUMNS = 8192  # gallery rows of a tile: 8 MiB of scores
 _BYTES = 24 * 2**20  # of the queries' tables and counts
 _BYTES_A_POSITIVE = 64
-_BUCKETS = 2**12, 2**15  # the fewest and the most of a query
-_BUCKETS_A_POSITIVE = 8
+_BUCKETS = 2**11, 2**15  # the fewest and the most of a query
+_BUCKETS_A_POSITIVE = 4
 _MOST_POSITIVES = 2**15 - 2**8  # that a table of uint16 can lead to
 
 Runs = tuple[np.ndarray, np.ndarray, np.ndarray]  # a list of gallery rows, where each query's begin, and how many
@@ -115,6 +116,17 @@ class QueryBlock:
         return own, items, size
 
 
+def tiles(
+    query: torch.Tensor, gallery: Gallery, start: int, stop: int, buffer: torch.Tensor
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield tiles of gallery rows from ``start`` to ``stop``: the first row's number, and ``(q, n)`` scores."""
+    parts = math.ceil((stop - start) / _COLUMNS)
+    ends = [start + (stop - start) * number // max(parts, 1) for number in range(parts + 1)]
+    for first, last in itertools.pairwise(ends):
+        scores = buffer[: len(query) * (last - first)].view(len(query), -1)
+        yield first, gallery.scores(query, scores, slice(first, last)).numpy()
+
+
 class Thresholds:
     """Scores of positives, ascending, and the wrong items that are counted between them.
 
@@ -147,11 +159,8 @@ class Thresholds:
 
     def count(self, gallery: Gallery, start: int, stop: int, buffer: torch.Tensor) -> None:
         """Count the gallery's rows from ``start`` to ``stop``."""
-        for first in range(start, stop, _COLUMNS):
-            columns = slice(first, min(first + _COLUMNS, stop))
-            scores = buffer[: len(self.own) * (columns.stop - first)].view(len(self.own), -1)
-            gallery.scores(self.block.query, scores, columns)
-            self.threads.spread(partial(self._count, scores.numpy(), first), len(self.own))
+        for column, scores in tiles(self.block.query, gallery, start, stop, buffer):
+            self.threads.spread(partial(self._count, scores, column), len(self.own))
 
     def _count(self, scores: np.ndarray, column: int, rows: slice) -> None:
         self.loops.count_scores(

@@ -27,6 +27,7 @@ class Gallery:
 
     def __init__(self, rows: torch.Tensor, group: Any = None) -> None:
         self.rows, self.group = rows, group
+        self._norms: torch.Tensor | None = None
         self.sizes = [len(rows)] if group is None else gathered(len(rows), group)
         self.rows32 = rows.float()
         half_norms = _half_norms(self.rows32)
@@ -85,11 +86,15 @@ class Gallery:
         dtype = torch.float32 if query.device.type == "mps" else torch.float64
         query = query.to(dtype)
         distances = query.new_empty(len(query), len(self.rows))
+        new = self._norms is None
+        norms = query.new_empty(len(self.rows)) if self._norms is None else self._norms
         size = max(1, _BLOCK // self.rows.shape[1])
         for first in range(0, len(self.rows), size):
             block = self.rows[first : first + size].to(dtype)
-            norms = block.square().sum(1)
-            distances[:, first : first + size] = torch.addmm(norms, query, block.t(), alpha=-2)
+            if new:
+                norms[first : first + size] = block.square().sum(1)
+            distances[:, first : first + size] = torch.addmm(norms[first : first + size], query, block.t(), alpha=-2)
+        self._norms = norms  # asked for a few queries at a time
         return distances if self.group is None else self._joined(distances, None)
 
     def _joined(self, part: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
