@@ -132,6 +132,12 @@ def test_states_without_a_weight_are_still_loaded(name):
     assert target.influence_weight == build(name).influence_weight
 
 
+@every_loss
+def test_pmls_records_find_nothing_that_they_cannot_name(name):
+    """They go into every dict of a module, and take a hook that holds its module for a thing to record."""
+    assert not any(module._load_state_dict_pre_hooks for module in build(name).modules())
+
+
 @every_paired_loss
 def test_labels_of_the_old_embeddings_may_be_any_copy_or_left_out(name):
     """PML drops the pairs of a sample with itself where both labels are one object: here they are the positives."""

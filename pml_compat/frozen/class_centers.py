@@ -98,7 +98,6 @@ class ClassCenters(torch.nn.Module):
         self._scale = None if scale is None else float(scale)
         self._sample: tuple[torch.Tensor, torch.Tensor] | None = None
         self._prospects: Prospects | None = None
-        self.register_load_state_dict_pre_hook(_make_room)
 
     @property
     def is_measured(self) -> bool:
@@ -220,6 +219,16 @@ class ClassCenters(torch.nn.Module):
         found._sample = rows, found.index_of(sampled_labels)
         return found
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Take directions that were fitted before a state was saved; keep those that are here where it has none."""
+        name = f"{prefix}fitted_directions"
+        if state_dict.get(name) is not None:
+            self.fitted_directions = torch.empty_like(state_dict[name], device=self.centers.device)
+            self._sample = None
+        elif self.fitted_directions is not None:
+            state_dict[name] = self.fitted_directions
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def summary(self) -> CentersSummary:
         """Audit the centres: ``print(centers.summary())`` names the classes that a training cannot keep apart.
 
@@ -254,15 +263,6 @@ class ClassCenters(torch.nn.Module):
         tensors, _ = load_tensors(path, _FORMAT, "ClassCenters.save")
         scale = tensors.pop("scale", None)
         return cls(**tensors, scale=None if scale is None else float(scale))
-
-
-def _make_room(centers: ClassCenters, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Take directions that were fitted before a state was saved; keep those that are here where it has none."""
-    name = f"{prefix}fitted_directions"
-    if state.get(name) is not None:
-        centers.fitted_directions, centers._sample = torch.empty_like(state[name], device=centers.centers.device), None
-    elif centers.fitted_directions is not None:
-        state[name] = centers.fitted_directions
 
 
 def check_centers(centers: Any, name: str = "centers", width: int | None = None) -> None:

@@ -84,7 +84,6 @@ class BCTLoss(TaskAndTermsLoss):
         if self.influence_weight is not None:
             self.add_to_recordable_attributes(list_of_names=["influence_weight"], is_stat=False)
         self.add_to_recordable_attributes(name="known_fraction", is_stat=True)
-        self.register_load_state_dict_pre_hook(_keep_weight)
 
     def _sub_loss_names(self) -> list[str]:
         return ["task_loss", "influence_loss"]
@@ -107,6 +106,11 @@ class BCTLoss(TaskAndTermsLoss):
         """Go on with the influence's weight of a state."""
         weight = float(state.cpu().view(torch.float64))
         self.influence_weight = None if math.isnan(weight) else weight
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Keep the weight where a state has none, as those of earlier versions."""
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @property
     def needs_labels(self) -> bool:
@@ -150,8 +154,3 @@ class BCTLoss(TaskAndTermsLoss):
         by_old_loss = self._by_old_loss or weight is not None
         losses = old.losses_at(old_space, targets) if by_old_loss else old.direction_losses_at(old_space, targets)
         return {"influence_loss": per_sample(losses if weight is None else losses * weight, index)}
-
-
-def _keep_weight(loss: BCTLoss, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Keep the weight where a state has none, as those of earlier versions."""
-    state.setdefault(f"{prefix}_extra_state", loss.get_extra_state())

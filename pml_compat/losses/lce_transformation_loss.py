@@ -99,9 +99,14 @@ class LCETransformationLoss(NamedTermsLoss):
         common = (rows >= 0).nonzero()[:, 0]
         self.register_buffer("old_source_directions", source_centers.centers[rows[common]].clone())
         self.register_buffer("old_target_directions", target_centers.centers[common].clone())
-        self.register_load_state_dict_pre_hook(_without_transformation)
         self._report_left_out(source_centers, target_centers, len(common))
         self.add_to_recordable_attributes(list_of_names=["align_weight", "boundary_weight"], is_stat=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Pass over the map in states from when the loss owned it: the map is loaded by itself."""
+        for name in [name for name in state_dict if name.startswith(f"{prefix}transformation.")]:
+            del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _report_left_out(self, source: ClassCenters, target: ClassCenters, common: int) -> None:
         single = int((~self.old_bounded).sum())
@@ -154,9 +159,3 @@ class LCETransformationLoss(NamedTermsLoss):
 
     def _bounded(self, rows: torch.Tensor) -> torch.Tensor:
         return (rows >= 0) & self.old_bounded[rows.clamp(min=0)]
-
-
-def _without_transformation(loss: LCETransformationLoss, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Pass over the map in states from when the loss owned it: the map is loaded by itself."""
-    for name in [name for name in state if name.startswith(f"{prefix}transformation.")]:
-        del state[name]
