@@ -67,7 +67,8 @@ def mixed_ranks(
             wrong += count(galleries[1], *stretches[step]) - wrong_old[step]
             chosen = choose_thresholds(thresholds, order, items, size, until, wrong)
             ranks, unsure = find_places(chosen[0], size, block.tolerance, chosen[1], cuts, counting.threads)
-            yield step, part[~unsure], ranks.of(~unsure)
+            if not bool(unsure.all()):
+                yield step, part[~unsure], ranks.of(~unsure)
             left[step].append(part[unsure])
     for step, until in enumerate(replaced):
         numbers = torch.cat(left[step])

@@ -9,6 +9,8 @@ from pml_compat.accuracy.calculator import RANK_METRICS
 from pml_compat.accuracy.first_positive import first_ranks
 from pml_compat.accuracy.gallery import Gallery
 from pml_compat.accuracy.matches import Compared, EqualCodes, SamePosition
+from pml_compat.accuracy.rank_metrics import hit_rate
+from tests.accuracy import test_ranking
 
 needs_numba = pytest.mark.skipif(compiled.kernels() is None, reason="needs numba (extra fast)")
 FIELDS = ("closer", "within", "positives_within")
@@ -164,7 +166,6 @@ def found_first(found, n_query):
 
 
 def ranking_metric(ranks):
-    from pml_compat.accuracy.rank_metrics import hit_rate
 
     return torch.where(ranks.relevant > 0, hit_rate(ranks, 1), -1.0)
 
@@ -184,3 +185,8 @@ def test_a_query_that_is_its_own_only_positive_has_none(engine):
     labels = torch.arange(20)
     ((_, ranks),) = ranking.exact_ranks(query, query, EqualCodes(labels, labels), [SamePosition()])
     assert not ranks.valid.any() and not ranks.relevant.any()
+
+
+def test_near_copies_and_binary_codes_are_decided_in_float64(engine):
+    test_ranking.test_near_copies_behind_nearer_items_are_told_apart()
+    test_ranking.test_ties_of_binary_codes_count_as_in_scikit_learn("unit")
