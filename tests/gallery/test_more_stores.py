@@ -344,6 +344,34 @@ def broken_off(folder):
     return True
 
 
+def other_columns(folder):
+    """Carry over columns of all sorts, from a dataset with rows deleted, without ids."""
+    import lance
+    import pyarrow
+
+    blob = pyarrow.field("blob", pyarrow.large_binary(), metadata={"lance-encoding:blob": "true"})
+    found = table().drop_columns(["id"]).append_column("key", pyarrow.array(IDS))
+    found = found.append_column(blob, pyarrow.array([b"x" * place for place in range(ROWS)], pyarrow.large_binary()))
+    found = found.append_column("kind", pyarrow.array(["a", "b", None] * (ROWS // 3)).dictionary_encode())
+    found = found.append_column("nested", pyarrow.array([{"a": [place]} for place in range(ROWS)]))
+    found = found.append_column("half", pyarrow.array([[1.0, 2.0]] * ROWS, pyarrow.list_(pyarrow.float16(), 2)))
+    lance.write_dataset(found, f"{folder}/old.lance", max_rows_per_file=97)
+    lance.dataset(f"{folder}/old.lance").delete("key % 10 = 3")
+    kept = IDS % 10 != 3
+    run(f"{folder}/old.lance#vector", f"{folder}/new.lance", batch_size=37)
+    store = open_store(f"{folder}/new.lance")
+    assert store.names == found.column_names
+    np.testing.assert_allclose(store.fetch(np.arange(kept.sum())), mapped(linear())[kept], rtol=1e-5, atol=1e-6)
+    records = [record for batch in store.batches(100) for record in batch.records()]
+    expected = found.drop_columns(["vector"]).filter(pyarrow.array(kept)).to_pylist()
+    return records == expected
+
+
+@needs("lance")
+def test_columns_of_any_kind_go_along(tmp_path):
+    assert in_child(other_columns, tmp_path)
+
+
 @needs("lance")
 def test_a_lance_run_that_broke_off_at_a_step(tmp_path):
     assert in_child(broken_off, tmp_path)

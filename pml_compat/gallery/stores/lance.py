@@ -27,7 +27,7 @@ _AT_ONCE = 4096  # ids a filter
 
 
 class LanceStore(Store):
-    """See the module. The order is that of the rows; the version is the one that was the latest when it was opened."""
+    """See the module. The order is that of the rows, the version the latest one; blobs go along as plain binary."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -80,7 +80,7 @@ class LanceStore(Store):
 
     def _read(self, **what: Any) -> Any:
         try:
-            return self.dataset.to_table(**what)
+            return self.dataset.scanner(**what, blob_handling="all_binary").to_table()
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.address} must be a whole Lance dataset, it is not: {error}") from error
 
