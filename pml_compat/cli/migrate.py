@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 _STORES = (
-    "OLD and NEW are addresses: NAME.npy (with NAME.ids.npy), NAME.parquet or a folder of such (#COLUMN), NAME.faiss "
-    "or NAME.index, qdrant://HOST:6333/COLLECTION (#NAME; qdrant:///FOLDER/COLLECTION in local mode), "
-    "postgresql://USER@HOST/DATABASE/TABLE#COLUMN."
+    "OLD and NEW are addresses: NAME.npy (with NAME.ids.npy), NAME.parquet or a folder of such (#COLUMN), NAME.lance "
+    "(#COLUMN), NAME.faiss or NAME.index, qdrant://HOST:6333/COLLECTION (#NAME; qdrant:///FOLDER/COLLECTION in local "
+    "mode), milvus://HOST:19530/COLLECTION (#FIELD; milvus:///FOLDER/FILE.db/COLLECTION of Milvus Lite), "
+    "postgresql://USER@HOST/DATABASE/TABLE#COLUMN, lancedb:///FOLDER/TABLE (#COLUMN)."
 )
 
 

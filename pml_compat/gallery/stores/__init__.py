@@ -16,6 +16,8 @@ _BY_SCHEME = {
     "qdrant": ("qdrant", "Qdrant"),
     "postgresql": ("postgres", "Postgres"),
     "postgres": ("postgres", "Postgres"),
+    "lancedb": ("lancedb", "LanceDB"),
+    "milvus": ("milvus", "Milvus"),
 }
 _BY_SUFFIX = {
     ".npy": ("npy", "Npy"),
@@ -23,11 +25,13 @@ _BY_SUFFIX = {
     ".pq": ("parquet", "Parquet"),
     ".faiss": ("faiss_index", "Faiss"),
     ".index": ("faiss_index", "Faiss"),
+    ".lance": ("lance", "Lance"),
     "": ("parquet", "Parquet"),
 }
 _ADDRESSES = (
-    "NAME.npy, NAME.parquet, a folder of Parquet files, NAME.faiss, NAME.index, qdrant://HOST:6333/COLLECTION, "
-    "qdrant:///FOLDER/COLLECTION, postgresql://HOST/DATABASE/TABLE#COLUMN"
+    "NAME.npy, NAME.parquet, a folder of Parquet files, NAME.lance, NAME.faiss, NAME.index, "
+    "qdrant://HOST:6333/COLLECTION, qdrant:///FOLDER/COLLECTION, milvus://HOST:19530/COLLECTION, "
+    "milvus:///FOLDER/FILE.db/COLLECTION, postgresql://HOST/DATABASE/TABLE#COLUMN, lancedb:///FOLDER/TABLE"
 )
 
 
@@ -36,9 +40,11 @@ def open_store(address: str) -> Store:
 
     Args:
         address: ``gallery.npy`` (with ``gallery.ids.npy``, if there are ids), ``gallery.parquet`` or a folder of such
-            (``gallery.parquet#column``), ``gallery.faiss`` or ``.index``, ``qdrant://host:6333/collection`` (``#name``
-            of a named vector; ``qdrant:///folder/collection`` in local mode),
-            ``postgresql://host/database/table#column``.
+            (``gallery.parquet#column``), ``gallery.lance`` (``#column``), ``gallery.faiss`` or ``.index``,
+            ``qdrant://host:6333/collection`` (``#name`` of a named vector; ``qdrant:///folder/collection`` in local
+            mode), ``milvus://host:19530/collection`` (``#field`` of one of several vectors;
+            ``milvus:///folder/file.db/collection`` of Milvus Lite), ``postgresql://host/database/table#column``,
+            ``lancedb:///folder/table`` (``#column``).
     Raises:
         FileNotFoundError: nothing is there.
         ImportError: the extra of this kind of store is not installed; which.
