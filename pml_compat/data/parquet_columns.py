@@ -24,6 +24,8 @@ def embedding_rows(column: Any, option: str, name: str) -> np.ndarray:
     lists = column.combine_chunks()
     if hasattr(lists.type, "storage_type"):  # an extension type: a fixed-shape tensor
         lists = lists.storage
+    if lists.null_count:
+        raise ValueError(f"{option} must have a vector in every row of the column {name}, got {lists.null_count} nulls")
     if lists.type in _binary_types():
         rows = [np.frombuffer(value, dtype="<f4") for value in lists.to_pylist()]
         return _stacked(rows, option)

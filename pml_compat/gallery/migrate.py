@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class Migration:
             normalize=self.manifest["normalize"],
             progress=False,
         )
-        return Batch(batch.ids, vectors.astype(self.source.dtype, copy=False), batch.payload, batch.cursor)
+        return replace(batch, vectors=vectors.astype(self.source.dtype, copy=False))
 
     def end(self, writer: Writer, sample: Sample) -> Manifest:
         """Make a whole store of what was written, compare some of it, and say so in the manifest."""

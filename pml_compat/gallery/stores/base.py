@@ -21,18 +21,22 @@ class Batch:
         vectors: ``(n, D)`` floating point.
         payload: what else is stored with each item: a ``pyarrow.Table`` or a list of dicts; None for nothing.
         cursor: where the next batch begins, of types that JSON has; None after the last.
+        left_out: columns of the payload that are ids or vectors, in a table that keeps the order of its columns.
     """
 
     ids: np.ndarray
     vectors: np.ndarray
     payload: Any
     cursor: Any
+    left_out: tuple[str, ...] = ()
 
     def records(self) -> list[dict[str, Any]]:
         """Return the payload as a dict an item."""
         if self.payload is None:
             return [{} for _ in self.ids]
-        return self.payload if isinstance(self.payload, list) else self.payload.to_pylist()
+        if isinstance(self.payload, list):
+            return self.payload
+        return self.payload.drop_columns(list(self.left_out)).to_pylist()
 
 
 class Store(abc.ABC):

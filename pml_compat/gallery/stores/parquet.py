@@ -42,6 +42,7 @@ class ParquetStore(Store):
                 f"{place}#COLUMN"
             )
         self.column, self.id_column = found, _first(first.names, IDS)
+        self.left_out = tuple(name for name in (self.column, self.id_column) if name is not None)
         self.schema = first
         if not len(self):
             raise ValueError(f"{address} must hold vectors, it has no rows")
@@ -65,7 +66,7 @@ class ParquetStore(Store):
             if self.id_column is not None:
                 ids = table[self.id_column].to_numpy()
                 ids = ids.astype(str) if ids.dtype == object else ids
-            yield Batch(ids, vectors, table, after)
+            yield Batch(ids, vectors, table, after, self.left_out)
 
     def cursors(self, size: int) -> list[list[int]]:
         """Return where each batch of this size begins, without reading any."""
@@ -171,7 +172,9 @@ class ParquetWriter(Writer):
 
     def _payload(self, batch: Batch) -> Any:
         if isinstance(batch.payload, self.arrow.Table):
-            return batch.payload.replace_schema_metadata(None)
+            table = batch.payload.replace_schema_metadata(None)
+            old = [name for name in batch.left_out[:1] if name != self.column]  # the vectors, under another name
+            return table.drop_columns(old)
         table = self.arrow.table({"id": batch.ids})
         if batch.payload is not None:
             rest = self.arrow.Table.from_pylist(batch.records())
