@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=2048, help="of FCT's network")
+    parser.add_argument("--maps", nargs="+", choices=["linear", "FCT"], default=["linear", "FCT"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -83,6 +84,7 @@ def main() -> None:
         "linear": LinearTransformation(width, width),
         "FCT": FCTTransformation(width, width, hidden_features=options.hidden).eval(),
     }
+    maps = {name: maps[name] for name in ("unmapped", *options.maps)}
     times: dict[str, list[float]] = {name: [] for name in maps}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
