@@ -274,3 +274,21 @@ class CompiledCounting:
             thresholds = Thresholds(block, own, found, self.threads)
             thresholds.count(self.gallery, 0, size, self.buffer)
             yield part, *find_places(own, found, block.tolerance, thresholds.wrong(), cuts, self.threads)
+
+    def nearest(
+        self, numbers: torch.Tensor, positives: Matches, excluded: Sequence[Matches]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield some of the queries, the scores of their nearest positive and wrong item, and how many are right."""
+        size = len(self.gallery)
+        for part, block in blocks(self.query, self.size, self.tolerance, numbers, size, positives, excluded):
+            own, _, found = block.own_scores(self.gallery, self.threads)
+            wrong = np.full(len(block), np.inf, dtype=np.float32)
+
+            def work(scores: np.ndarray, column: int, rows: slice, block: Any = block, wrong: Any = wrong) -> None:
+                _loops()[0].remove_right(scores[rows], column, *block.runs(rows))
+                np.minimum(wrong[rows], scores[rows].min(axis=1), out=wrong[rows])
+
+            for column, scores in tiles(block.query, self.gallery, 0, size, self.buffer):
+                self.threads.spread(partial(work, scores, column), len(block))
+            right, relevant = torch.from_numpy(own.min(axis=1)), torch.from_numpy(found).long()
+            yield part, right, torch.from_numpy(wrong), relevant

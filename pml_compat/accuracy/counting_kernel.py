@@ -263,3 +263,20 @@ def sum_counts(size: np.ndarray, counts: np.ndarray, shifts: np.ndarray, wrong: 
                 wrong[i, kind + 1, k] = total + by_kind[kind]
     counts[:] = 0
     shifts[:] = 0
+
+
+@njit(nogil=True, cache=True)
+def remove_right(
+    scores: np.ndarray,
+    column: int,
+    items: np.ndarray,
+    first: np.ndarray,
+    length: np.ndarray,
+    out_items: np.ndarray,
+    out_first: np.ndarray,
+    out_length: np.ndarray,
+) -> None:
+    """Leave the scores of wrong items alone in a tile, as :func:`count_scores` does: infinity for the others."""
+    for i in range(len(scores)):
+        _remove(scores[i], column, items, first[i], length[i], np.float32(np.inf))
+        _remove(scores[i], column, out_items, out_first[i], out_length[i], np.float32(np.inf))

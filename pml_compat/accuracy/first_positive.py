@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from .compiled import CompiledCounting, can_compile
 from .gallery import Gallery
 from .matches import Matches
 from .places import PositiveRanks
@@ -17,12 +18,18 @@ from .ranking import exact_ranks, query_chunks
 
 
 def first_ranks(
-    query: torch.Tensor, reference: torch.Tensor | Gallery, positives: Matches, excluded: Sequence[Matches] = ()
+    query: torch.Tensor,
+    reference: torch.Tensor | Gallery,
+    positives: Matches,
+    excluded: Sequence[Matches] = (),
+    *,
+    nearest_only: bool = False,
 ) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
     """Yield numbers of queries, each once and in any order, and the rank of their nearest positive.
 
     The arguments are those of :func:`pml_compat.accuracy.ranking.exact_ranks`, whose first column this is; of some
-    queries all columns are there.
+    queries all columns are there. With ``nearest_only`` the caller looks at no more than whether the nearest item is
+    right: any place but the first may be given as the second.
     """
     gallery = reference if isinstance(reference, Gallery) else Gallery(reference)
     query32 = query.float()
@@ -30,14 +37,10 @@ def first_ranks(
     if rounding is None:
         yield from exact_ranks(query, gallery, positives, excluded)
         return
-    scores = query32.new_empty(0, len(gallery))
+    compiled = nearest_only and can_compile(query32, gallery, positives)
+    find = _nearest if compiled else _firsts
     unsure = []
-    for rows in query_chunks(len(query), len(gallery)):
-        numbers = torch.arange(rows.start, rows.stop, device=query.device)
-        if len(scores) < len(numbers):  # made once: new memory costs more than the work in it
-            scores = query32.new_empty(len(numbers), len(gallery))
-        chunk = gallery.scores(query32[rows], out=scores[: len(numbers)])
-        ranks, sure = _first(numbers, chunk, rounding[rows], positives, excluded)
+    for numbers, ranks, sure in find(query32, gallery, rounding, positives, excluded):
         if bool(sure.any()):
             yield numbers[sure], ranks.of(sure)
         unsure.append(numbers[~sure])
@@ -46,6 +49,30 @@ def first_ranks(
         parts = _Of(positives, left), [_Of(one, left) for one in excluded]
         for numbers, ranks in exact_ranks(query[left], gallery, *parts):
             yield left[numbers], ranks
+
+
+def _nearest(
+    query: torch.Tensor, gallery: Gallery, rounding: torch.Tensor, positives: Matches, excluded: Sequence[Matches]
+) -> Iterator[tuple[torch.Tensor, PositiveRanks, torch.Tensor]]:
+    """Yield queries, whether the nearest item is right, and for which that is sure; in compiled loops."""
+    counting = CompiledCounting(query, gallery, gallery.largest_scores(query), rounding)
+    for numbers in counting.chunks(positives):
+        for part, right, wrong, relevant in counting.nearest(numbers, positives, excluded):
+            sure = (relevant == 0) | ((right - wrong).abs() > rounding[part, 0])
+            yield part, _ranks((wrong < right).long(), relevant), sure
+
+
+def _firsts(
+    query: torch.Tensor, gallery: Gallery, rounding: torch.Tensor, positives: Matches, excluded: Sequence[Matches]
+) -> Iterator[tuple[torch.Tensor, PositiveRanks, torch.Tensor]]:
+    """Yield queries, the places of their nearest positives, and for which these are sure."""
+    scores = query.new_empty(0, len(gallery))
+    for rows in query_chunks(len(query), len(gallery)):
+        numbers = torch.arange(rows.start, rows.stop, device=query.device)
+        if len(scores) < len(numbers):  # made once: new memory costs more than the work in it
+            scores = query.new_empty(len(numbers), len(gallery))
+        chunk = gallery.scores(query[rows], out=scores[: len(numbers)])
+        yield numbers, *_first(numbers, chunk, rounding[rows], positives, excluded)
 
 
 def _first(
@@ -61,15 +88,18 @@ def _first(
     closer = _count(scores, first - rounding)
     near = _count(scores, first + rounding) - closer
     near_positives = _count(own, first + rounding) - _count(own, first - rounding)
-    found = relevant > 0
-    ranks = PositiveRanks(
-        valid=found[:, None],
+    return _ranks(closer, relevant), (relevant == 0) | (near == near_positives)
+
+
+def _ranks(closer: torch.Tensor, relevant: torch.Tensor) -> PositiveRanks:
+    """Return the ranks of nearest positives that as many items are closer than."""
+    return PositiveRanks(
+        valid=relevant[:, None] > 0,
         closer=closer[:, None],
         within=closer[:, None] + 1,  # one positive of those as near stands there for sure
         positives_within=torch.ones_like(closer[:, None]),
         relevant=relevant,
     )
-    return ranks, ~found | (near == near_positives)
 
 
 def _count(scores: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:

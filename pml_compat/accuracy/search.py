@@ -61,7 +61,7 @@ class Search:
         if self.knn_func is None:
             gallery = Gallery(self.reference, self.gallery_group)
             if first:
-                yield from first_ranks(self.query, gallery, self.positives, self.excluded)
+                yield from first_ranks(self.query, gallery, self.positives, self.excluded, nearest_only=depth == 1)
             else:
                 yield from exact_ranks(self.query, gallery, self.positives, self.excluded, tuple(cuts))
             return

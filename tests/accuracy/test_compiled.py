@@ -1,5 +1,7 @@
 """The compiled loops give what torch's path gives, and what brute force does."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -148,12 +150,13 @@ def test_the_compiled_loops_are_used_where_they_fit(monkeypatch):
     assert not compiled.can_compile(query, Gallery(reference), positives)
 
 
-def test_the_nearest_item_alone_gives_the_same():
+@pytest.mark.parametrize("nearest_only", [False, True])
+def test_the_nearest_item_alone_gives_the_same(engine, nearest_only):
     for seed in range(60):
         query, reference, positives, excluded = search(seed, whole=seed % 2 == 0)
         every, first = (
             found_first(ranks(query, reference, positives, excluded), len(query))
-            for ranks in (ranking.exact_ranks, first_ranks)
+            for ranks in (ranking.exact_ranks, partial(first_ranks, nearest_only=nearest_only))
         )
         torch.testing.assert_close(first, every, rtol=0, atol=1e-12)
 
@@ -190,3 +193,17 @@ def test_a_query_that_is_its_own_only_positive_has_none(engine):
 def test_near_copies_and_binary_codes_are_decided_in_float64(engine):
     test_ranking.test_near_copies_behind_nearer_items_are_told_apart()
     test_ranking.test_ties_of_binary_codes_count_as_in_scikit_learn("unit")
+
+
+def test_the_reciprocal_rank_beside_precision_at_1_has_its_place(engine):
+    query, reference = torch.randn(40, 8), torch.randn(300, 8)
+    labels = torch.arange(300) % 60
+    names = ("precision_at_1", "mean_reciprocal_rank", "cmc_top_3")
+    alone = CrossModelAccuracyCalculator(names, device="cpu").get_per_query_accuracy(
+        query, labels[:40], reference, labels
+    )
+    every = CrossModelAccuracyCalculator((*RANK_METRICS, "cmc_top_3"), device="cpu")
+    every = every.get_per_query_accuracy(query, labels[:40], reference, labels)
+    for name in names:
+        torch.testing.assert_close(alone[name], every[name])
+    assert 0 < alone["mean_reciprocal_rank"].min() < 0.5
