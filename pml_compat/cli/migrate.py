@@ -8,7 +8,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..gallery import Plan
 
 _STORES = (
     "OLD and NEW are addresses: NAME.npy (with NAME.ids.npy), NAME.parquet or a folder of such (#COLUMN), NAME.lance "
@@ -76,7 +79,7 @@ def _migrate(options: argparse.Namespace) -> int:
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     if isinstance(found, Plan):
-        print(found)
+        _print_plan(found)
     else:
         print(f"{found['done']:,} items in {found['new']}, {found['read_back']} of them read back and compared.")
         if embed is not None:
@@ -84,6 +87,17 @@ def _migrate(options: argparse.Namespace) -> int:
             found = backfill(options.new, embed, budget=options.budget, order=order, model=options.new_model)
             print(f"{found['backfill']['done']:,} of them embedded anew.")
     return 0
+
+
+def _print_plan(plan: Plan) -> None:
+    from .estimate import duration, size_in_words
+
+    done = f", {plan.done:,} of them done" if plan.done else ""
+    free = "" if plan.free is None else f", {size_in_words(plan.free)} are free"
+    print(f"{plan.old} -> {plan.new}")
+    print(f"{plan.rows:,} items{done}, {plan.width} wide, {plan.new_width} wide after")
+    print(f"{size_in_words(plan.bytes)} of new vectors{free}")
+    print(f"about {duration(plan.seconds)} to read and map, and the time to write", *plan.notes, sep="\n")
 
 
 def _function(name: str) -> Callable[[list[Any]], Any]:

@@ -3,7 +3,8 @@
 from ..moved import moved
 from .backfill import backfill
 from .backfill_order import backfill_scores
-from .migrate import Plan, migrate, rollback
+from .migrate import migrate, rollback
+from .plan import Plan
 from .ray_migrate import migrate_with_ray
 from .stores import open_store
 

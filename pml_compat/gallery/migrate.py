@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +16,14 @@ from .. import __version__
 from ..checks import check_integer
 from ..frozen import model_fingerprint
 from ..transformations import Transformation, load_transformation
-from .stores import Manifest, Store, Writer, is_taken, open_store, open_writer, read_manifest
+from .manifest import FORMAT, check_model, find_begun, without_password
+from .plan import Plan, make_plan
+from .sample import Sample
+from .stores import Manifest, Store, Writer, open_store, open_writer, read_manifest
 from .stores.base import Batch, check_finite_vectors
+from .stores.npy import open_array, rows_of
 
-_FORMAT = "pml_compat.Manifest/1"
 _BATCH_BYTES = 2**25  # of the wider vectors of a batch
-_READ_BACK = 256  # items that are compared at the end
-_FIXED = ("old", "width", "rows", "batch_size", "transformation", "normalize", "side_info", "old_model", "new_model")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a migration will do, before it does anything.
-
-    Args:
-        old: address of the gallery as it is stored.
-        new: where the mapped one will be.
-        rows: items.
-        done: of them, that an earlier run has written.
-        width: of the old vectors.
-        new_width: of the new ones.
-        bytes: that the new vectors take.
-        free: bytes that are free where the new store is a file; None elsewhere.
-        seconds: to read and map what is left, without the writing.
-        notes: what a reader should know, one sentence each.
-    """
-
-    old: str
-    new: str
-    rows: int
-    done: int
-    width: int
-    new_width: int
-    bytes: int
-    free: int | None
-    seconds: float
-    notes: tuple[str, ...] = field(default_factory=tuple)
-
-    def __str__(self) -> str:
-        done = f", {self.done:,} of them done" if self.done else ""
-        free = "" if self.free is None else f", {_size(self.free)} are free"
-        lines = [
-            f"{self.old} -> {self.new}",
-            f"{self.rows:,} items{done}, {self.width} wide, {self.new_width} wide after",
-            f"{_size(self.bytes)} of new vectors{free}",
-            f"about {_duration(self.seconds)} to read and map, and the time to write",
-        ]
-        return "\n".join([*lines, *self.notes])
 
 
 def migrate(
@@ -110,7 +70,7 @@ def migrate(
     """
     run = prepare(old, new, transformation, side_info, side_ids, normalize, batch_size, old_model, new_model)
     if dry_run:
-        return _plan(run)
+        return make_plan(run)
     return run.manifest if run.manifest.get("status") == "finished" else _run(run, progress)
 
 
@@ -175,23 +135,23 @@ def prepare(
 ) -> Migration:
     """Check the arguments of :func:`migrate`, and find what an earlier run has done."""
     old, new = os.fspath(old), os.fspath(new)
-    if _without_password(old) == _without_password(new):
-        raise ValueError(f"new must be another place than old, got {_without_password(new)!r} for both")
+    if without_password(old) == without_password(new):
+        raise ValueError(f"new must be another place than old, got {without_password(new)!r} for both")
     chosen = transformation if isinstance(transformation, Transformation) else load_transformation(transformation)
     source = open_store(old)
     if source.width != chosen.in_features:
         raise ValueError(
             f"transformation must take the vectors of old, {source.width} wide, got one for {chosen.in_features}"
         )
-    _check_model(old, old_model)
+    check_model(old, old_model)
     side = _side_info(chosen, side_info, side_ids, len(source))
     if batch_size is None:
         batch_size = max(256, _BATCH_BYTES // (4 * max(chosen.in_features, chosen.out_features)))
     wanted = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "pml_compat": __version__,
-        "old": _without_password(old),
-        "new": _without_password(new),
+        "old": without_password(old),
+        "new": without_password(new),
         "width": chosen.out_features,
         "rows": len(source),
         "batch_size": check_integer(batch_size, "batch_size", minimum=1),
@@ -201,7 +161,7 @@ def prepare(
         "old_model": old_model,
         "new_model": new_model,
     }
-    return Migration(source, chosen, side, new, _begun(new, wanted) or wanted)
+    return Migration(source, chosen, side, new, find_begun(new, wanted) or wanted)
 
 
 def rollback(new: str | os.PathLike[str]) -> Manifest:
@@ -214,8 +174,8 @@ def rollback(new: str | os.PathLike[str]) -> Manifest:
     """
     address = os.fspath(new)
     manifest = read_manifest(address)
-    if manifest is None or manifest.get("format") != _FORMAT:
-        raise ValueError(f"new must be what a migration wrote, {_without_password(address)!r} has no manifest")
+    if manifest is None or manifest.get("format") != FORMAT:
+        raise ValueError(f"new must be what a migration wrote, {without_password(address)!r} has no manifest")
     open_writer(address, _Removed(manifest), manifest["width"]).discard()
     return manifest
 
@@ -253,85 +213,12 @@ def _run(run: Migration, progress: bool) -> Manifest:
     return run.end(writer, sample)
 
 
-class Sample:
-    """Some of what was mapped, drawn evenly, to compare with what the new store gives back."""
-
-    def __init__(self) -> None:
-        self.generator = np.random.default_rng(0)
-        self.keys = np.zeros(0)
-        self.ids: np.ndarray | None = None
-        self.vectors: np.ndarray | None = None
-
-    def add(self, batch: Batch) -> None:
-        """Keep some items of a batch."""
-        keys = np.concatenate([self.keys, self.generator.random(len(batch.ids))])
-        kept = np.argsort(keys)[:_READ_BACK]
-        ids = batch.ids if self.ids is None else np.concatenate([self.ids, batch.ids])
-        vectors = batch.vectors if self.vectors is None else np.concatenate([self.vectors, batch.vectors])
-        self.keys, self.ids, self.vectors = keys[kept], ids[kept], vectors[kept]
-
-    def compare(self, address: str, rows: int) -> int:
-        """Return how many items were compared."""
-        store = open_store(address)
-        if len(store) != rows:
-            raise RuntimeError(f"{address} has {len(store):,} items after {rows:,} were written")
-        if self.ids is None or self.vectors is None:
-            return 0
-        found, mapped = (_unit(rows) for rows in (store.fetch(self.ids), self.vectors))
-        wrong = np.abs(found - mapped).max(1) > 1e-3
-        if wrong.any():
-            raise RuntimeError(
-                f"{address} gives back another vector than was written for {self.ids[wrong.argmax()].item()!r}"
-            )
-        return len(self.ids)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    rows = rows.astype(np.float64)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
-
-
-def _begun(new: str, wanted: Manifest) -> Manifest | None:
-    """Return the manifest of an earlier run that wanted the same; None where nothing stands there."""
-    found = read_manifest(new)
-    shown = wanted["new"]
-    if found is None:
-        if is_taken(new):
-            raise ValueError(f"new must be free, or what an earlier run has begun; something else stands at {shown!r}")
-        return None
-    if found.get("format") != _FORMAT:
-        raise ValueError(f"the manifest of {shown!r} must be of the format {_FORMAT}, got {found.get('format')!r}")
-    for name in _FIXED:
-        if found.get(name) != wanted[name]:
-            raise ValueError(
-                f"{shown!r} was begun with {name} {found.get(name)!r}, this run has {wanted[name]!r}; give the same, "
-                "or remove it first (--rollback)"
-            )
-    return found
-
-
-def _check_model(old: str, old_model: str | None) -> None:
-    manifest = read_manifest(old)
-    if manifest is None or manifest.get("format") != _FORMAT:
-        return
-    shown = manifest["new"]
-    if manifest["status"] != "finished":
-        raise ValueError(f"old must be a whole gallery, the migration that writes {shown!r} has not finished")
-    if old_model is not None and manifest["new_model"] not in (None, old_model):
-        raise ValueError(
-            f"{shown!r} holds vectors for the model {manifest['new_model']!r}, old_model is {old_model!r}: these are "
-            "two spaces"
-        )
-
-
 def _side_info(transformation: Transformation, rows: Any, ids: Any, count: int) -> Callable[[Batch, int], Any] | None:
     if (rows is None) != (transformation.side_features is None):
         wanted = "None" if transformation.side_features is None else f"given, (N, {transformation.side_features})"
         raise ValueError(f"side_info must be {wanted} for this {type(transformation).__name__}")
     if rows is None:
         return None
-    from .stores.npy import open_array, rows_of
-
     given = open_array(Path(rows)) if isinstance(rows, str | os.PathLike) else rows
     if ids is None:
         if len(given) != count:
@@ -343,61 +230,5 @@ def _side_info(transformation: Transformation, rows: Any, ids: Any, count: int) 
     return lambda batch, start: given[rows_of(batch.ids, known, "side_ids")]
 
 
-def _plan(run: Migration) -> Plan:
-    source, manifest = run.source, run.manifest
-    done = manifest.get("done", 0)
-    start = time.perf_counter()
-    batch = next(iter(source.batches(min(manifest["batch_size"], 8192))), None)
-    seconds = 0.0
-    if batch is not None:
-        run.mapped(batch, 0)
-        seconds = (time.perf_counter() - start) / len(batch.ids) * (len(source) - done)
-    new, new_width = manifest["new"], manifest["width"]
-    free = None if "://" in new else shutil.disk_usage(_existing(Path(new))).free
-    size = source.dtype.itemsize * len(source) * new_width
-    notes = list(source.notes)
-    if free is not None and size > free:
-        notes.append("That is more than is free there.")
-    if done:
-        notes.append("An earlier run has begun; this one would go on.")
-    return Plan(
-        manifest["old"],
-        new,
-        len(source),
-        done,
-        source.width,
-        new_width,
-        size,
-        free,
-        seconds,
-        tuple(notes),
-    )
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in path.absolute().parents if folder.exists())
-
-
-def _without_password(address: str) -> str:
-    from urllib.parse import urlsplit
-
-    password = urlsplit(address).password if "://" in address else None
-    return address.replace(f":{password}@", ":***@") if password else address
-
-
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -10,7 +10,8 @@ import torch
 
 from ..extras import import_extra
 from ..transformations import Transformation
-from .migrate import Migration, Sample, prepare
+from .migrate import Migration, prepare
+from .sample import Sample
 from .stores import Manifest, open_store, open_writer
 from .stores.parquet import ParquetStore, ParquetWriter
 

@@ -250,6 +250,20 @@ def test_milvus_keys_of_any_text(tmp_path):
     assert in_child(text_keys, tmp_path)
 
 
+def unfinished_collections(folder):
+    """Milvus Lite was killed while it made a collection: its folder is there, and it does not know it."""
+    np.save(folder / "old.npy", VECTORS)
+    for name in ("pml_compat_manifests", "new"):
+        (folder / "a.db" / "collections" / name).mkdir(parents=True)
+    new = f"milvus://{folder}/a.db/new"
+    assert run(str(folder / "old.npy"), new)["status"] == "finished" and len(open_store(new)) == ROWS
+
+
+@needs("milvus")
+def test_milvus_collections_that_were_never_finished_are_made_anew(tmp_path):
+    in_child(unfinished_collections, tmp_path)
+
+
 def timed(old, new):
     len(open_store(old))
     begun = time.perf_counter()

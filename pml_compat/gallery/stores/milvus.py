@@ -9,6 +9,7 @@ import atexit
 import functools
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -126,7 +127,8 @@ class MilvusWriter(Writer):
 
     def __init__(self, address: str, source: Store, width: int) -> None:
         self.client, self.types = connect(address), import_extra("pymilvus", "milvus").DataType
-        *_, self.collection, name = parse(address)
+        place, local, self.collection, name = parse(address)
+        self.file = Path(place) if local else None
         self.address, self.source, self.width = address, source, width
         self.column = name or getattr(source, "column", "embedding")
         self.key = getattr(source, "key", None) or getattr(source, "id_column", None) or "id"
@@ -134,7 +136,7 @@ class MilvusWriter(Writer):
 
     def commit(self, batch: Batch, manifest: Manifest) -> None:
         """Upsert the items, then keep the manifest."""
-        if not self.client.has_collection(self.collection):
+        if self._is_missing(self.collection):
             self._create("U" if batch.ids.dtype.kind in "UO" else "i")
         keys, payload = batch.ids.tolist(), batch.records()
         if isinstance(keys[0], int) and max(keys) >= 2**63:
@@ -143,6 +145,14 @@ class MilvusWriter(Writer):
             rows = zip(keys[part], batch.vectors[part].astype(np.float32).tolist(), payload[part], strict=True)
             self.client.upsert(self.collection, [self._row(*row) for row in rows])
         self.keep(manifest)
+
+    def _is_missing(self, collection: str) -> bool:
+        """Tell whether a collection is to be made; remove what Milvus Lite leaves where it is killed in doing so."""
+        if self.client.has_collection(collection):
+            return False
+        if self.file is not None:
+            shutil.rmtree(self.file / "collections" / collection, ignore_errors=True)
+        return True
 
     def _row(self, key: Any, vector: list[float], payload: dict[str, Any]) -> dict[str, Any]:
         row = {self.key: key, self.column: vector}
@@ -188,7 +198,7 @@ class MilvusWriter(Writer):
 
     def keep(self, manifest: Manifest) -> None:
         """Keep the manifest in a collection of its own, which must have vectors as all have."""
-        if not self.client.has_collection(_MANIFESTS):
+        if self._is_missing(_MANIFESTS):
             schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False)
             schema.add_field("collection", self.types.VARCHAR, is_primary=True, max_length=255)
             schema.add_field("manifest", self.types.JSON)
