@@ -1,5 +1,6 @@
 """A gallery carried over: whole, resumable after any kill, reversible; foreign and broken stores refused."""
 
+import dataclasses
 import json
 import os
 import random
@@ -688,3 +689,24 @@ def test_a_row_without_a_vector_is_refused(tmp_path):
     pyarrow.parquet.write_table(table.set_column(1, "vector", vectors), tmp_path / "old.parquet")
     with pytest.raises(ValueError, match="must have a vector in every row of the column vector, got 1 nulls"):
         migrate(str(tmp_path / "old.parquet"), str(tmp_path / "new.parquet"), linear(), progress=False)
+
+
+@pytest.mark.parametrize("wrong", ["vectors", "rows"])
+def test_what_is_read_back_must_be_what_was_mapped(wrong, tmp_path, monkeypatch):
+    from pml_compat.gallery.stores.npy import NpyWriter
+
+    old, new = write_npy(tmp_path)
+    commit = NpyWriter.commit
+
+    def broken(self, batch, manifest):
+        if wrong == "vectors":
+            batch = dataclasses.replace(batch, vectors=batch.vectors[::-1].copy())
+        commit(self, batch, manifest)
+
+    monkeypatch.setattr(NpyWriter, "commit", broken)
+    if wrong == "rows":
+        monkeypatch.setattr(NpyWriter, "finish", lambda self: np.save(new, VECTORS[:3]))
+    message = {"vectors": "gives back another vector than was written", "rows": "has 3 items after 600 were written"}
+    with pytest.raises(RuntimeError, match=message[wrong]):
+        migrate(old, new, linear(), batch_size=100, progress=False)
+    assert read_manifest(new)["status"] == "running"
