@@ -45,8 +45,10 @@ def load_tensors(
         writer: the public function that writes such files, for the error message.
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a truncated file, or one of another format.
+        ValueError: a truncated file, a folder, or a file of another format.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"path must be a safetensors file, {os.fspath(path)!r} is a folder")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

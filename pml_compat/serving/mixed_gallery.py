@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -199,11 +200,12 @@ class MixedGallery:
             FileNotFoundError: there is no such file.
             ValueError: a truncated file, or one that holds something else.
         """
-        with open(path) as file:
-            text = file.read()
+        if Path(path).is_dir():
+            raise ValueError(f"path must be a whole JSON file, {os.fspath(path)!r} is a folder")
+        text = Path(path).read_bytes()
         try:
             found = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"path must be a whole JSON file, {os.fspath(path)!r} is not: {error}") from error
         names = {"old_features", "new_features", "old_calibration", "new_calibration"}
         if not isinstance(found, dict) or found.pop("format", None) != _FORMAT or set(found) != names:

@@ -143,11 +143,30 @@ def load_transformation(path: str | os.PathLike[str]) -> Transformation:
         ValueError: a truncated file, one that holds something else, or a class that is not imported.
     """
     tensors, metadata = load_tensors(path, _FORMAT, "a transformation's .save")
-    transformation = from_description(json.loads(metadata["transformation"]))
+    description = _read_description(path, metadata)
+    transformation = from_description(description)
     if tensors:
         transformation.to(next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
-    transformation.load_state_dict(tensors)
+    try:
+        transformation.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(
+            f"path must hold the parameters of the {description['class']} that it describes, {os.fspath(path)!r} does "
+            f"not: {error}"
+        ) from error
     return transformation.eval()
+
+
+def _read_description(path: str | os.PathLike[str], metadata: dict[str, str]) -> dict[str, Any]:
+    try:
+        found = json.loads(metadata["transformation"])
+        if isinstance(found["class"], str) and isinstance(found["config"], dict):
+            return found
+    except (KeyError, TypeError, json.JSONDecodeError):
+        pass
+    raise ValueError(
+        f"path must be a file written by a transformation's .save, {os.fspath(path)!r} does not say which one it holds"
+    )
 
 
 def describe(transformation: Transformation) -> dict[str, Any]:
@@ -164,7 +183,10 @@ def from_description(description: dict[str, Any]) -> Transformation:
             f"path must hold a transformation whose class is imported, got {name!r}; import the module that defines "
             f"it first (known: {', '.join(sorted(known))})"
         )
-    return known[name].from_config(**description["config"])
+    try:
+        return known[name].from_config(**description["config"])
+    except TypeError as error:
+        raise ValueError(f"path must hold a {name} of this version, its settings are others: {error}") from error
 
 
 def _subclasses(cls: type[Transformation]) -> list[type[Transformation]]:

@@ -249,3 +249,14 @@ def test_a_file_without_a_number(tmp_path, missing):
     path.write_text(json.dumps(found))
     with pytest.raises(ValueError, match=r"must be a file written by MixedGallery.save"):
         MixedGallery.load(path)
+
+
+@pytest.mark.parametrize("content", [b"\x80\x81", b"{", b"[]", b"{}", None])
+def test_a_file_that_is_no_mixed_gallery(content, tmp_path):
+    path = tmp_path / "mixed.json"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"path must be a .*mixed\.json' is"):
+        MixedGallery.load(path)

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pml_compat.files import save_tensors
 from pml_compat.transformations import LinearTransformation, Transformation, TransformationChain, load_transformation
 from tests.transformations.cases import TRANSFORMATIONS, batch, build
 
@@ -256,3 +257,38 @@ def test_gpu_gives_what_the_cpu_gives(name):
     expected = transformation(embeddings, side_info)
     out = transformation.cuda()(embeddings.cuda(), None if side_info is None else side_info.cuda())
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def saved(path, tensors, **metadata):
+    save_tensors(path, tensors, {"format": "pml_compat.Transformation/1", **metadata})
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no description", "does not say which one it holds"),
+        ("half a description", "does not say which one it holds"),
+        ("a list", "does not say which one it holds"),
+        ("other settings", "must hold a LinearTransformation of this version, its settings are others"),
+        ("another width", "must hold the parameters of the LinearTransformation that it describes"),
+        ("a folder", "is a folder"),
+    ],
+)
+def test_a_file_that_is_no_transformation(kind, message, tmp_path):
+    path, weight = tmp_path / "map.safetensors", {"linear.weight": torch.ones(3, 4), "linear.bias": torch.zeros(3)}
+    config = LinearTransformation(4, 3).config()
+    if kind == "no description":
+        saved(path, weight)
+    elif kind == "half a description":
+        saved(path, weight, transformation='{"class": "Lin')
+    elif kind == "a list":
+        saved(path, weight, transformation="[1, 2]")
+    elif kind == "other settings":
+        saved(path, weight, transformation=json.dumps({"class": "LinearTransformation", "config": {"depth": 3}}))
+    elif kind == "another width":
+        weight["linear.weight"] = torch.ones(3, 9)
+        saved(path, weight, transformation=json.dumps({"class": "LinearTransformation", "config": config}))
+    else:
+        path.mkdir()
+    with pytest.raises(ValueError, match=message):
+        load_transformation(path)
