@@ -227,7 +227,8 @@ def _side_info(transformation: Transformation, rows: Any, ids: Any, count: int) 
     known = np.asarray(open_array(Path(ids)) if isinstance(ids, str | os.PathLike) else ids)
     if len(known) != len(given):
         raise ValueError(f"side_ids must have one id a row of side_info: expected {len(given)}, got {len(known)}")
-    return lambda batch, start: given[rows_of(batch.ids, known, "side_ids")]
+    order = np.argsort(known, kind="stable")
+    return lambda batch, start: given[rows_of(batch.ids, known, "side_ids", order)]
 
 
 def _now() -> str:

@@ -710,3 +710,32 @@ def test_what_is_read_back_must_be_what_was_mapped(wrong, tmp_path, monkeypatch)
     with pytest.raises(RuntimeError, match=message[wrong]):
         migrate(old, new, linear(), batch_size=100, progress=False)
     assert read_manifest(new)["status"] == "running"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "faiss"])
+def test_ids_of_another_kind_of_store_stand_beside_the_npy_file(kind, tmp_path):
+    old, _ = FILES[kind](tmp_path)
+    new = str(tmp_path / "new.npy")
+    assert migrate(old, new, linear(), batch_size=100, progress=False)["read_back"] == 256
+    np.testing.assert_array_equal(np.load(tmp_path / "new.ids.npy"), IDS)
+    np.testing.assert_allclose(open_store(new).fetch(IDS), mapped(linear()), rtol=1e-5, atol=1e-6)
+    rollback(new)
+    assert not [path for path in os.listdir(tmp_path) if path.startswith("new")]
+
+
+def test_an_npy_file_without_ids_gets_none(tmp_path):
+    old, new = write_npy(tmp_path)
+    os.remove(tmp_path / "old.ids.npy")
+    migrate(old, new, linear(), batch_size=100, progress=False)
+    assert sorted(path for path in os.listdir(tmp_path) if path.startswith("new")) == [
+        "new.npy",
+        "new.npy.manifest.json",
+    ]
+
+
+def test_a_faiss_index_takes_whole_numbers_as_ids_alone(tmp_path):
+    pytest.importorskip("faiss", reason="needs faiss")
+    old, _ = write_npy(tmp_path)
+    np.save(tmp_path / "old.ids.npy", np.array([f"item {number}" for number in IDS]))
+    with pytest.raises(ValueError, match="ids of a FAISS index must be whole numbers, got 'item 3'"):
+        migrate(old, str(tmp_path / "new.faiss"), linear(), progress=False)

@@ -100,6 +100,8 @@ class FaissWriter(Writer):
 
     def commit(self, batch: Batch, manifest: Manifest) -> None:
         """Write the rows before ``manifest["done"]``, the id of each beside it."""
+        if batch.ids.dtype.kind not in "iu":
+            raise ValueError(f"ids of a FAISS index must be whole numbers, got {batch.ids[0].item()!r}")
         if not self.work.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(self.work) as empty:

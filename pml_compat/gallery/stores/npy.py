@@ -56,10 +56,11 @@ class NpyWriter(Writer):
     """Fills a map of the whole file, which then takes its name."""
 
     def __init__(self, address: str, source: Store, width: int) -> None:
-        self.path, self.row = Path(address), 0
+        self.path = Path(address)
         self.work = partial_path(self.path)
+        self.id_parts = self.work.with_name(f"{self.work.name}.ids")
         self.shape, self.dtype = (len(source), width), source.dtype
-        self.ids = getattr(source, "path", None) and ids_path(source.path)  # type: ignore[attr-defined]
+        self.known: tuple[np.ndarray, np.ndarray] | None = None  # ids of the finished file, and their order
 
     def keep(self, manifest: Manifest) -> None:
         """Write the manifest beside the file."""
@@ -75,26 +76,35 @@ class NpyWriter(Writer):
         done = manifest["done"]
         rows[done - len(batch.vectors) : done] = batch.vectors
         rows.flush()
+        self.id_parts.mkdir(exist_ok=True)
+        with whole_file(self.id_parts / f"{manifest['batches'] - 1:06d}.npy") as part:
+            np.save(part, batch.ids)
         self.keep(manifest)
 
     def replace(self, ids: np.ndarray, vectors: np.ndarray, manifest: Manifest) -> None:
         """Write other vectors for some items of the finished file, then the manifest."""
         rows = np.lib.format.open_memmap(self.path, "r+")
-        own = np.asarray(open_array(ids_path(self.path))) if ids_path(self.path).exists() else np.arange(len(rows))
-        rows[rows_of(ids, own, str(self.path))] = vectors
+        if self.known is None:
+            own = open_array(ids_path(self.path)) if ids_path(self.path).exists() else np.arange(len(rows))
+            self.known = np.asarray(own), np.argsort(own, kind="stable")
+        rows[rows_of(ids, self.known[0], str(self.path), self.known[1])] = vectors
         rows.flush()
         self.keep(manifest)
 
     def finish(self) -> None:
-        """Copy the ids, and give the file its name."""
-        if self.ids is not None and self.ids.exists():
-            shutil.copyfile(self.ids, ids_path(self.path))
+        """Join the ids, unless they are the rows' numbers, and give the file its name."""
         if self.work.exists():
+            ids = np.concatenate([np.load(part) for part in sorted(self.id_parts.glob("[0-9]*.npy"))])
+            if not np.array_equal(ids, np.arange(len(ids))):
+                with whole_file(ids_path(self.path)) as temporary:
+                    np.save(temporary, ids)
             os.replace(self.work, self.path)
+        shutil.rmtree(self.id_parts, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove the file, its ids and what is unfinished."""
         ids_path(self.path).unlink(missing_ok=True)
+        shutil.rmtree(self.id_parts, ignore_errors=True)
         remove(self.path)
 
 
@@ -121,9 +131,9 @@ def open_array(path: Path) -> np.ndarray:
     return found
 
 
-def rows_of(ids: np.ndarray, known: np.ndarray, address: str) -> np.ndarray:
-    """Return the place of each id among those that are known."""
-    order = np.argsort(known, kind="stable")
+def rows_of(ids: np.ndarray, known: np.ndarray, address: str, order: np.ndarray | None = None) -> np.ndarray:
+    """Return the place of each id among those that are known; ``order`` sorts these, where many calls ask."""
+    order = np.argsort(known, kind="stable") if order is None else order
     places = np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)
     rows = order[places]
     missing = known[rows] != ids
