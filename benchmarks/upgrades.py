@@ -24,7 +24,7 @@ sys.path += [str(EXAMPLES / "cifar100"), str(EXAMPLES / "open_set")]
 import data as cifar  # noqa: E402
 from networks import resnet8  # noqa: E402
 
-from pml_compat.accuracy import open_classes  # noqa: E402
+from pml_compat.data import open_classes  # noqa: E402
 
 
 @dataclass

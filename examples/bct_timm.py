@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import cross_entropy, interpolate, normalize
 
-from pml_compat.extras import import_extra
+from pml_compat._extras import import_extra
 from pml_compat.frozen import ClassCenters, FrozenClassifier, FrozenModel
 from pml_compat.losses import BCTLoss
 from pml_compat.upgrade import compatibility_matrix

@@ -4,7 +4,7 @@ A plugin for pytorch-metric-learning (PML):
 
 - ``pml_compat.frozen``: the old system, held still (model, classifier, class centres);
 - ``pml_compat.losses``: PML losses that train a new model to fit it (:class:`~pml_compat.losses.BCTLoss`);
-- :func:`~pml_compat.data.embed` and :func:`~pml_compat.width.fit_width`: embed a data set, serve its queries;
+- :func:`~pml_compat.data.embed` and :func:`~pml_compat.fit_width`: embed a data set, serve its queries;
 - ``pml_compat.accuracy``, ``pml_compat.verification``: rankings and pairs measured across models;
 - ``pml_compat.upgrade``: what the upgrade gained, and whether to do it;
 - ``pml_compat.serving``: two finished models at query time, nothing trained.
@@ -17,8 +17,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._rows import fit_width as fit_width
     from .data import embed as embed
-    from .width import fit_width as fit_width
 
 __version__ = "0.1.0"
 __all__ = ["embed", "fit_width"]
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
         return embed
     if name == "fit_width":
-        from .width import fit_width
+        from ._rows import fit_width
 
         return fit_width
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from pytorch_metric_learning import distances, losses
 
+from pml_compat._rows import at_least_float32
 from pml_compat.frozen import ClassCenters, FrozenClassifier, WithinClassWhitening
 from pml_compat.heads import BasisTransformation, CompatibleHead
 from pml_compat.losses import (
@@ -32,7 +33,6 @@ from pml_compat.losses import (
     UniBCTLoss,
 )
 from pml_compat.miners import HardestCrossModelMiner
-from pml_compat.precision import at_least_float32
 from pml_compat.transformations import LinearTransformation
 
 WIDTH, OLD_WIDTH, CLASSES = 8, 6, 5

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from pml_compat.extras import import_extra
+from pml_compat._extras import import_extra
 
 
 def test_returns_the_module():

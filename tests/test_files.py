@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from pml_compat.files import whole_file, whole_folder
+from pml_compat._files import whole_file, whole_folder
 
 ERRORS = [RuntimeError, KeyboardInterrupt]
 

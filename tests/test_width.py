@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pml_compat.width import fit_width
+from pml_compat import fit_width
 
 
 @pytest.mark.parametrize(

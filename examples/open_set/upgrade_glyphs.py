@@ -24,7 +24,7 @@ from measuring import report
 from methods import MAPS, networks_of
 from profiles import PROFILES
 
-from pml_compat.accuracy import open_classes
+from pml_compat.data import open_classes
 
 
 def main() -> None:

@@ -1,20 +1,12 @@
-"""Retrieval measured across models: rankings, and the splits that they are measured on."""
+"""Rankings, measured across models."""
 
-from ..moved import moved
+from .._moved import moved
 from .calculator import CrossModelAccuracyCalculator
 from .served_index import ServedIndex
-from .upgrade_split import UpgradeSplit, check_no_leakage, extended_classes, extended_data, open_classes
 
-__all__ = [
-    "CrossModelAccuracyCalculator",
-    "ServedIndex",
-    "UpgradeSplit",
-    "check_no_leakage",
-    "extended_classes",
-    "extended_data",
-    "open_classes",
-]
+__all__ = ["CrossModelAccuracyCalculator", "ServedIndex"]
 
+_SPLITS = ("UpgradeSplit", "check_no_leakage", "extended_classes", "extended_data", "open_classes")
 _UPGRADE = (
     "BackfillCurve",
     "BootstrapInterval",
@@ -45,5 +37,9 @@ _VERIFICATION = (
 
 __getattr__ = moved(
     __name__,
-    {**dict.fromkeys(_UPGRADE, "pml_compat.upgrade"), **dict.fromkeys(_VERIFICATION, "pml_compat.verification")},
+    {
+        **dict.fromkeys(_SPLITS, "pml_compat.data"),
+        **dict.fromkeys(_UPGRADE, "pml_compat.upgrade"),
+        **dict.fromkeys(_VERIFICATION, "pml_compat.verification"),
+    },
 )

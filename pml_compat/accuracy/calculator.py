@@ -59,7 +59,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
             process passes all queries and its own part as ``reference`` (labels, ids and cameras too), and gets the
             accuracy on the whole gallery, the parts in the order of the ranks. For the ranking metrics.
         fit_width: compare queries with a gallery of another width by their first coordinates, or with zeros appended
-            (:func:`pml_compat.width.fit_width`): for a new model that was trained so, as BCT's. An error otherwise.
+            (:func:`pml_compat.fit_width`): for a new model that was trained so, as BCT's. An error otherwise.
     Example:
         >>> calculator = CrossModelAccuracyCalculator(include=("precision_at_1",))
         >>> old, new, labels = torch.eye(4), torch.eye(4)[:, [1, 0, 3, 2]], torch.tensor([0, 0, 1, 1])

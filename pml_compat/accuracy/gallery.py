@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from ..distributed import gathered, gathered_parts
 from .items import as_values
 
 _BLOCK = 2**19  # numbers turned to float64 at once
@@ -99,11 +97,7 @@ class Gallery:
 
     def _joined(self, part: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """Set the columns of all processes side by side."""
-        widest = max(self.sizes)
-        padded = torch.nn.functional.pad(part, (0, widest - part.shape[1])).contiguous()
-        parts = [torch.empty_like(padded) for _ in self.sizes]
-        dist.all_gather(parts, padded, group=self.group)
-        columns = [one[:, :size] for one, size in zip(parts, self.sizes, strict=True)]
+        columns = gathered_parts(part, self.sizes, self.group, dim=1)
         return torch.cat(columns, dim=1) if out is None else torch.cat(columns, dim=1, out=out)
 
 
@@ -126,13 +120,6 @@ def _half_norms(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([block.square().sum(1) for block in blocks]).mul_(0.5)
 
 
-def gathered(value: Any, group: Any) -> list[Any]:
-    """Return ``value`` of every process of the group, in the order of the ranks."""
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
 def joined(part: Any, group: Any) -> torch.Tensor | np.ndarray | None:
     """Set the ``(n,)`` labels, ids or cameras of all processes one after the other; None where no process has any."""
     parts = gathered(part.cpu() if isinstance(part, torch.Tensor) else part, group)
@@ -143,20 +130,3 @@ def joined(part: Any, group: Any) -> torch.Tensor | np.ndarray | None:
     if all(isinstance(one, torch.Tensor) for one in parts):
         return torch.cat(parts)
     return np.concatenate([as_values(one, "reference_ids and reference_cameras") for one in parts])
-
-
-@contextmanager
-def agreeing(group: Any) -> Iterator[None]:
-    """Raise a ValueError in every process of the group where the block raises one in any of them."""
-    problem = None
-    try:
-        yield
-    except ValueError as error:
-        if group is None:
-            raise
-        problem = str(error)
-    if group is not None:
-        problems = gathered(problem, group)
-        for rank, found in enumerate(problems):
-            if found is not None:
-                raise ValueError(f"rank {rank} of gallery_group: {found}")

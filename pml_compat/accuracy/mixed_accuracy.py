@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..width import fit_width
+from .._rows import fit_width
 from .calculator import CrossModelAccuracyCalculator, _exact_search
 from .items import as_values
 from .mixed_ranks import can_mix, mixed_ranks

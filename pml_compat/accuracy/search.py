@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import as_tensor, check_rows
-from ..width import as_wide
+from .._checks import as_tensor, check_rows
+from .._rows import as_wide
+from ..distributed import agreeing
 from .first_positive import first_ranks
-from .gallery import Gallery, agreeing, joined
+from .gallery import Gallery, joined
 from .items import as_values, codes, item_codes, pair_of_codes
 from .junk import Junk
 from .matches import Compared, EqualCodes, Matches, SamePosition, mask
@@ -135,7 +136,7 @@ def prepare_search(
         reference_ids, reference_cameras = query_ids, query_cameras
         ref_includes_query = query_ids is None
     equal = label_comparison_fn is torch.eq
-    with agreeing(gallery_group):  # or one process would wait for another that has stopped
+    with agreeing(gallery_group, "gallery_group"):  # or one process would wait for another that has stopped
         query = check_rows(query, "query").detach().to(device)
         reference = check_rows(reference, "reference").detach().to(device)
         query = as_wide(query, reference, fit_width)

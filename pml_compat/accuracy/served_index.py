@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import check_integer
-from ..extras import import_extra
+from .._checks import check_integer
+from .._extras import import_extra
 
 
 class ServedIndex:

@@ -38,10 +38,11 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
+from .._extras import import_extra
+from .._files import whole_folder
+from .._rows import fit_width
 from ..accuracy.matches import EqualCodes
 from ..accuracy.ranking import nearest
-from ..extras import import_extra
-from ..files import whole_folder
 from ..report import (
     RetrievalExample,
     comparison_table,
@@ -53,7 +54,6 @@ from ..report import (
 )
 from ..upgrade import Comparison, Evaluation, evaluate
 from ..upgrade.comparison import COSTS
-from ..width import fit_width
 from .demo_models import MAPS, METHODS, OLD_CLASSES, OLD_IMAGES_PER_CLASS, SERVED, count_epochs, split_in_half, upgrade
 
 _EXAMPLES, _DEPTH = 3, 5

@@ -12,7 +12,7 @@ import torch
 from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 from tqdm import tqdm
 
-from ..extras import import_extra
+from .._extras import import_extra
 from ..frozen import ClassCenters, FrozenClassifier
 from ..serving import QueryBlend
 from ..transformations import FCTTransformation, fit_transformation

@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from ..extras import import_extra
-from ..files import whole_folder
+from .._extras import import_extra
+from .._files import whole_folder
 from ..report.evaluation_table import summary_table, to_rich
 from ..report.html_page import html_page
 from ..report.markdown_page import markdown_page

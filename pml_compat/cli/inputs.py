@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._checks import check_finite
 from ..accuracy import CrossModelAccuracyCalculator, ServedIndex
-from ..checks import check_finite
 from ..serving import QueryBlend
 from ..transformations import load_transformation
 from ..verification.thresholds import check_rates

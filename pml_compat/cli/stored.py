@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import check_matrix
+from .._checks import check_matrix
+from .._extras import import_extra
 from ..data.parquet_columns import embedding_rows
-from ..extras import import_extra
 from ..frozen import FrozenEmbeddings
 from ..frozen.embedding_files import borrow, map_array
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from tqdm import tqdm
 
-from ..checks import as_tensor, check_finite, check_integer
+from .._checks import as_tensor, check_finite, check_integer
+from .._rows import precise_dtype
 from ..frozen import FrozenEmbeddings, model_fingerprint
-from ..precision import precise_dtype
 from .nest import moved_to
 
 _LABELS = ("label", "labels")

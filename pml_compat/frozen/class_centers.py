@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from ..checks import as_tensor, check_embeddings, check_finite, check_labels
-from ..files import load_tensors, save_tensors
-from ..precision import precise_dtype
-from ..stored_rows import stored_rows
+from .._checks import as_tensor, check_embeddings, check_finite, check_labels, stored_rows
+from .._files import load_tensors, save_tensors
+from .._rows import precise_dtype
 from . import measured_classes as measured
 from .centers_summary import CentersSummary, nearest_centers
 from .class_directions import Prospects, class_directions, fitting_scale

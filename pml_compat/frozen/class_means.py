@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize as unit
 
-from ..checks import check_embeddings, check_labels, check_matrix
-from ..precision import precise_dtype
+from .._checks import check_embeddings, check_labels, check_matrix
+from .._rows import precise_dtype
 from .measured_classes import largest_without_outliers
 
 _BATCH_ROWS = 8192  # an array is read in pieces, so that a memory map stays on disk

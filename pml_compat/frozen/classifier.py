@@ -6,9 +6,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..checks import check_embeddings, check_finite, check_labels, check_number, check_same_device
-from ..precision import at_least_float32, no_autocast, precise_dtype
-from ..unit_rows import cosines_with
+from .._checks import check_embeddings, check_finite, check_labels, check_number, check_same_device
+from .._rows import at_least_float32, cosines_with, no_autocast, precise_dtype
 from .class_centers import ClassCenters, check_centers
 from .class_weights import unwrap_loss
 from .heads import Head, SoftmaxHead, head_of

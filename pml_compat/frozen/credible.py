@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..checks import check_number
+from .._checks import check_number
 from .class_means import ClassMeans, class_means, pieces
 
 Rule = Literal["nearest", "entropy"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import as_tensor, check_finite, check_matrix
+from .._checks import as_tensor, check_finite, check_matrix
 
 _DTYPES = (torch.float16, torch.float32, torch.float64)  # what .npy has; the others are kept as float32
 _HEADER_BYTES = 128

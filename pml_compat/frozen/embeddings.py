@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import check_finite, check_matrix
-from ..files import whole_folder
+from .._checks import check_finite, check_matrix
+from .._files import whole_folder
 from .embedding_files import as_integers, borrow, flush_to_disk, form_of, map_array, sort_ids, storable, write_arrays
 
 _FORMAT = "pml_compat.FrozenEmbeddings/1"

@@ -9,8 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
-from ..checks import check_integer, check_labels, check_number
-from ..stored_rows import stored_rows
+from .._checks import check_integer, check_labels, check_number, stored_rows
 from .class_centers import ClassCenters
 from .measured_classes import Boundary, check_boundary_rule, in_pieces, measure_boundaries
 

@@ -15,7 +15,7 @@ from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.distances import DotProductSimilarity, LpDistance
 from torch.nn.functional import cross_entropy, linear, logsigmoid, normalize, one_hot, softplus
 
-from ..unit_rows import unit_rows
+from .._rows import unit_rows
 from .class_weights import all_centers, sub_centers_of, unwrap_loss
 from .log_sum_exp import wrong_class_logsumexp
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_labels
+from .._checks import check_labels
 
 
 class LabelMap(torch.nn.Module):

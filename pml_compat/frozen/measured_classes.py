@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..checks import check_embeddings, check_labels, check_matrix
-from ..precision import precise_dtype
+from .._checks import check_embeddings, check_labels, check_matrix
+from .._rows import precise_dtype
 from .label_map import LabelMap
 
 Boundary = Literal["max", "iqr"]

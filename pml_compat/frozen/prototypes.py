@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from ..checks import as_tensor, check_finite, check_integer, check_labels, check_number
-from ..precision import precise_dtype
+from .._checks import as_tensor, check_finite, check_integer, check_labels, check_number
+from .._rows import precise_dtype
 from .class_centers import ClassCenters
 
 _BLOCK_ELEMENTS = 2**25  # similarities held at once: a class of up to 5792 samples keeps its own while it is iterated

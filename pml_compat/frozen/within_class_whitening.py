@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from ..checks import check_embeddings, check_labels, check_matrix, check_number, check_same_device
-from ..precision import precise_dtype
+from .._checks import check_embeddings, check_labels, check_matrix, check_number, check_same_device
+from .._rows import precise_dtype
 
 _BLOCK = 2**16  # rows at once
 

@@ -1,6 +1,6 @@
 """Stored galleries: opened where they are kept, carried over into a new store, and the order to embed them anew in."""
 
-from ..moved import moved
+from .._moved import moved
 from .backfill import backfill
 from .backfill_order import backfill_scores
 from .migrate import migrate, rollback

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..checks import check_integer
+from .._checks import check_integer
 from .stores import Manifest, open_store, open_writer, read_manifest
 from .stores.base import Store
 

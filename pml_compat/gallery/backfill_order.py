@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..checks import check_finite, check_labels, check_matrix
+from .._checks import check_finite, check_labels, check_matrix
+from .._rows import unit_rows
 from ..frozen import ClassCenters
-from ..unit_rows import unit_rows
 
 _BATCH_ROWS = 8192  # read at once for the class means
 _BLOCK_ELEMENTS = 2**24  # of rows, and of their cosines to all classes, held at once

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import __version__
-from ..checks import check_integer
+from .._checks import check_integer
 from ..frozen import model_fingerprint
 from ..transformations import Transformation, load_transformation
 from .manifest import FORMAT, check_model, find_begun, without_password

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..extras import import_extra
+from .._extras import import_extra
 from ..transformations import Transformation
 from .migrate import Migration, prepare
 from .sample import Sample

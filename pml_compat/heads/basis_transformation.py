@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, relu
 
-from ..checks import check_integer, check_matrix, check_number, check_same_device
-from ..precision import at_least_float32
+from .._checks import check_integer, check_matrix, check_number, check_same_device
+from .._rows import at_least_float32, unit_rows
 from ..transformations import OrthogonalTransformation
-from ..unit_rows import unit_rows
 
 _ORIGIN, _STEPS_BACK = "pml_compat.basis", 8
 
@@ -30,7 +29,7 @@ class BasisTransformation(torch.nn.Module):
 
     New vectors are compared with each other by all of :math:`z`; dot product, cosine and Euclidean distance rank
     alike. With old vectors they are compared by :meth:`old_part`, which is what
-    ``pml_compat.width.fit_width(z, old_features)`` gives, at length 1. Train it with
+    ``pml_compat.fit_width(z, old_features)`` gives, at length 1. Train it with
     :class:`~pml_compat.losses.BT2Loss`, as the last layer of the model or as the ``embedder`` of a PML trainer.
 
     Args:

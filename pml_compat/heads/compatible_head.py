@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import check_integer, check_matrix, check_number, check_same_device
+from .._checks import check_integer, check_matrix, check_number, check_same_device
+from .._rows import unit_rows_as_given
 from ..frozen import WithinClassWhitening
 from ..transformations.batch_norm import BatchNorm
-from ..unit_rows import unit_rows_as_given
 
 
 class CompatibleHead(torch.nn.Module):

@@ -11,9 +11,9 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.reducers import DoNothingReducer, MultipleReducers
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_labels, check_matrix, check_number, one_read, values_are_known, values_known
-from ..old_references import as_rows
-from ..precision import at_least_float32
+from .._checks import check_labels, check_matrix, check_number, one_read, values_are_known, values_known
+from .._rows import at_least_float32
+from ..frozen.old_references import as_rows
 from ._reduction import TermReducers, with_indices
 from .old_rows import check_row_values
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from ..checks import check_labels, check_values, count_rows, counted_rows
+from .._checks import check_labels, check_values, count_rows, counted_rows
+from .._rows import at_least_float32, shortest_row
 from ..frozen import class_weights
 from ..frozen.class_weights import unwrap_loss
-from ..precision import at_least_float32
-from ..unit_rows import shortest_row
 from ._base import NamedTermsLoss
 from ._reduction import reduced
 from .class_weight_length import CLASS_WEIGHT_LENGTH, check_class_weight_length, shorten_class_weights

@@ -9,7 +9,7 @@ import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import cross_entropy, relu
 
-from ..checks import (
+from .._checks import (
     as_tensor,
     check_embeddings,
     check_integer,
@@ -19,11 +19,10 @@ from ..checks import (
     count_rows,
     rows_where,
 )
+from .._rows import no_autocast, precise_dtype, unit_rows
 from ..frozen.class_means import class_means
 from ..frozen.label_map import LabelMap
-from ..old_references import check_row_labels
-from ..precision import no_autocast, precise_dtype
-from ..unit_rows import unit_rows
+from ..frozen.old_references import check_row_labels
 from ._base import NamedTermsLoss
 from ._reduction import MeanOfPositive, per_sample, reduced
 from .old_rows import check_old_rows
@@ -67,7 +66,7 @@ class AdvBCTLoss(NamedTermsLoss):
             of the classes), ``bounded_fraction`` (of the batch) and ``outside_fraction`` (of those).
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient, fitted to the old width
-          (:func:`pml_compat.width.fit_width`); labels ``(N,)`` of the new training set
+          (:func:`pml_compat.fit_width`); labels ``(N,)`` of the new training set
         - ref_emb ``(N, D)``: the old embeddings of the same rows, as the old model gives them; receives no gradient
         - output: scalar, float32 or better; ``terms["adversarial_loss"]`` and ``terms["boundary_loss"]`` after
           the call

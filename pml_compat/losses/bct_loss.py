@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..checks import check_same_device, count_rows, rows_where
+from .._checks import check_same_device, count_rows, rows_where
+from .._rows import fit_width
 from ..frozen.old_system import OldSystem, as_classifier
-from ..width import fit_width
 from ._base import check_weight
 from ._reduction import per_sample
 from ._task import Given, TaskAndTermsLoss
@@ -24,7 +24,7 @@ class BCTLoss(TaskAndTermsLoss):
         \ell_{old}(\tau(f_{n,i}), y_i)
 
     :math:`\tau` fits the new embedding to the old width: its first coordinates, or zeros appended
-    (:func:`pml_compat.width.fit_width`). By default :math:`\ell_{old}(f, y) = 1 - \cos(f, t_y)` draws an embedding
+    (:func:`pml_compat.fit_width`). By default :math:`\ell_{old}(f, y) = 1 - \cos(f, t_y)` draws an embedding
     onto the direction of its class in the old classifier (``FrozenClassifier.directions``), and :math:`\lambda` keeps
     its gradient as strong as the task loss's (:class:`GradientBalance`). With an ``influence_weight`` it is the paper's
     form: :math:`\ell_{old}` is the old classifier's own loss, with its weights frozen, its margin and its scale.

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..checks import check_finite, check_matrix, check_number, check_same_device, count_rows, rows_where
+from .._checks import check_finite, check_matrix, check_number, check_same_device, count_rows, rows_where
+from .._rows import unit_rows
 from ..frozen import FrozenClassifier
+from ..frozen.old_references import as_rows, check_row_labels
 from ..frozen.old_system import OldSystem, as_centers
 from ..heads import BasisTransformation
-from ..old_references import as_rows, check_row_labels
-from ..unit_rows import unit_rows
 from ._reduction import per_sample
 from ._task import Given, TaskAndTermsLoss, check_task_width
 

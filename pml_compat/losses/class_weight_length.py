@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import check_number
+from .._checks import check_number
 from ..frozen.heads import rescale_class_weights_
 
 CLASS_WEIGHT_LENGTH = 1.0

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from ..checks import check_embeddings, check_labels, check_same_device, one_read, values_known
+from .._checks import check_embeddings, check_labels, check_same_device, one_read, values_known
+from .._rows import at_least_float32, no_autocast, unit_rows
 from ..frozen import FrozenClassifier
 from ..frozen.old_system import OldSystem, as_centers
 from ..heads import CompatibleHead
-from ..precision import at_least_float32, no_autocast
-from ..unit_rows import unit_rows
 from ._reduction import mean_of_positive
 from ._task import Given, check_task_width
 from .compatible_loss import CompatibleLoss, check_old_losses

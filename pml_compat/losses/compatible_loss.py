@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..old_references import check_references
+from ..frozen.old_references import check_references
 from ._base import NamedTermsLoss, check_weight
 from ._reduction import escaped, reduced
 from ._task import Given, TaskAndTermsLoss, steady_for, unwrapped

@@ -9,10 +9,10 @@ from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.miners import BaseMiner
 from pytorch_metric_learning.reducers import DoNothingReducer
 
-from ..checks import check_values
+from .._checks import check_values
+from .._rows import no_autocast
 from ..frozen import class_weights
-from ..old_references import check_references
-from ..precision import no_autocast
+from ..frozen.old_references import check_references
 from ._base import NamedTermsLoss
 from ._reduction import reduced
 from ._task import steady_for
@@ -57,7 +57,7 @@ class CrossModelLoss(NamedTermsLoss):
             term when ``reducer`` gets it.
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient, fitted to the old width
-          (:func:`pml_compat.width.fit_width`); labels ``(N,)``; indices_tuple: anchors into ``embeddings``,
+          (:func:`pml_compat.fit_width`); labels ``(N,)``; indices_tuple: anchors into ``embeddings``,
           the others into ``ref_emb``
         - ref_emb ``(M, D)``, old, receives no gradient; ref_labels ``(M,)``. Without ``ref_labels`` it has the rows of
           ``embeddings``; with them it may be of any items, such as a bank

@@ -8,13 +8,12 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_finite, check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
+from .._checks import check_finite, check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
+from .._rows import no_autocast, unit_rows
 from ..frozen import FrozenClassifier
+from ..frozen.old_references import check_row_labels
 from ..frozen.old_system import OldSystem, as_classifier
-from ..old_references import check_row_labels
-from ..precision import no_autocast
 from ..transformations.fastfill import gaussian_losses
-from ..unit_rows import unit_rows
 from ._base import NamedTermsLoss
 from ._reduction import per_sample
 from .old_rows import check_old_rows

@@ -9,9 +9,8 @@ from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, Lp
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import mse_loss
 
-from ..checks import check_labels, check_number
-from ..precision import no_autocast
-from ..unit_rows import unit_rows
+from .._checks import check_labels, check_number
+from .._rows import no_autocast, unit_rows
 from ._base import NamedTermsLoss
 from ._reduction import per_sample
 from .old_rows import check_old_rows

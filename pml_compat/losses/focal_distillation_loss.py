@@ -8,10 +8,10 @@ import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import normalize
 
-from ..checks import check_labels, check_matrix, check_number, check_same_device
+from .._checks import check_labels, check_matrix, check_number, check_same_device
+from .._rows import no_autocast
+from ..frozen.old_references import check_row_labels
 from ..frozen.old_system import OldSystem, as_classifier
-from ..old_references import check_row_labels
-from ..precision import no_autocast
 from ._base import NamedTermsLoss
 from ._reduction import per_sample
 from .old_rows import check_old_rows, check_row_values
@@ -49,7 +49,7 @@ class FocalDistillationLoss(NamedTermsLoss):
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)``, not needed with ``old_correct``
         - ref_emb ``(N, D_old)``: the old model's embeddings, row i of the same item; receives no gradient; new
-          embeddings are fitted to their width (:func:`pml_compat.width.fit_width`)
+          embeddings are fitted to their width (:func:`pml_compat.fit_width`)
         - old_correct: ``(N,)`` bool, a keyword of the call that PML's wrappers and :class:`CompatibleLoss` do not pass
           on: where the old model is right, instead of this loss finding out
         - output: scalar, float32 or better

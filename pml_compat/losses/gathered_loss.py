@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
-from ..checks import check_labels
-from ..precision import precise_dtype
+from .._checks import check_labels
+from ..distributed import GatherWithGradient, gathered
 
 
 class GatheredLoss(torch.nn.Module):
@@ -103,7 +103,7 @@ class GatheredLoss(torch.nn.Module):
         for name, tensor in given.items():
             if id(tensor) not in whole:
                 sizes = old_sizes if name.startswith("ref_") else new_sizes
-                whole[id(tensor)] = _Gather.apply(tensor, sizes, self.group)
+                whole[id(tensor)] = GatherWithGradient.apply(tensor, sizes, self.group)
         found: dict[str, Any] = {name: whole[id(tensor)] for name, tensor in given.items()}
         if isinstance(ref_emb, Mapping):
             found["ref_emb"] = {key: found[_entry(key)] for key in ref_emb}
@@ -135,11 +135,13 @@ class GatheredLoss(torch.nn.Module):
         dist.all_gather(headers, header, group=self.group)
         problems, calls, new_sizes, old_sizes, compared, seeds = torch.stack(headers).t().tolist()
         if any(problems):
-            raise ValueError("; ".join(f"rank {rank}: {text}" for rank, text in self._of_all_ranks(problem) if text))
+            raise ValueError(
+                "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(gathered(problem, self.group)) if text)
+            )
         if len(set(calls)) > 1:
             raise ValueError(
                 "every rank must be called alike, got "
-                + " and ".join(f"on rank {rank}: {text}" for rank, text in self._of_all_ranks(described))
+                + " and ".join(f"on rank {rank}: {text}" for rank, text in enumerate(gathered(described, self.group)))
             )
         if sum(new_sizes) == 0:
             raise ValueError("embeddings must have rows on at least one rank, got 0 on each")
@@ -154,8 +156,8 @@ class GatheredLoss(torch.nn.Module):
             name: (tuple(tensor.shape), tensor.device.type, tensor.detach().sum(dtype=torch.float64).item())
             for name, tensor in tensors.items()
         }
-        (_, first), *others = self._of_all_ranks(own)
-        for rank, other in others:
+        first, *others = gathered(own, self.group)
+        for rank, other in enumerate(others, 1):
             for name in sorted(first.keys() | other.keys()):
                 one, two = first.get(name), other.get(name)
                 # Sums of other GPUs may round differently; a NaN equals nothing, but is printed alike.
@@ -169,34 +171,6 @@ class GatheredLoss(torch.nn.Module):
                         f"every rank alike before it is made; got (shape, device, sum) {one} and {two}"
                     )
         self._compared = True
-
-    def _of_all_ranks(self, value: Any) -> list[tuple[int, Any]]:
-        """Return (rank, value) of each rank."""
-        values: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(values, value, group=self.group)
-        return list(enumerate(values))
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of all ranks, one rank after the other; backward, a rank's rows receive the sum over the ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, sizes: list[int], group: Any) -> torch.Tensor:
-        ctx.sizes, ctx.group, ctx.dtype = sizes, group, rows.dtype
-        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=group)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # float32: numbers of many ranks, each like the other, add up badly in less.
-        dtype = precise_dtype(ctx.dtype)
-        total = grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total.split(ctx.sizes)[dist.get_rank(ctx.group)].to(ctx.dtype), None, None
 
 
 def _check_no_indices(indices_tuple: Any) -> None:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch.nn.functional import mse_loss
 
-from ..checks import check_same_device, count_rows, rows_where
+from .._checks import check_same_device, count_rows, rows_where
+from .._rows import cosines_with, no_autocast, unit_rows
 from ..frozen import ClassCenters, class_weights
 from ..frozen.class_weights import class_weight_parameter
 from ..frozen.old_system import OldSystem, as_centers
-from ..precision import no_autocast
 from ..transformations import Transformation
-from ..unit_rows import cosines_with, unit_rows
 from ._base import check_weight
 from ._reduction import per_sample, reduced
 from ._task import Given, TaskAndTermsLoss

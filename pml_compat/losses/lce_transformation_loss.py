@@ -10,12 +10,11 @@ import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import mse_loss
 
-from ..checks import check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
+from .._checks import check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
+from .._rows import at_least_float32, no_autocast, unit_rows
 from ..frozen import ClassCenters
 from ..frozen.old_system import OldSystem, as_centers
-from ..precision import at_least_float32, no_autocast
 from ..transformations import Transformation
-from ..unit_rows import unit_rows
 from ._base import NamedTermsLoss
 from ._reduction import per_sample, reduced
 from .boundaries import Boundary, check_boundary_form, outside_boundary, with_boundary

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_number, check_same_device
+from .._checks import check_number, check_same_device
+from .._rows import no_autocast
 from ..frozen.old_system import OldSystem, as_classifier
-from ..precision import no_autocast
 from ._base import NamedTermsLoss
 from ._reduction import per_sample
 from .old_rows import check_old_rows
@@ -22,7 +22,7 @@ class LwFLoss(NamedTermsLoss):
         q_i = \operatorname{softmax}(z(\tau(f_{n,i})) / T)
 
     :math:`z` are the frozen old classifier's logits, and :math:`\tau` fits the new embedding to the old width: its
-    first coordinates, or zeros appended (:func:`pml_compat.width.fit_width`). No labels are needed: an item of a
+    first coordinates, or zeros appended (:func:`pml_compat.fit_width`). No labels are needed: an item of a
     class that the old classifier does not know is described by its likeness to those it knows.
 
     Args:

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_integer, check_number
+from .._checks import check_integer, check_number
+from .._rows import fit_width, no_autocast, unit_rows
 from ..frozen import class_weights
-from ..old_references import check_row_labels
-from ..precision import no_autocast
-from ..unit_rows import unit_rows
-from ..width import fit_width
+from ..frozen.old_references import check_row_labels
 from ._base import check_weight
 from ._reduction import per_sample
 from ._task import Given, TaskAndTermsLoss
@@ -55,7 +53,7 @@ class MixBCTLoss(TaskAndTermsLoss):
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set; indices_tuple: for
           the task loss
         - ref_emb ``(N, D)``: the old embeddings of the same rows, which receive no gradient; between widths that differ
-          by :func:`pml_compat.width.fit_width`
+          by :func:`pml_compat.fit_width`
         - ref_labels ``(N,)``: the same labels, or -1 at rows that are not credible, which reaches the loss through
           PML's wrappers too
         - credible ``(N,)`` bool: the rows that may be replaced; all by default

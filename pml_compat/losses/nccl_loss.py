@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 
-from ..checks import check_embeddings, check_integer, check_labels, check_number, check_same_device
+from .._checks import check_embeddings, check_integer, check_labels, check_number, check_same_device
+from .._rows import fit_width, no_autocast, precise_dtype, unit_rows
 from ..frozen import class_weights
-from ..old_references import check_row_labels
-from ..precision import no_autocast, precise_dtype
-from ..unit_rows import unit_rows
-from ..width import fit_width
+from ..frozen.old_references import check_row_labels
 from ._base import check_weight
 from ._reduction import per_sample
 from ._task import Given, TaskAndTermsLoss
@@ -32,7 +30,7 @@ class NCCLLoss(TaskAndTermsLoss):
     to unit length: the cosines with its class weights, without margin. Scale would cancel, and ``temperature`` means
     the same in both terms. The gradient goes into the head through :math:`z(a_i)`, not through :math:`z(o)`.
 
-    Widths may differ: new embeddings are fitted to the old width by BCT's rule (:func:`pml_compat.width.fit_width`),
+    Widths may differ: new embeddings are fitted to the old width by BCT's rule (:func:`pml_compat.fit_width`),
     and old ones to the new width for the head.
 
     Each call in training mode enqueues ``ref_emb``, also where both weights are 0. In eval mode a call gives the loss

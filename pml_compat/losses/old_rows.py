@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from ..checks import check_finite, check_matrix, check_same_device
-from ..precision import precise_dtype
-from ..width import fit_width
+from .._checks import check_finite, check_matrix, check_same_device
+from .._rows import fit_width, precise_dtype
 
 
 def check_row_values(embeddings: torch.Tensor, ref_emb: Any) -> None:
@@ -40,7 +39,7 @@ def check_old_rows(
         embeddings: ``(N, D)``, of the model in training, checked; the result carries its gradient.
         ref_emb: ``(N, D_old)``, row i of the same item; the result is detached.
         width: the width that ``ref_emb`` must have; None: any.
-        fit: fit the batch to the width of ``ref_emb`` (:func:`pml_compat.width.fit_width`); without, both must have
+        fit: fit the batch to the width of ``ref_emb`` (:func:`pml_compat.fit_width`); without, both must have
             the same.
         whose: what to call ``ref_emb`` in errors.
     Raises:

@@ -9,9 +9,8 @@ from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import mse_loss
 
-from ..checks import check_number
-from ..precision import no_autocast
-from ..unit_rows import unit_rows
+from .._checks import check_number
+from .._rows import no_autocast, unit_rows
 from ._base import NamedTermsLoss
 from ._reduction import per_sample
 from .old_rows import check_old_rows
@@ -38,7 +37,7 @@ class PointAlignmentLoss(NamedTermsLoss):
             ``normalize_embeddings=False`` on the embeddings as they are. ``reducer`` (one loss a row, default
             ``MeanReducer``), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
     Shape:
-        - embeddings ``(N, D)``, carries the gradient, fitted to the old width (:func:`pml_compat.width.fit_width`);
+        - embeddings ``(N, D)``, carries the gradient, fitted to the old width (:func:`pml_compat.fit_width`);
           labels are not used
         - ref_emb ``(N, D_old)``: the old model's embeddings, row i of the same item; receives no gradient
         - output: scalar, float32 or better

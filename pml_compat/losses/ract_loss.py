@@ -7,10 +7,9 @@ from typing import Any, Literal
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..checks import check_integer, check_labels, check_number
-from ..old_references import check_row_labels
-from ..precision import no_autocast
-from ..unit_rows import unit_rows
+from .._checks import check_integer, check_labels, check_number
+from .._rows import no_autocast, unit_rows
+from ..frozen.old_references import check_row_labels
 from ._base import NamedTermsLoss
 from ._reduction import per_sample
 from .old_rows import check_old_rows
@@ -45,7 +44,7 @@ class RACTLoss(NamedTermsLoss):
             ``embedding_reg_weight``, ``collect_stats``.
     Shape:
         - embeddings ``(N, D)``, carries the gradient, as a sample and as a negative
-          of others, fitted to the old width (:func:`pml_compat.width.fit_width`); labels ``(N,)``
+          of others, fitted to the old width (:func:`pml_compat.fit_width`); labels ``(N,)``
         - ref_emb ``(N, D_old)``: the old model's embeddings, row i of the same item; receives no gradient
         - output: scalar, float32 or better
     Raises:

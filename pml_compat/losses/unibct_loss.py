@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from ..checks import check_number
+from .._checks import check_number
+from .._moved import renamed
 from ..frozen import ClassCenters, FrozenClassifier
 from ..frozen.class_centers import check_centers
 from ..frozen.classifier import DEFAULT_SCALE
 from ..frozen.heads import SoftmaxHead
 from ..frozen.old_system import OldSystem, as_centers
 from ..frozen.prototypes import refine_prototypes
-from ..moved import renamed
 from .bct_loss import BCTLoss
 
 

@@ -8,15 +8,15 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance
 from pytorch_metric_learning.miners import BaseMiner
 
-from ..checks import one_read, values_known
-from ..old_references import check_references, check_row_labels
+from .._checks import one_read, values_known
+from ..frozen.old_references import check_references, check_row_labels
 
 
 class CrossModelMiner(BaseMiner):
     """Base of our miners: ``miner(new, labels, old, ref_labels)`` checks, and :meth:`mine` gets what can be relied on.
 
     In :meth:`mine` embeddings are float32 or better, without a gradient and outside autocast, the new ones fitted to
-    the old width (:func:`pml_compat.width.fit_width`); ``ref_labels`` is never None and never ``labels`` itself.
+    the old width (:func:`pml_compat.fit_width`); ``ref_labels`` is never None and never ``labels`` itself.
     ``ref_labels=None`` in the call means: the labels of the same rows. An item's own old embedding is a reference like
     any other.
 

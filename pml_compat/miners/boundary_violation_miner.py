@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from ..checks import check_integer, check_number, check_same_device
+from .._checks import check_integer, check_number, check_same_device
 from ..frozen.old_system import OldSystem, as_centers
 from .base import CrossModelMiner
 from .cross_model_miner import farthest
@@ -72,7 +72,7 @@ class BoundaryViolationMiner(CrossModelMiner):
         if embeddings.shape[1] != width:
             raise ValueError(
                 f"embeddings must be as wide as centers: expected {width}, got {embeddings.shape[1]}; map one of them "
-                "with a transformation (pml_compat.transformations), or with pml_compat.width.fit_width"
+                "with a transformation (pml_compat.transformations), or with pml_compat.fit_width"
             )
         anchors = self.outside(embeddings, labels).nonzero()[:, 0]
         if self.collect_stats:

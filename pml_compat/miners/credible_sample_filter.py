@@ -9,11 +9,11 @@ import torch
 from pytorch_metric_learning.miners import BaseMiner
 from torch.nn.functional import normalize as unit
 
-from ..checks import check_matrix, check_same_device
+from .._checks import check_matrix, check_same_device
+from .._rows import at_least_float32
 from ..frozen.class_means import class_means
 from ..frozen.credible import Rule, check_rule, kept
 from ..frozen.label_map import LabelMap
-from ..precision import at_least_float32
 from .base import CrossModelMiner
 
 _ROUNDING = 1e-6  # relative: a sample on its class's radius stays in, whatever the batch it comes in

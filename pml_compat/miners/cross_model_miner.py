@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..checks import check_integer
+from .._checks import check_integer
 from .base import CrossModelMiner
 
 

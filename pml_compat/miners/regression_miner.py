@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_integer
+from .._checks import check_integer
 from .base import CrossModelMiner
 
 _BLOCK_ELEMENTS = 2**22  # (positive pair, reference) comparisons made at once

@@ -1,6 +1,6 @@
 """Tables, pictures and pages of an upgrade, and of several side by side."""
 
-from ..moved import moved
+from .._moved import moved
 from .comparison_plot import RetrievalExample, plot_comparison
 from .comparison_table import comparison_table, cost_table
 from .comparison_words import method_in_words

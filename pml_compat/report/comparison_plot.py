@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..extras import import_extra
+from .._extras import import_extra
 from ..upgrade.comparison import Comparison
 from ..upgrade.evaluation import METRICS
 from .evaluation_plots import PAIR_COLORS

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ..extras import import_extra
+from .._extras import import_extra
 from ..upgrade.evaluation import METRICS, PAIR_NAMES, Evaluation
 from ..upgrade.verdict import UpgradeVerdict
 

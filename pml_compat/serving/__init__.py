@@ -1,6 +1,6 @@
 """What happens at query time, while an old gallery is still served."""
 
-from ..width import fit_width
+from .._rows import fit_width
 from .mixed_gallery import MixedGallery
 from .numpy_query_blend import NumpyQueryBlend
 from .query_blend import QueryBlend, alignability

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from ..checks import (
+from .._checks import (
     check_embeddings,
     check_integer,
     check_labels,
@@ -20,8 +20,8 @@ from ..checks import (
     check_number,
     check_same_device,
 )
-from ..files import whole_file
-from ..unit_rows import unit_rows_as_given
+from .._files import whole_file
+from .._rows import unit_rows_as_given
 
 _FORMAT = "pml_compat.MixedGallery/1"
 _BINS = 4096  # of the cosines, from -1 to 1

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from ..checks import check_labels, check_matrix, check_same_device
-from ..extras import import_extra
-from ..files import load_tensors, save_tensors, whole_file
-from ..precision import precise_dtype
-from ..stored_rows import stored_rows
+from .._checks import check_labels, check_matrix, check_same_device, stored_rows
+from .._extras import import_extra
+from .._files import load_tensors, save_tensors, whole_file
+from .._rows import precise_dtype, unit_rows_as_given
 from ..transformations import OrthogonalTransformation
-from ..unit_rows import unit_rows_as_given
 
 _FORMAT = "pml_compat.QueryBlend/1"
 _SHARES = tuple(step / 10 for step in range(11))

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._checks import check_embeddings, check_finite, check_integer, check_labels, check_matrix, stored_rows
+from .._rows import unit_rows
 from ..accuracy.matches import EqualCodes, Matches, SamePosition
 from ..accuracy.ranking import exact_ranks
-from ..checks import check_embeddings, check_finite, check_integer, check_labels, check_matrix
-from ..stored_rows import stored_rows
-from ..unit_rows import unit_rows
 
 _METRICS = ("precision_at_1", "mean_average_precision")
 _QUERIES, _GALLERY_ROWS = 256, 16384  # of a tile of scores

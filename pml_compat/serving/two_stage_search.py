@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import as_tensor, check_embeddings, check_integer
+from .._checks import as_tensor, check_embeddings, check_integer
 from .vector_cache import VectorCache
 
 

@@ -42,7 +42,7 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
             "old_to_old", "new_to_old", "new_to_new" and, with a transformation, "new_to_transformed_old".
         accuracy_calculator: a :class:`~pml_compat.accuracy.CrossModelAccuracyCalculator`; by default of
             ``precision_at_1`` and ``mean_average_precision``. Models of different widths are compared by
-            :func:`pml_compat.width.fit_width`.
+            :func:`pml_compat.fit_width`.
         **kwargs: as for PML's ``GlobalEmbeddingSpaceTester``. ``normalize_embeddings`` holds for all models, after
             the transformation; ``use_trunk_output`` for the new one. PML's ``pca`` is refused: it is fitted anew in
             every test, so each model's would be a space of its own.

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from .._rows import fit_width
 from ..accuracy import CrossModelAccuracyCalculator
 from ..transformations import Transformation
-from ..width import fit_width
 
 _SPACES = ("old", "new", "transformed_old")
 _PAIRS = {f"{query}_to_{gallery}": (query, gallery) for query in _SPACES for gallery in _SPACES}

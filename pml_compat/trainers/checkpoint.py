@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from pytorch_metric_learning.losses import CrossBatchMemory
 
-from ..checks import check_integer
-from ..files import whole_file
+from .._checks import check_integer
+from .._files import whole_file
 
 _FORMAT = "pml_compat.checkpoint/1"
 _GROUPS = ("modules", "optimizers", "lr_schedulers", "others", "generators")

@@ -12,11 +12,11 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch.nn.parallel import DistributedDataParallel
 
+from .._rows import precise_dtype
 from ..data.nest import moved_to, rows_of
 from ..frozen import FrozenEmbeddings, FrozenModel, OldEmbeddingDataset, data_and_label
 from ..losses import GatheredLoss
 from ..losses._task import unwrapped
-from ..precision import precise_dtype
 from .resumable_sampler import ResumableSampler
 from .stored_rows import ONE, called, indices_in_batch, rows_in_batch, stored_rows
 

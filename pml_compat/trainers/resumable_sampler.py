@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_integer
+from .._checks import check_integer
 
 
 class ResumableSampler(torch.utils.data.BatchSampler):

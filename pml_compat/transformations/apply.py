@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..checks import check_finite, check_integer, check_matrix, native
-from ..files import whole_file
+from .._checks import check_finite, check_integer, check_matrix, native
+from .._files import whole_file
 
 if TYPE_CHECKING:
     from .base import Transformation

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import check_integer, check_matrix, check_same_device
-from ..files import load_tensors, save_tensors
+from .._checks import check_integer, check_matrix, check_same_device
+from .._files import load_tensors, save_tensors
 from .apply import apply
 from .batch_norm import fold_batch_norm
 from .pairs import PairMoments

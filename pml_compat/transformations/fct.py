@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_integer
+from .._checks import check_integer
 from .base import Transformation
 from .batch_norm import BatchNorm, is_untrained
 from .linear_path import LinearPath

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..checks import check_integer, check_number
+from .._checks import check_integer, check_number
 from .base import Transformation, describe
 from .paired_rows import PairedRows
 from .training_checkpoint import describe_loss, resume_run, save_run

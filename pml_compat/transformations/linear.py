@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_number
+from .._checks import check_number
 from .base import Transformation
 from .closed_form import ridge_solution
 from .pairs import pair_moments
@@ -20,7 +20,7 @@ class LinearTransformation(Transformation):
     For a gallery. Queries that are mapped into an old space are rotated instead
     (:class:`~pml_compat.serving.QueryBlend`, :class:`OrthogonalTransformation`): a regression draws them to the mean.
 
-    Untrained it is :func:`pml_compat.width.fit_width`: the first coordinates, or zeros appended.
+    Untrained it is :func:`pml_compat.fit_width`: the first coordinates, or zeros appended.
 
     Args:
         in_features: width of the embeddings that come in.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..precision import at_least_float32
+from .._rows import at_least_float32
 from .base import Transformation
 from .linear import LinearTransformation
 from .pairs import pair_moments

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_labels
-from ..stored_rows import stored_rows
+from .._checks import check_labels, stored_rows
 from .base import Transformation
 
 _BLOCK_ROWS = 8192  # read at once: memory maps stay on disk

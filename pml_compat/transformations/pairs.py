@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_embeddings
+from .._checks import check_embeddings
 
 _BLOCK_ROWS = 8192  # rows read at once, so that a memory map stays on disk
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from ..checks import check_integer
+from .._checks import check_integer
 from .base import Transformation
 from .batch_norm import BatchNorm, is_untrained
 from .closed_form import ridge_solution
@@ -42,7 +42,7 @@ class ResidualBottleneckTransformation(Transformation):
         bottleneck transformation); Meng et al., "Learning Compatible Embeddings", ICCV 2021, uses it. Sizes and
         epsilon (2e-5) are those of LCE's public code. Differs from it in: the last normalisation of a path starts at
         0, so that the
-        untrained map is its skip, :func:`pml_compat.width.fit_width`; the statistics' momentum is torch's 0.1, because
+        untrained map is its skip, :func:`pml_compat.fit_width`; the statistics' momentum is torch's 0.1, because
         at 0.9 the map at search time would be normalised by the last few batches alone; the projection is ours.
     """
 

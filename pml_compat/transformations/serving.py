@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import check_finite
-from ..files import whole_file
+from .._checks import check_finite
+from .._files import whole_file
 from .base import Transformation
 from .numpy_form import NumpyTransformation
 from .recording import record

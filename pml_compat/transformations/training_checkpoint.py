@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..files import load_tensors, save_tensors
+from .._files import load_tensors, save_tensors
 from .alignment import Alignment
 from .training_run import TrainingRun
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from .._checks import as_tensor, check_embeddings, check_finite, check_labels
+from .._rows import as_wide
 from ..accuracy import CrossModelAccuracyCalculator
 from ..accuracy.mixed_accuracy import mixed_accuracy
-from ..checks import as_tensor, check_embeddings, check_finite, check_labels
-from ..width import as_wide
 
 _TENTHS = tuple(step / 10 for step in range(11))
 
@@ -65,7 +65,7 @@ def backfill_curve(
     Old and new items are ranked together, by Euclidean distance on the embeddings as given. So their lengths must be
     alike, or one kind stands in front whatever it shows: give unit-length rows. Where the two spaces have different
     widths and ``fit_width`` is asked for, the gallery has the wider one's, and the narrower embeddings (new queries
-    too) end in zeros (:func:`pml_compat.width.fit_width`). This changes neither end: fraction 0 is the cross-test on
+    too) end in zeros (:func:`pml_compat.fit_width`). This changes neither end: fraction 0 is the cross-test on
     ``old_gallery``, fraction 1 the new model's self-test.
 
     Args:

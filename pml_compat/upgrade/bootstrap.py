@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from scipy.stats import norm as normal
 from scipy.stats import t as student_t
 
-from ..checks import check_integer
+from .._checks import check_integer
 from .per_query import complete_queries
 
 _BLOCK_ELEMENTS = 2**22  # counts drawn at once: 32 MiB, and a copy of them as floats

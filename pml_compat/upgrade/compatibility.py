@@ -85,7 +85,7 @@ def compatibility_matrix(
         gallery_labels: ``(M,)``, with ``galleries``.
         calculator: what measures; by default a :class:`CrossModelAccuracyCalculator` of ``precision_at_1`` and
             ``mean_average_precision``, which compares models of different widths by
-            :func:`pml_compat.width.fit_width`.
+            :func:`pml_compat.fit_width`.
         ref_includes_query: row i of every gallery is the item of row i of the queries. By default True without
             ``galleries``, False with them.
         **kwargs: for ``calculator.get_accuracy``: ``query_ids``, ``reference_ids``, ``query_cameras``, ...

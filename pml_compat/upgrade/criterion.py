@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from .._checks import check_rows
+from .._rows import as_wide
 from ..accuracy.items import codes, item_codes
-from ..checks import check_rows
-from ..width import as_wide
 
 _BLOCK_ROWS = 2**10  # of queries and of the gallery at once: 8 MiB of differences, and a few copies and masks
 
@@ -71,7 +71,7 @@ def pair_criterion(
         ref_includes_query: row i of ``old_gallery`` is the item of row i of the queries, and not a pair with it.
         query_ids: ``(Q,)`` item ids, which say the same for galleries in any order.
         reference_ids: ``(N,)``, with ``query_ids``.
-        fit_width: fit a new model of another width to the old one by :func:`pml_compat.width.fit_width`.
+        fit_width: fit a new model of another width to the old one by :func:`pml_compat.fit_width`.
     Raises:
         ValueError: NaN, infinite or empty embeddings; rows or widths that differ; one of a pair of arguments alone;
             ids beside ``ref_includes_query``; no pair left.

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from tqdm import tqdm
 
+from .._checks import check_integer, check_number
 from ..accuracy import CrossModelAccuracyCalculator
 from ..accuracy.items import as_values
 from ..accuracy.mixed_accuracy import mixed_accuracy
-from ..checks import check_integer, check_number
 from ..verification.thresholds import check_rates
 from .criterion import pair_criterion
 from .evaluation import ALL_METRICS, METRICS, PAIR_NAMES, TWO_STAGES, Backfill, Evaluation
@@ -76,7 +76,7 @@ def evaluate(
         same_items: row i of queries and gallery is the same item, in place of ids.
         fars: false accept rates to measure verification at, too; the verdict then looks at the old thresholds.
         normalize: scale rows to length 1.
-        fit_width: compare models of different widths by :func:`pml_compat.width.fit_width`.
+        fit_width: compare models of different widths by :func:`pml_compat.fit_width`.
         k: cut rankings off after k items.
         margin: a difference that does not matter: above it, and not sure, more queries are asked for.
         orders: random orders that a backfill is measured in; 0, none is.

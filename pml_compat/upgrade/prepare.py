@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._checks import check_rows
 from ..accuracy.items import as_values, check_one_label, codes, item_codes, pair_of_codes
-from ..checks import check_rows
 
 _MANY = 0.5  # share of the queries that are bitwise in the gallery, from which on they are the same items
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._checks import check_rows
+from .._rows import as_wide
 from ..accuracy.items import codes, item_codes
-from ..checks import check_rows
-from ..width import as_wide
 
 GRID = 2**36  # score steps to 1.0
 _BLOCK = 2048, 1024  # queries, gallery items: what a product is taken of at once, 8 MiB of float32
@@ -39,7 +39,7 @@ class PairScores:
         query_ids: ``(Q,)`` item ids of any type, instead.
         reference_ids: ``(N,)``, with ``query_ids``.
         device: where to compute; by default where ``reference`` is.
-        fit_width: compare widths that differ by :func:`pml_compat.width.fit_width`.
+        fit_width: compare widths that differ by :func:`pml_compat.fit_width`.
     Raises:
         ValueError: what ``CrossModelAccuracyCalculator.get_accuracy`` raises of these.
     """

@@ -14,7 +14,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from ..checks import as_tensor, check_finite
+from .._checks import as_tensor, check_finite
 from .pair_scores import GRID, PairScores
 from .thresholds import check_rates, count_true, find_thresholds, largest, number_allowed
 
@@ -131,7 +131,7 @@ def verification(
         query_ids: ``(Q,)`` item ids, which say the same for galleries in any order.
         reference_ids: ``(N,)``, with ``query_ids``.
         device: where to compute; by default where ``reference`` is.
-        fit_width: compare queries of another width by :func:`pml_compat.width.fit_width`: for a new model that was
+        fit_width: compare queries of another width by :func:`pml_compat.fit_width`: for a new model that was
             trained so.
     Shape:
         - memory: never ``(Q, N)``, but tens of MiB beyond the inputs; up to 225 for 4 million impostors to accept

@@ -14,9 +14,9 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN, FaissKNN
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pml_compat import fit_width
 from pml_compat.accuracy import CrossModelAccuracyCalculator, gallery, ranking
 from pml_compat.accuracy.calculator import RANK_METRICS
-from pml_compat.width import fit_width
 from tests.accuracy import naive_metrics
 
 ROOT = Path(__file__).parents[2]

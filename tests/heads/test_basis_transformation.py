@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from pml_compat import fit_width
 from pml_compat.heads import BasisTransformation
-from pml_compat.width import fit_width
 from tests import reference
 
 # (new_features, old_features, extra_features): the old part ends within the free part, holds all, holds none of it

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pml_compat.checks import check_embeddings
+from pml_compat._checks import check_embeddings
 from tests.cases import ALIGNED, BALANCED, LOSSES, PAIRED, WIDTH, batch, build, references
 
 NAMES = [*LOSSES, *ALIGNED, *PAIRED]

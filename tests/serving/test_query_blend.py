@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from pml_compat.files import save_tensors
+from pml_compat._files import save_tensors
 from pml_compat.frozen import FrozenEmbeddings
 from pml_compat.serving import NumpyQueryBlend, QueryBlend, alignability, query_blend
 from pml_compat.serving.query_blend import interpolate

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pml_compat.files import save_tensors
+from pml_compat._files import save_tensors
 from pml_compat.transformations import LinearTransformation, Transformation, TransformationChain, load_transformation
 from tests.transformations.cases import TRANSFORMATIONS, batch, build
 
@@ -175,7 +175,7 @@ def test_an_interrupted_save_keeps_the_file(tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pml_compat.files.save_file", interrupted)
+    monkeypatch.setattr("pml_compat._files.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         LinearTransformation(4, 4).save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

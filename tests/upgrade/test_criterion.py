@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from pml_compat import fit_width
 from pml_compat.upgrade import criterion, pair_criterion
-from pml_compat.width import fit_width
 
 
 def sample(seed, n_query=13, n_gallery=17, old_width=4, new_width=4):

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ...extras import import_extra
-from ...files import whole_file
+from ..._extras import import_extra
+from ..._files import whole_file
 from .base import Batch, Manifest, Store, Writer
 from .files import partial_path, remove, write_manifest
 from .npy import rows_of

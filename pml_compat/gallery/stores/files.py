@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from ...files import whole_file
+from ..._files import whole_file
 from .base import Manifest
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from ..._extras import import_extra
+from ..._files import whole_file
 from ...data.parquet_columns import embedding_rows
-from ...extras import import_extra
-from ...files import whole_file
 from .base import Batch, Manifest, Store, Writer
 from .files import partial_path, remove, write_manifest
 from .npy import rows_of

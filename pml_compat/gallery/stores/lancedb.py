@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...extras import import_extra
+from ..._extras import import_extra
 from . import files
 from .base import Manifest
 from .lance import LanceStore, LanceWriter, open_dataset

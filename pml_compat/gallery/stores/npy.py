@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...files import whole_file
+from ..._files import whole_file
 from .base import Batch, Manifest, Store, Writer
 from .files import partial_path, remove, write_manifest
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from ...extras import import_extra
+from ..._extras import import_extra
 from .base import Batch, Manifest, Store, Writer
 
 _MANIFESTS = "pml_compat_manifests"  # a collection beside those that were written

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checks import as_tensor, check_embeddings, check_labels, check_same_device, check_values
-from .frozen.embeddings import FrozenEmbeddings
-from .precision import precise_dtype
-from .width import fit_width
+from .._checks import as_tensor, check_embeddings, check_labels, check_same_device, check_values
+from .._rows import fit_width, precise_dtype
+from .embeddings import FrozenEmbeddings
 
 
 def as_rows(rows: Any, embeddings: torch.Tensor) -> Any:
@@ -39,7 +38,7 @@ def check_references(
     """Return new embeddings, their labels, old embeddings and theirs, all on one device.
 
     Embeddings come back in float32 or better, the new ones fitted to the old width
-    (:func:`pml_compat.width.fit_width`), the old ones detached. The two labels are never one object: PML takes one
+    (:func:`pml_compat.fit_width`), the old ones detached. The two labels are never one object: PML takes one
     object for "the same embeddings" and drops the pairs of an item with itself, which are positives here.
 
     Args:

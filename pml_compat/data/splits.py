@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import check_integer, check_labels, check_number
+from .._checks import check_integer, check_labels, check_number
 
 
 @dataclass(frozen=True)

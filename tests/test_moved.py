@@ -3,6 +3,7 @@ import importlib
 import pytest
 
 import pml_compat.accuracy
+import pml_compat.gallery
 import pml_compat.report
 
 
@@ -12,7 +13,10 @@ import pml_compat.report
         ("pml_compat.accuracy", "update_gain", "pml_compat.upgrade"),
         ("pml_compat.accuracy", "negative_flips", "pml_compat.upgrade"),
         ("pml_compat.accuracy", "verification", "pml_compat.verification"),
+        ("pml_compat.accuracy", "open_classes", "pml_compat.data"),
+        ("pml_compat.gallery", "MixedGallery", "pml_compat.serving"),
         ("pml_compat.report", "Evaluation", "pml_compat.upgrade"),
+        ("pml_compat.width", "fit_width", "pml_compat"),
     ],
 )
 def test_an_old_path_works_and_names_the_new_one(old, name, new):
@@ -22,6 +26,11 @@ def test_an_old_path_works_and_names_the_new_one(old, name, new):
 
 
 def test_every_name_that_moved_is_where_it_is_said_to_be():
-    for name in (*pml_compat.accuracy._UPGRADE, *pml_compat.accuracy._VERIFICATION):
+    for name in (*pml_compat.accuracy._SPLITS, *pml_compat.accuracy._UPGRADE, *pml_compat.accuracy._VERIFICATION):
         with pytest.warns(DeprecationWarning):
             assert getattr(pml_compat.accuracy, name) is not None
+
+
+def test_other_names_are_no_attributes():
+    with pytest.raises(AttributeError, match=r"module 'pml_compat\.gallery' has no attribute 'QueryBlend'"):
+        _ = pml_compat.gallery.QueryBlend

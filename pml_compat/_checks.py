@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .precision import precise_dtype
+from ._rows import precise_dtype
 
 
 class _Reads(threading.local):
@@ -231,3 +231,15 @@ def check_integer(value: Any, name: str, *, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
     return int(value)
+
+
+def stored_rows(array: Any, index: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the rows ``index``, in their dtype, where they are stored; a NaN or an infinity is an error."""
+    if isinstance(array, np.ndarray):  # fancy indexing copies, so that a read-only memory map is only read
+        rows = as_tensor(np.asarray(array[index.numpy()]), name)
+    elif isinstance(array, torch.Tensor):
+        rows = array.detach()[index.to(array.device)]
+    else:
+        rows = as_tensor(array[index], name)
+    check_finite(rows, name, places=index)
+    return rows
