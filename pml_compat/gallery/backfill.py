@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .._checks import check_integer
 from .stores import Manifest, open_store, open_writer, read_manifest
 from .stores.base import Store
+from .stores.files import WaitingVectors
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 _READ = 2**16  # ids at once
@@ -35,10 +36,11 @@ def backfill(
     """Replace mapped vectors by the new model's own, the most urgent first, until the budget is spent.
 
     Call it again with a larger budget, or after it was killed, and it goes on. Every item is served all the while, by
-    its mapped vector or by its own.
+    its mapped vector or by its own. Parquet files, FAISS indices and Lance datasets are written anew at the end of the
+    run; until then new vectors wait in a file beside them, which a killed run leaves for the next one.
 
     Args:
-        new: address of what :func:`migrate` has finished: an ``.npy`` file, Qdrant or PostgreSQL.
+        new: address of what :func:`migrate` has finished.
         embed: called with a list of ids, returns their ``(n, D)`` embeddings by the new model.
         budget: of all runs together, ``"20%"`` of the items or their number; of this run, ``"90s"``, ``"30min"``,
             ``"8h"``.
@@ -65,24 +67,36 @@ def backfill(
     share, seconds = _budget(budget, manifest["rows"])
     store = open_store(address)
     writer = open_writer(address, store, manifest["width"])
-    if not hasattr(writer, "replace"):
-        raise ValueError(
-            f"new must be an .npy file, Qdrant or PostgreSQL, whose vectors can be replaced one by one, got {address!r}"
-        )
     ids = _ids(store, order, seed)
     print_of_order = hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()[:16]
-    state = manifest.setdefault("backfill", {"order": print_of_order, "done": 0, "model": model})
+    state = manifest.setdefault("backfill", {"order": print_of_order, "done": 0, "written": 0, "model": model})
     if state["order"] != print_of_order or state["model"] != model:
         raise ValueError("order, seed and model must be those of the run that began, or rows would be left out")
+    waiting = WaitingVectors(writer.path, store.width, store.dtype) if writer.written_whole else None  # type: ignore[attr-defined]
+    if waiting is not None and order is not None:
+        lacking = ~np.isin(ids, np.concatenate(list(_every_id(store))))
+        if lacking.any():
+            raise ValueError(f"order must name items of {address!r}, it lacks {ids[lacking.argmax()].item()!r}")
     until = min(len(ids), share)
     end = time.monotonic() + seconds
     with tqdm(total=until, initial=state["done"], desc="backfill", unit="item", disable=not progress) as bar:
         while state["done"] < until and time.monotonic() < end:
             part = ids[state["done"] : min(state["done"] + batch_size, until)]
-            vectors = _checked(embed(part.tolist()), len(part), manifest)
+            vectors = _checked(embed(part.tolist()), len(part), manifest).astype(store.dtype, copy=False)
+            if waiting is not None:
+                waiting.put(state["done"] - state["written"], vectors)
             state["done"] += len(part)
-            writer.replace(part, vectors.astype(store.dtype, copy=False), manifest)
+            if waiting is not None:
+                writer.keep(manifest)
+            else:
+                state["written"] = state["done"]
+                writer.replace(part, vectors, manifest)
             bar.update(len(part))
+    if waiting is not None and state["written"] < state["done"]:
+        rest = ids[state["written"] : state["done"]]
+        state["written"] = state["done"]
+        writer.replace(rest, waiting.first(len(rest)), manifest)
+        waiting.remove()
     return manifest
 
 
@@ -105,13 +119,14 @@ def _budget(budget: Any, rows: int) -> tuple[int, float]:
 
 
 def _ids(store: Store, order: Any, seed: int) -> np.ndarray:
-    if order is not None:
-        ids = order.cpu().numpy() if isinstance(order, torch.Tensor) else np.asarray(order)
-        if ids.ndim != 1 or len(np.unique(ids)) < len(ids):
-            raise ValueError(f"order must be (n,) ids, each once, got shape {ids.shape}")
-        return ids
-    every = np.concatenate(list(_every_id(store)))
-    return every[np.random.default_rng(seed).permutation(len(every))]
+    """Return ids in the order in which they are embedded."""
+    if order is None:
+        every = np.sort(np.concatenate(list(_every_id(store))))  # a store that is written anew may change its order
+        return every[np.random.default_rng(seed).permutation(len(every))]
+    ids = order.cpu().numpy() if isinstance(order, torch.Tensor) else np.asarray(order)
+    if ids.ndim != 1 or len(np.unique(ids)) < len(ids):
+        raise ValueError(f"order must be (n,) ids, each once, got shape {ids.shape}")
+    return ids
 
 
 def _every_id(store: Store) -> Iterator[np.ndarray]:

@@ -7,11 +7,14 @@ from urllib.parse import urlsplit
 from .stores import Manifest, is_taken, read_manifest
 
 FORMAT = "pml_compat.Manifest/1"
-_FIXED = ("old", "width", "rows", "batch_size", "transformation", "normalize", "side_info", "old_model", "new_model")
+_FIXED = ("old", "width", "batch_size", "transformation", "normalize", "side_info", "old_model", "new_model")
 
 
-def find_begun(new: str, wanted: Manifest) -> Manifest | None:
-    """Return the manifest of an earlier run that wanted the same; None where nothing stands there."""
+def find_begun(new: str, wanted: Manifest, live: bool) -> Manifest | None:
+    """Return the manifest of an earlier run that wanted the same; None where nothing stands there.
+
+    ``live``: the old gallery may have other rows than it had.
+    """
     found = read_manifest(new)
     shown = wanted["new"]
     if found is None:
@@ -20,7 +23,7 @@ def find_begun(new: str, wanted: Manifest) -> Manifest | None:
         return None
     if found.get("format") != FORMAT:
         raise ValueError(f"the manifest of {shown!r} must be of the format {FORMAT}, got {found.get('format')!r}")
-    for name in _FIXED:
+    for name in _FIXED if live else (*_FIXED, "rows"):
         if found.get(name) != wanted[name]:
             raise ValueError(
                 f"{shown!r} was begun with {name} {found.get(name)!r}, this run has {wanted[name]!r}; give the same, "

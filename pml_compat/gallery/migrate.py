@@ -19,7 +19,7 @@ from ..transformations import Transformation, load_transformation
 from .manifest import FORMAT, check_model, find_begun, without_password
 from .plan import Plan, make_plan
 from .sample import Sample
-from .stores import Manifest, Store, Writer, open_store, open_writer, read_manifest
+from .stores import Manifest, Store, Writer, is_live, open_store, open_writer, read_manifest
 from .stores.base import Batch, check_finite_vectors
 from .stores.npy import open_array, rows_of
 
@@ -46,6 +46,9 @@ def migrate(
     goes on where it stopped when it is called again with the same arguments; the result is that of a run that was not.
     Memory is set by ``batch_size``.
 
+    A database (Qdrant, PostgreSQL, Milvus) may stay in service: who writes an item meanwhile writes it to both, and
+    what stands in the new store is left as it is. A call after the end carries over what only the old one has.
+
     Args:
         old: address of the gallery; see :func:`pml_compat.gallery.open_store`.
         new: address of the new one, where nothing stands yet. For PostgreSQL it may be another column of the table.
@@ -71,18 +74,24 @@ def migrate(
     run = prepare(old, new, transformation, side_info, side_ids, normalize, batch_size, old_model, new_model)
     if dry_run:
         return make_plan(run)
-    return run.manifest if run.manifest.get("status") == "finished" else _run(run, progress)
+    if run.manifest.get("status") != "finished":
+        return _run(run, progress)
+    return _catch_up(run, progress) if run.live else run.manifest
 
 
 @dataclass
 class Migration:
-    """A migration that is checked: what it reads, its map, where it writes, and how far it is."""
+    """A migration that is checked: what it reads, its map, where it writes, and how far it is.
+
+    ``live``: others may write to both stores meanwhile.
+    """
 
     source: Store
     transformation: Transformation
     side: Callable[[Batch, int], Any] | None
     new: str
     manifest: Manifest
+    live: bool
 
     @property
     def is_begun(self) -> bool:
@@ -110,13 +119,15 @@ class Migration:
 
     def end(self, writer: Writer, sample: Sample) -> Manifest:
         """Make a whole store of what was written, compare some of it, and say so in the manifest."""
+        if self.live:
+            self.manifest["rows"] = self.manifest["done"]
         if self.manifest["done"] != self.manifest["rows"]:
             raise RuntimeError(
                 f"{self.manifest['old']} had {self.manifest['rows']:,} items when this began, "
                 f"{self.manifest['done']:,} were read; stop writing to it, roll back and begin again"
             )
         writer.finish()
-        compared = sample.compare(self.new, self.manifest["rows"])
+        compared = sample.compare(self.new, self.manifest["rows"], self.source if self.live else None)
         self.manifest |= {"read_back": compared, "status": "finished", "finished": _now()}
         writer.keep(self.manifest)
         return self.manifest
@@ -161,7 +172,9 @@ def prepare(
         "old_model": old_model,
         "new_model": new_model,
     }
-    return Migration(source, chosen, side, new, find_begun(new, wanted) or wanted)
+    # Side-information by the row cannot stand rows that come between.
+    live = source.live and is_live(new) and (side is None or side_ids is not None)
+    return Migration(source, chosen, side, new, find_begun(new, wanted, live) or wanted, live)
 
 
 def rollback(new: str | os.PathLike[str]) -> Manifest:
@@ -211,6 +224,21 @@ def _run(run: Migration, progress: bool) -> Manifest:
                 sample.add(mapped)
                 bar.update(len(batch.ids))
     return run.end(writer, sample)
+
+
+def _catch_up(run: Migration, progress: bool) -> Manifest:
+    """Carry over what only the old store has."""
+    new, manifest = open_store(run.new), run.manifest
+    if len(new) >= len(run.source):
+        return manifest
+    writer = run.begin()
+    for batch in tqdm(run.source.batches(manifest["batch_size"]), desc="catch up", unit="batch", disable=not progress):
+        rows = np.flatnonzero(~new.known(batch.ids))
+        if len(rows):
+            manifest |= {"done": manifest["done"] + len(rows), "batches": manifest["batches"] + 1}
+            manifest["rows"] = manifest["done"]
+            writer.commit(run.mapped(batch.take(rows), 0), manifest)
+    return manifest
 
 
 def _side_info(transformation: Transformation, rows: Any, ids: Any, count: int) -> Callable[[Batch, int], Any] | None:

@@ -83,7 +83,7 @@ class _Worker:
     def __init__(self, old: str, new: str, transformation: Transformation, manifest: Manifest, side: Any) -> None:
         torch.set_num_threads(1)
         store = open_store(old)
-        self.run = Migration(store, transformation, side, new, manifest)
+        self.run = Migration(store, transformation, side, new, manifest, live=False)
         self.writer = ParquetWriter(new, store, manifest["width"])
         self.starts = np.cumsum([0, *store.counts(manifest["batch_size"])])  # type: ignore[attr-defined]
 

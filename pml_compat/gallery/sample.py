@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from .stores import open_store
-from .stores.base import Batch
+from .stores.base import Batch, Store
 
 _READ_BACK = 256  # items that are compared at the end
+_OTHERS = 0.1  # of them, that others may have written meanwhile
 
 
 class Sample:
@@ -27,20 +28,33 @@ class Sample:
         vectors = batch.vectors if self.vectors is None else np.concatenate([self.vectors, batch.vectors])
         self.keys, self.ids, self.vectors = keys[kept], ids[kept], vectors[kept]
 
-    def compare(self, address: str, rows: int) -> int:
-        """Return how many items were compared."""
+    def compare(self, address: str, rows: int, live: Store | None = None) -> int:
+        """Return how many items were compared.
+
+        Args:
+            address: of the new store.
+            rows: that it should have.
+            live: the old store, where others write to both meanwhile: an item may be gone from both, and some may be
+                another's.
+        """
         store = open_store(address)
-        if len(store) != rows:
+        if live is None and len(store) != rows:
             raise RuntimeError(f"{address} has {len(store):,} items after {rows:,} were written")
         if self.ids is None or self.vectors is None:
             return 0
-        found, mapped = (_unit(rows) for rows in (store.fetch(self.ids), self.vectors))
+        ids, mapped = self.ids, self.vectors
+        if live is not None:
+            there = store.known(ids)
+            if (live.known(ids) & ~there).any():
+                raise RuntimeError(f"{address} lacks {ids[there.argmin()].item()!r}, which was written")
+            ids, mapped = ids[there], mapped[there]
+        found, mapped = _unit(store.fetch(ids)), _unit(store.as_stored(mapped))
         wrong = np.abs(found - mapped).max(1) > 1e-3
-        if wrong.any():
+        if wrong.sum() > (0 if live is None else len(ids) * _OTHERS):
             raise RuntimeError(
-                f"{address} gives back another vector than was written for {self.ids[wrong.argmax()].item()!r}"
+                f"{address} gives back another vector than was written for {ids[wrong.argmax()].item()!r}"
             )
-        return len(self.ids)
+        return len(ids)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

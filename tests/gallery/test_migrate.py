@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from pml_compat.cli.main import main
-from pml_compat.gallery import backfill, migrate, open_store, rollback
+from pml_compat.gallery import migrate, open_store, rollback
 from pml_compat.gallery.stores import read_manifest
 from pml_compat.transformations import FCTTransformation, LinearTransformation
 
@@ -488,11 +488,11 @@ def test_a_broken_faiss_index_is_refused(kind, tmp_path):
         faiss.write_index(faiss.IndexFlatL2(WIDTH), path)
         message = "it is empty"
     else:
-        index = faiss.IndexScalarQuantizer(WIDTH, faiss.ScalarQuantizer.QT_8bit)
+        index = faiss.index_factory(WIDTH, "LSH")
         index.train(VECTORS)
         index.add(VECTORS)
         faiss.write_index(index, path)
-        message = "which keep vectors as they are"
+        message = "must be a flat, IVF or HNSW index, with scalar or product quantisers or without, got IndexLSH"
     with pytest.raises(ValueError, match=message):
         migrate(path, str(tmp_path / "new.faiss"), linear())
 
@@ -532,130 +532,6 @@ def test_command_line(tmp_path, capsys):
     assert not os.path.exists(new) and os.path.exists(old)
     assert main(["migrate", old, new]) == 3
     assert "--with" in capsys.readouterr().err
-
-
-OWN = np.random.default_rng(9).normal(size=(ROWS, NEW_WIDTH)).astype(np.float32)  # what the new model embeds
-
-
-def own_vectors(ids):
-    return OWN[np.searchsorted(IDS, ids)]
-
-
-def replaced(address):
-    found = open_store(address).fetch(IDS)
-    own, old = (np.abs(found - rows).max(1) < 1e-5 for rows in (OWN, mapped(linear())))
-    assert (own ^ old).all()  # each item is one or the other
-    return set(IDS[own].tolist())
-
-
-def test_a_backfill_goes_as_far_as_its_budget_and_on_from_there(tmp_path):
-    old, new = write_npy(tmp_path)
-    migrate(old, new, linear(), progress=False)
-    asked = []
-
-    def embed(ids):
-        asked.extend(ids)
-        return torch.from_numpy(own_vectors(ids))
-
-    found = backfill(new, embed, budget="20%", batch_size=50, progress=False)
-    assert found["backfill"]["done"] == 120 and replaced(new) == set(asked)
-    backfill(new, embed, budget=200, batch_size=50, progress=False)
-    assert len(asked) == len(set(asked)) == 200 and replaced(new) == set(asked)
-    backfill(new, embed, budget="150", progress=False)  # less than is done
-    backfill(new, embed, budget="0s", progress=False)
-    assert len(asked) == 200
-    with pytest.raises(ValueError, match="order, seed and model must be those of the run that began"):
-        backfill(new, embed, budget="100%", seed=1, progress=False)
-    backfill(new, embed, budget="1h", progress=False)
-    assert replaced(new) == set(IDS.tolist()) and len(asked) == ROWS
-    assert read_manifest(new)["backfill"]["done"] == ROWS
-
-
-def test_a_backfill_in_an_order_of_ones_own(tmp_path):
-    old, new = write_npy(tmp_path)
-    migrate(old, new, linear(), new_model="b", progress=False)
-    order = IDS[::-3]
-    backfill(new, own_vectors, budget=60, order=order, model="b", progress=False)
-    assert replaced(new) == set(order[:60].tolist())
-    with pytest.raises(ValueError, match="model must be the one that the gallery was mapped for, 'b', got 'c'"):
-        backfill(new, own_vectors, budget=60, order=order, model="c")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kind", ["npy", "qdrant", "postgres"])
-def test_a_killed_backfill_goes_on(kind, tmp_path, request):
-    if kind == "postgres":
-        database = request.getfixturevalue("database")
-        fill(database, "items")
-        old, new = place(database, "items#embedding"), place(database, "items#embedding_v2")
-    else:
-        old, new = {"npy": write_npy, "qdrant": write_qdrant}[kind](tmp_path)
-
-    def run():
-        migrate(old, new, linear(), progress=False)
-
-        def embed(ids):
-            time.sleep(0.01)
-            return own_vectors(ids)
-
-        backfill(new, embed, budget="50%", batch_size=10, progress=False)
-
-    def check():
-        assert len(replaced(new)) == 300
-        rollback(new)
-
-    killed_runs(run, 3, 0.4 if kind != "qdrant" else 2.0)
-    killed_runs(run, 0, 0)
-    killed_runs(check, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("budget", "message"),
-    [("110%", "at most 100%"), ("a lot", "must be a share"), (-3, "must be a share"), (0.5, "a share is written 20%")],
-)
-def test_budgets_that_are_none(budget, message, tmp_path):
-    old, new = write_npy(tmp_path)
-    with pytest.raises(ValueError, match="must be what a migration has finished"):
-        backfill(new, own_vectors, budget="10%")
-    migrate(old, new, linear(), progress=False)
-    with pytest.raises(ValueError, match=message):
-        backfill(new, own_vectors, budget=budget)
-
-
-@pytest.mark.parametrize(
-    ("embed", "message"),
-    [
-        (lambda ids: own_vectors(ids)[:, :3], "must return a row of 5 numbers for each of"),
-        (lambda ids: own_vectors(ids)[:1], "must return a row of 5 numbers for each of"),
-        (lambda ids: own_vectors(ids) * np.nan, "must return finite numbers"),
-    ],
-)
-def test_embeddings_that_do_not_fit_change_nothing(embed, message, tmp_path):
-    old, new = write_npy(tmp_path)
-    migrate(old, new, linear(), progress=False)
-    before = content(new)
-    with pytest.raises(ValueError, match=message):
-        backfill(new, embed, budget="10%", progress=False)
-    with pytest.raises(ValueError, match="it lacks 5"):
-        backfill(new, lambda ids: OWN[: len(ids)], budget=2, order=np.array([5, 3]), progress=False)
-    assert content(new) == before
-
-
-def test_command_line_backfill(tmp_path, capsys, monkeypatch):
-    old, new = write_npy(tmp_path)
-    linear().save(tmp_path / "map.safetensors")
-    (tmp_path / "my_embedder.py").write_text(
-        "import numpy as np\n\ndef embed(ids):\n    return np.full((len(ids), 5), 2.0, np.float32)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    command = ["migrate", old, new, "--with", "map.safetensors"]
-    assert main([*command, "--embed", "my_embedder:embed", "--budget", "25%"]) == 0
-    assert "150 of them embedded anew" in capsys.readouterr().out
-    assert (np.load(new) == 2).all(1).sum() == 150
-    assert main([*command, "--embed", "my_embedder:embed"]) == 3
-    assert "--embed must be given with --budget" in capsys.readouterr().err
-    assert main([*command, "--embed", "my_embedder:other", "--budget", "3"]) == 3
-    assert "it has no 'other'" in capsys.readouterr().err
 
 
 def test_from_parquet_into_a_server_the_payload_has_neither_ids_nor_old_vectors(tmp_path):
@@ -739,3 +615,106 @@ def test_a_faiss_index_takes_whole_numbers_as_ids_alone(tmp_path):
     np.save(tmp_path / "old.ids.npy", np.array([f"item {number}" for number in IDS]))
     with pytest.raises(ValueError, match="ids of a FAISS index must be whole numbers, got 'item 3'"):
         migrate(old, str(tmp_path / "new.faiss"), linear(), progress=False)
+
+
+def dense_ids(folder, rows=2000):
+    """Write vectors that quantisers can be trained on, in Parquet."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    vectors = np.random.default_rng(1).normal(size=(rows, WIDTH)).astype(np.float32)
+    column = arrow.FixedSizeListArray.from_arrays(vectors.ravel(), WIDTH)
+    parquet.write_table(arrow.table({"vector": column, "id": np.arange(rows) * 3}), folder / "old.parquet")
+    return str(folder / "old.parquet"), vectors
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW8,Flat", "SQ8", "IVF4,SQ8", "PQ4x4", "IVF4,PQ2x4"])
+def test_an_index_of_a_kind_that_faiss_knows_by_name_and_from_there_on(factory, tmp_path):
+    faiss = pytest.importorskip("faiss", reason="needs faiss")
+    old, vectors = dense_ids(tmp_path)
+    same = LinearTransformation(WIDTH, WIDTH)
+    torch.nn.init.eye_(same.linear.weight)
+    new, further = str(tmp_path / "new.faiss"), str(tmp_path / "further.faiss")
+    manifest = migrate(old, f"{new}#{factory}", same, progress=False)
+    assert manifest["read_back"] == 256
+    index = faiss.read_index(new)
+    inner = index if factory.startswith("IVF") else faiss.downcast_index(index.index)
+    kind = type(faiss.index_factory(WIDTH, factory, faiss.METRIC_INNER_PRODUCT))
+    assert type(inner) is (faiss.IndexFlatIP if factory == "Flat" else kind)
+    store = open_store(new)
+    given = store.as_stored(vectors[:100]) if "Q" in factory else vectors[:100]
+    np.testing.assert_allclose(store.fetch(np.arange(100) * 3), given, rtol=1e-5, atol=1e-6)
+    assert ("codes" in " ".join(store.notes)) == ("Q" in factory)
+    if "PQ" in factory:
+        with pytest.raises(ValueError, match="of vectors 5 wide"):  # 4 or 2 parts of 5 are none
+            migrate(new, further, linear(), progress=False)
+        return
+    migrate(new, further, linear(), progress=False)  # of the same kind, without saying so
+    again = open_store(further)
+    assert (again.factory, again.width, len(again)) == (store.factory, NEW_WIDTH, 2000)
+
+
+@pytest.mark.parametrize("factory", ["IVF", "PQ3", "OPQ2,IVF4,PQ2x4"])
+def test_an_index_that_cannot_be_made_is_refused_before_anything_is_written(factory, tmp_path):
+    pytest.importorskip("faiss", reason="needs faiss")
+    old, _ = dense_ids(tmp_path)
+    with pytest.raises(ValueError, match=f"of vectors 5 wide; '{factory}' is not"):
+        migrate(old, f"{tmp_path}/new.faiss#{factory}", linear(), progress=False)
+    assert sorted(os.listdir(tmp_path)) == ["old.parquet"]
+
+
+def write_meanwhile(address, vector, name):
+    """Write one item, 1, into a live store by its own program, as the user's service does."""
+    if address.startswith("qdrant"):
+        from qdrant_client import models
+
+        from pml_compat.gallery.stores.qdrant import connect
+
+        client, collection, _ = connect(address)
+        client.upsert(collection, points=[models.PointStruct(id=1, vector=vector.tolist(), payload={"name": name})])
+        return
+    from pml_compat.gallery.stores.postgres import connect
+
+    connection, table, column = connect(address)
+    own = ("name", name) if table == "items" else ("payload", json.dumps({"name": name}))
+    connection.execute(
+        f"INSERT INTO {table} (id, {own[0]}, {column}) VALUES (1, %s, %s) "
+        f"ON CONFLICT (id) DO UPDATE SET {column} = EXCLUDED.{column}",
+        [own[1], vector],
+    )
+
+
+@pytest.mark.parametrize("kind", ["qdrant", "items#embedding_v2", "items_v2#embedding"])
+@pytest.mark.parametrize("to_both", [True, False])
+def test_a_service_goes_on_writing(kind, to_both, tmp_path, request, monkeypatch):
+    """An item that is written to both is left as it is; one written to the old store alone is caught up with."""
+    if kind == "qdrant":
+        old, new = write_qdrant(tmp_path)
+    else:
+        database = request.getfixturevalue("database")
+        fill(database, "items")
+        old, new = place(database, "items#embedding"), place(database, kind)
+    own, mine = np.full(NEW_WIDTH, 2.0, np.float32), np.full(WIDTH, 3.0, np.float32)
+
+    def run():
+        transformation, apply_to, batches = linear(), LinearTransformation.apply_to, []
+
+        def apply(self, *given, **more):
+            batches.append(1)
+            if len(batches) == 3:  # its id is the lowest: a run that reads in the order of ids is past it
+                write_meanwhile(old, mine, "late")
+                if to_both:
+                    write_meanwhile(new, own, "late")
+            return apply_to(self, *given, **more)
+
+        monkeypatch.setattr(LinearTransformation, "apply_to", apply)
+        first = migrate(old, new, transformation, batch_size=100, progress=False)
+        assert first["status"] == "finished" and len(batches) == 6
+        again = migrate(old, new, transformation, batch_size=100, progress=False)
+        assert len(batches) == (6 if to_both else 7) and again["done"] == (ROWS if to_both else ROWS + 1)
+        store = open_store(new)
+        assert len(store) == ROWS + 1
+        expected = own if to_both else apply_to(transformation, mine[None], progress=False)[0]
+        np.testing.assert_allclose(store.fetch(np.array([1]))[0], expected, rtol=1e-5)
+        np.testing.assert_allclose(store.fetch(IDS), mapped(transformation), rtol=1e-5, atol=1e-6)
+        rollback(new)
+
+    killed_runs(run, 0, 0)

@@ -250,6 +250,58 @@ def test_milvus_keys_of_any_text(tmp_path):
     assert in_child(text_keys, tmp_path)
 
 
+def embedded_anew(kind, folder):
+    """A part of the items gets vectors of their own; ids, order and payload stay."""
+    from pml_compat.gallery import backfill
+
+    WRITE[kind](folder)
+    old, new = places(kind, folder)
+    run(old, new)
+    before = [record for batch in open_store(new).batches(50) for record in batch.records()]
+    own = np.random.default_rng(9).normal(size=(ROWS, NEW_WIDTH)).astype(np.float32)
+    for budget in (100, "50%"):
+        backfill(new, lambda ids: own[np.searchsorted(IDS, ids)], budget=budget, batch_size=30, progress=False)
+    store = open_store(new)
+    found = store.fetch(IDS)
+    anew = np.abs(found - own).max(1) < 1e-5
+    assert anew.sum() == 300
+    np.testing.assert_allclose(found[~anew], mapped(linear())[~anew], rtol=1e-5, atol=1e-6)
+    assert [record for batch in store.batches(50) for record in batch.records()] == before
+    assert np.concatenate([batch.ids for batch in store.batches(50)]).tolist() == IDS.tolist()
+    if kind == "lance":
+        assert len(store.dataset.versions()) == 1
+    rollback(new)
+    return True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backfill(kind, tmp_path):
+    assert in_child(embedded_anew, kind, tmp_path)
+
+
+def written_meanwhile(folder):
+    """An item that the user's service has written to both is left as it is; one in the old alone is caught up with."""
+    WRITE["milvus"](folder)
+    old, new = places("milvus", folder)
+    run(old, new)
+    client = open_store(old).client
+    row = {"pk": 1, "name": "late", "tags": [1], "vector": [3.0] * WIDTH}
+    client.upsert("old", [row])
+    assert run(old, new)["done"] == ROWS + 1
+    expected = linear().apply_to(np.full((1, WIDTH), 3.0, np.float32), progress=False)
+    np.testing.assert_allclose(open_store(new).fetch(np.array([1])), expected, rtol=1e-5)
+    client.upsert("old", [row | {"pk": 2}, row | {"pk": 4}])
+    client.upsert("new", [row | {"pk": 2, "vector": [5.0] * NEW_WIDTH}])
+    assert run(old, new)["done"] == ROWS + 2
+    np.testing.assert_allclose(open_store(new).fetch(np.array([2])), 5.0)
+    return True
+
+
+@needs("milvus")
+def test_milvus_in_service(tmp_path):
+    assert in_child(written_meanwhile, tmp_path)
+
+
 def unfinished_collections(folder):
     """Milvus Lite was killed while it made a collection: its folder is there, and it does not know it."""
     np.save(folder / "old.npy", VECTORS)

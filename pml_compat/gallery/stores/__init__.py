@@ -77,6 +77,12 @@ def is_taken(address: str) -> bool:
     return bool(module.exists(address)) if hasattr(module, "exists") else _path(address).exists()
 
 
+def is_live(address: str) -> bool:
+    """Tell whether others may write to such a store meanwhile."""
+    module, name = _kind(address)
+    return bool(getattr(module, f"{name}Store").live)
+
+
 def _path(address: str) -> Path:
     return Path(address.partition("#")[0])
 

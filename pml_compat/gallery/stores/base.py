@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,11 @@ class Batch:
             return self.payload
         return self.payload.drop_columns(list(self.left_out)).to_pylist()
 
+    def take(self, rows: np.ndarray) -> Batch:
+        """Return some items of a batch whose payload is a list or None."""
+        payload = None if self.payload is None else [self.payload[row] for row in rows]
+        return replace(self, ids=self.ids[rows], vectors=self.vectors[rows], payload=payload)
+
 
 class Store(abc.ABC):
     """A gallery where it is kept; it is only read.
@@ -47,12 +52,14 @@ class Store(abc.ABC):
         width: of its vectors.
         dtype: of its vectors.
         notes: what a reader should know, one sentence each.
+        live: whether others may write to it meanwhile.
     """
 
     address: str
     width: int
     dtype: np.dtype
     notes: tuple[str, ...] = ()
+    live = False
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -70,9 +77,23 @@ class Store(abc.ABC):
             ValueError: an id that the store does not have.
         """
 
+    def known(self, ids: np.ndarray) -> np.ndarray:
+        """Tell of each id whether a live store has it."""
+        raise NotImplementedError
+
+    def as_stored(self, vectors: np.ndarray) -> np.ndarray:
+        """Return vectors as the store gives them back, which a quantiser changes."""
+        return vectors
+
 
 class Writer(abc.ABC):
-    """A new store beside an old one. What a run that was killed has written stays, and the next one goes on there."""
+    """A new store beside an old one. What a run that was killed has written stays, and the next one goes on there.
+
+    Attributes:
+        written_whole: whether :meth:`replace` writes the whole store anew, and should have all vectors at once.
+    """
+
+    written_whole = False
 
     @abc.abstractmethod
     def keep(self, manifest: Manifest) -> None:
@@ -80,7 +101,18 @@ class Writer(abc.ABC):
 
     @abc.abstractmethod
     def commit(self, batch: Batch, manifest: Manifest) -> None:
-        """Write a batch and, once it is there, keep the manifest; a batch that was written before is written over."""
+        """Write a batch and, once it is there, keep the manifest; a batch that was written before may come again.
+
+        Where others write to the new store meanwhile, an item that is there is left as it is.
+        """
+
+    @abc.abstractmethod
+    def replace(self, ids: np.ndarray, vectors: np.ndarray, manifest: Manifest) -> None:
+        """Write other vectors for some items of the finished store, then keep the manifest.
+
+        Raises:
+            ValueError: an id that the store does not have.
+        """
 
     def finish(self) -> None:
         """Make a whole store of what was written; may be called again."""

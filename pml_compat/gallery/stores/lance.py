@@ -21,9 +21,11 @@ from ...data.parquet_columns import embedding_rows
 from .base import Batch, Manifest, Store, Writer
 from .files import partial_path, remove, write_manifest
 from .npy import rows_of
+from .overlay import Overlay
 from .parquet import IDS, VECTORS
 
 _AT_ONCE = 4096  # ids a filter
+_REWRITTEN = 2**15  # rows at once
 
 
 class LanceStore(Store):
@@ -116,6 +118,7 @@ class LanceWriter(Writer):
     """
 
     extra = "lance"
+    written_whole = True
 
     def __init__(self, address: str, source: Store, width: int) -> None:
         self.lance, self.arrow = import_extra("lance", self.extra), import_extra("pyarrow", self.extra)
@@ -196,6 +199,28 @@ class LanceWriter(Writer):
         fragments = [one for text in texts for one in json.loads(text)]
         metadata = self.lance.fragment.FragmentMetadata
         return self.lance.LanceOperation.Append([metadata.from_json(json.dumps(one)) for one in fragments])
+
+    def replace(self, ids: np.ndarray, vectors: np.ndarray, manifest: Manifest) -> None:
+        """Write a version of the dataset with other vectors for some rows, remove the older ones, keep the manifest."""
+        store = self.source
+        if not isinstance(store, LanceStore):
+            raise TypeError(f"source must be the dataset itself, got {type(store).__name__}")
+        reader = self.arrow.RecordBatchReader.from_batches(store.dataset.schema, self._with_others(store, ids, vectors))
+        new = self.lance.write_dataset(reader, str(self.path), mode="overwrite")
+        new.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
+        self.keep(manifest)
+
+    def _with_others(self, store: LanceStore, ids: np.ndarray, vectors: np.ndarray) -> Iterator[Any]:
+        """Yield all rows of a store, with other vectors for some."""
+        overlay = Overlay(ids, vectors)
+        for batch in store.batches(_REWRITTEN):
+            rows = overlay.on(batch)
+            kind = store.dataset.schema.field(self.column).type
+            values = self.arrow.array(rows.ravel(), kind.value_type)
+            column = self.arrow.FixedSizeListArray.from_arrays(values, self.width).cast(kind)
+            table = batch.payload.add_column(store.place, store.dataset.schema.field(self.column), column)
+            yield from table.cast(store.dataset.schema).to_batches()
+        overlay.check_all_found(str(self.path))
 
     def discard(self) -> None:
         """Remove the folder, what is unfinished, and the manifest."""

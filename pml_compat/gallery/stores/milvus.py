@@ -5,21 +5,19 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
-import logging
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
 from ..._extras import import_extra
 from .base import Batch, Manifest, Store, Writer
+from .milvus_client import connect, parse, shown
 
 _MANIFESTS = "pml_compat_manifests"  # a collection beside those that were written
 _AT_ONCE, _BYTES_AT_ONCE = 4096, 2**24  # items a request, and bytes of their vectors
@@ -30,6 +28,8 @@ _ALWAYS = {"consistency_level": "Strong"}
 class MilvusStore(Store):
     """See the module. The order is that of the primary key; other scalar fields, dynamic ones too, are the payload."""
 
+    live = True
+
     def __init__(self, address: str) -> None:
         self.address = address
         place, local, self.collection, name = parse(address)
@@ -37,7 +37,7 @@ class MilvusStore(Store):
             raise FileNotFoundError(f"there is no {place!r}")
         self.client = connect(address)
         if not self.client.has_collection(self.collection):
-            raise FileNotFoundError(f"there is no collection {self.collection!r} at {_shown(address)}")
+            raise FileNotFoundError(f"there is no collection {self.collection!r} at {shown(address)}")
         self.description = self.client.describe_collection(self.collection)
         fields = self.description["fields"]
         self.key_field = next(field for field in fields if field.get("is_primary"))
@@ -46,7 +46,7 @@ class MilvusStore(Store):
         found = [field for field in vectors if field["name"] == name or (not name and len(vectors) == 1)]
         if not found:
             raise ValueError(
-                f"{_shown(address)} must name one of the collection's fields of float vectors, "
+                f"{shown(address)} must name one of the collection's fields of float vectors, "
                 f"{[field['name'] for field in vectors] or 'which has none'}, by #FIELD at its end"
             )
         self.column, self.width = found[0]["name"], int(found[0]["params"]["dim"])
@@ -85,7 +85,7 @@ class MilvusStore(Store):
             keys = [record[self.key] for record in records]
             seen = keys if cursor is None else [cursor, *keys]
             if any(after <= before for before, after in pairwise(seen)):
-                raise RuntimeError(f"{_shown(self.address)} must give its items in the order of the key, it did not")
+                raise RuntimeError(f"{shown(self.address)} must give its items in the order of the key, it did not")
             cursor = keys[-1]
             vectors = np.array([record[self.column] for record in records], np.float32)
             payload = [{name: value for name, value in one.items() if name not in self.dropped} for one in records]
@@ -106,16 +106,13 @@ class MilvusStore(Store):
 
     def fetch(self, ids: np.ndarray) -> np.ndarray:
         """Return the vectors of some keys."""
-        known: dict[Any, Any] = {}
-        for part in _parts(len(ids), self.width):
-            keys = ", ".join(map(_literal, ids[part].tolist()))
-            wanted = {"filter": f"{self.key} in [{keys}]", "output_fields": [self.key, self.column]}
-            for record in self.client.query(self.collection, **wanted, **_ALWAYS):
-                known[record[self.key]] = record[self.column]
-        missing = [one for one in ids.tolist() if one not in known]
-        if missing:
-            raise ValueError(f"{_shown(self.address)} must hold the keys asked for, it lacks {missing[0]!r}")
-        return np.array([known[one] for one in ids.tolist()], np.float32)
+        found = _records(self.client, self.collection, self.key, ids, [self.key, self.column], self.width)
+        return np.array([found[one][self.column] for one in _all_found(found, ids, self.address)], np.float32)
+
+    def known(self, ids: np.ndarray) -> np.ndarray:
+        """Tell of each key whether there is such an item."""
+        found = _records(self.client, self.collection, self.key, ids, [self.key], 1)
+        return np.array([one in found for one in ids.tolist()], bool)
 
 
 class MilvusWriter(Writer):
@@ -133,17 +130,31 @@ class MilvusWriter(Writer):
         self.column = name or getattr(source, "column", "embedding")
         self.key = getattr(source, "key", None) or getattr(source, "id_column", None) or "id"
         self.dropped = {getattr(source, "column", self.column)}  # the old vectors, which some payloads have
+        if self.client.has_collection(self.collection):
+            self.client.load_collection(self.collection)  # a killed run of Milvus Lite leaves it unloaded
 
     def commit(self, batch: Batch, manifest: Manifest) -> None:
         """Upsert the items, then keep the manifest."""
         if self._is_missing(self.collection):
             self._create("U" if batch.ids.dtype.kind in "UO" else "i")
+        if batch.ids.dtype.kind in "iu" and int(batch.ids.max()) >= 2**63:
+            raise ValueError(f"ids of a Milvus collection must be text or below 2**63, got {int(batch.ids.max())}")
+        there = _records(self.client, self.collection, self.key, batch.ids, [self.key], 1)
+        batch = replace(batch, payload=batch.records())
+        batch = batch.take(np.array([row for row, key in enumerate(batch.ids.tolist()) if key not in there], int))
         keys, payload = batch.ids.tolist(), batch.records()
-        if isinstance(keys[0], int) and max(keys) >= 2**63:
-            raise ValueError(f"ids of a Milvus collection must be text or below 2**63, got {max(keys)}")
         for part in _parts(len(keys), self.width):
             rows = zip(keys[part], batch.vectors[part].astype(np.float32).tolist(), payload[part], strict=True)
             self.client.upsert(self.collection, [self._row(*row) for row in rows])
+        self.keep(manifest)
+
+    def replace(self, ids: np.ndarray, vectors: np.ndarray, manifest: Manifest) -> None:
+        """Upsert some items as they are but for their vectors, then keep the manifest."""
+        for part in _parts(len(ids), self.width):
+            found = _records(self.client, self.collection, self.key, ids[part], ["*"], self.width)
+            keys = _all_found(found, ids[part], self.address)
+            rows = zip(keys, vectors[part].astype(np.float32).tolist(), strict=True)
+            self.client.upsert(self.collection, [found[key] | {self.column: vector} for key, vector in rows])
         self.keep(manifest)
 
     def _is_missing(self, collection: str) -> bool:
@@ -237,52 +248,24 @@ def exists(address: str) -> bool:
     return not (local and not Path(place).exists()) and bool(connect(address).has_collection(collection))
 
 
-def parse(address: str) -> tuple[str, bool, str, str]:
-    """Return a file or a server's address, whether it is a file, the collection's name and that of its vectors.
-
-    Raises:
-        ValueError: an address without a collection.
-    """
-    parts = urlsplit(address)
-    file, _, collection = parts.path.rpartition("/")
-    local = not parts.hostname
-    if not collection or (not file.endswith(".db") if local else file):
-        raise ValueError(
-            "address must be milvus://HOST:19530/COLLECTION, or milvus:///FOLDER/FILE.db/COLLECTION, got "
-            f"{_shown(address)!r}"
-        )
-    return file if local else f"http://{parts.hostname}:{parts.port or 19530}", local, collection, parts.fragment
+def _records(
+    client: Any, collection: str, key: str, ids: np.ndarray, fields: list[str], width: int
+) -> dict[Any, dict[str, Any]]:
+    """Return what is there of some keys."""
+    found: dict[Any, dict[str, Any]] = {}
+    for part in _parts(len(ids), width):
+        wanted = f"{key} in [{', '.join(map(_literal, ids[part].tolist()))}]"
+        records = client.query(collection, filter=wanted, output_fields=fields, **_ALWAYS)
+        found |= {record[key]: record for record in records}
+    return found
 
 
-def connect(address: str) -> Any:
-    """Return a client.
-
-    Raises:
-        ConnectionError: no server answers, or another process has the file open.
-        ImportError: pymilvus is not installed, or milvus-lite for a file.
-    """
-    place, local, *_ = parse(address)
-    parts = urlsplit(address)
-    token = f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else ""
-    pymilvus = import_extra("pymilvus", "milvus")
-    if local:
-        import_extra("milvus_lite", "milvus")
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return _client(place, token)
-    except pymilvus.MilvusException as error:
-        why = "another process has it open, or it is no file of Milvus Lite" if local else str(error)
-        raise ConnectionError(f"{_shown(address)} does not answer: {why}") from error
-
-
-@functools.cache  # one a place: Milvus Lite locks its file
-def _client(place: str, token: str) -> Any:
-    client = import_extra("pymilvus", "milvus").MilvusClient(uri=place, token=token)
-    # Milvus Lite has no time stamps; pymilvus says so once a page.
-    log = logging.getLogger("pymilvus.client.iterator.query_iterator")
-    log.addFilter(lambda record: "mvccTs" not in record.getMessage())
-    atexit.register(client.close)
-    return client
+def _all_found(found: dict[Any, Any], ids: np.ndarray, address: str) -> list[Any]:
+    keys: list[Any] = ids.tolist()
+    missing = [one for one in keys if one not in found]
+    if missing:
+        raise ValueError(f"{shown(address)} must hold the keys asked for, it lacks {missing[0]!r}")
+    return keys
 
 
 def _at_once(width: int) -> int:
@@ -296,9 +279,3 @@ def _parts(count: int, width: int) -> Iterator[slice]:
 
 def _literal(key: Any) -> str:
     return json.dumps(key, ensure_ascii=False)
-
-
-def _shown(address: str) -> str:
-    """Return an address without its password."""
-    password = urlsplit(address).password
-    return address.replace(f":{password}@", ":***@") if password else address

@@ -16,6 +16,7 @@ from ...data.parquet_columns import embedding_rows
 from .base import Batch, Manifest, Store, Writer
 from .files import partial_path, remove, write_manifest
 from .npy import rows_of
+from .overlay import Overlay
 
 VECTORS = ("embedding", "embeddings", "vector", "vectors", "values")
 IDS = ("id", "ids", "_id", "pk", "uuid")
@@ -56,17 +57,21 @@ class ParquetStore(Store):
     def batches(self, size: int, cursor: Any = None) -> Iterator[Batch]:
         """Yield some row groups, or a part of a large one, after the other; a cursor is their number and a row."""
         for table, start, after in self._tables(size, *(cursor or (0, 0))):
-            vectors = embedding_rows(table[self.column], self.address, self.column).astype(self.dtype, copy=False)
-            if vectors.shape[1] != self.width:
-                raise ValueError(
-                    f"{self.address} must have vectors of one width, {self.width} in the first row, got "
-                    f"{vectors.shape[1]} in row {start}"
-                )
-            ids = np.arange(start, start + len(table))
-            if self.id_column is not None:
-                ids = table[self.id_column].to_numpy()
-                ids = ids.astype(str) if ids.dtype == object else ids
-            yield Batch(ids, vectors, table, after, self.left_out)
+            yield self.batch(table, start, after)
+
+    def batch(self, table: Any, start: int, after: Any) -> Batch:
+        """Return a table as a batch; ``start`` is its first row."""
+        vectors = embedding_rows(table[self.column], self.address, self.column).astype(self.dtype, copy=False)
+        if vectors.shape[1] != self.width:
+            raise ValueError(
+                f"{self.address} must have vectors of one width, {self.width} in the first row, got "
+                f"{vectors.shape[1]} in row {start}"
+            )
+        ids = np.arange(start, start + len(table))
+        if self.id_column is not None:
+            ids = table[self.id_column].to_numpy()
+            ids = ids.astype(str) if ids.dtype == object else ids
+        return Batch(ids, vectors, table, after, self.left_out)
 
     def cursors(self, size: int) -> list[list[int]]:
         """Return where each batch of this size begins, without reading any."""
@@ -135,6 +140,8 @@ class ParquetStore(Store):
 class ParquetWriter(Writer):
     """Writes a part a batch into a folder, which then takes its name; parts of a single file are joined at the end."""
 
+    written_whole = True
+
     def __init__(self, address: str, source: Store, width: int) -> None:
         self.arrow, self.parquet = import_extra("pyarrow", "parquet"), import_extra("pyarrow.parquet", "parquet")
         self.path, self.width = Path(address.partition("#")[0]), width
@@ -155,12 +162,33 @@ class ParquetWriter(Writer):
         """Return where the part of a batch lies until all are there."""
         return self.work / f"part-{number:06d}.parquet"
 
+    def replace(self, ids: np.ndarray, vectors: np.ndarray, manifest: Manifest) -> None:
+        """Write the files anew, each whole or not at all, with other vectors for some rows; keep the manifest."""
+        store, overlay, row = ParquetStore(str(self.path)), Overlay(ids, vectors), 0
+        for path in store.files:
+            with (
+                self.parquet.ParquetFile(path) as old,
+                whole_file(path) as temporary,
+                self.parquet.ParquetWriter(temporary, old.schema_arrow, compression="zstd") as new,
+            ):
+                for group in range(old.num_row_groups):
+                    batch = store.batch(old.read_row_group(group), row, None)
+                    row += len(batch.ids)
+                    place = batch.payload.schema.get_field_index(store.column)
+                    field = batch.payload.schema.field(place)
+                    column = self._vectors(overlay.on(batch)).cast(field.type)
+                    new.write_table(batch.payload.set_column(place, field, column))
+        overlay.check_all_found(str(self.path))
+        self.keep(manifest)
+
+    def _vectors(self, rows: np.ndarray) -> Any:
+        values = self.arrow.array(np.ascontiguousarray(rows).ravel(), self.arrow.from_numpy_dtype(rows.dtype))
+        return self.arrow.FixedSizeListArray.from_arrays(values, self.width)
+
     def write_part(self, number: int, batch: Batch) -> None:
         """Write the part of a batch, whole or not at all."""
         self.work.mkdir(parents=True, exist_ok=True)
-        kind = self.arrow.from_numpy_dtype(batch.vectors.dtype)
-        values = self.arrow.array(np.ascontiguousarray(batch.vectors).ravel(), kind)
-        vectors = self.arrow.FixedSizeListArray.from_arrays(values, self.width)
+        vectors = self._vectors(batch.vectors)
         table = self._payload(batch)
         place = table.schema.get_field_index(self.column)
         if place < 0:

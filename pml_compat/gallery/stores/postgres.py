@@ -26,6 +26,8 @@ _OPEN: dict[tuple[str, int], Any] = {}  # connections of this process, by their 
 class PostgresStore(Store):
     """See the module. The order is that of the primary key; other columns are the payload."""
 
+    live = True
+
     def __init__(self, address: str) -> None:
         self.address = address
         self.connection, self.table, self.column = connect(address)
@@ -94,6 +96,13 @@ class PostgresStore(Store):
             raise ValueError(f"{_shown(self.address)} must hold the keys asked for, it lacks {missing[0]!r}")
         return np.stack([known[str(one)] for one in ids.tolist()]).astype(self.dtype, copy=False)
 
+    def known(self, ids: np.ndarray) -> np.ndarray:
+        """Tell of each key whether it has a vector."""
+        where = f"{{key}} = ANY(%s::{self.key_kind}[]) AND {{column}} IS NOT NULL"
+        rows = self.connection.execute(self._format(f"SELECT {{key}} FROM {{table}} WHERE {where}"), [ids.tolist()])
+        found = {str(key) for (key,) in rows.fetchall()}
+        return np.array([str(one) in found for one in ids.tolist()], bool)
+
 
 class PostgresWriter(Writer):
     """Writes rows and the manifest in one transaction: a batch is there with its place, or not at all."""
@@ -119,11 +128,11 @@ class PostgresWriter(Writer):
             self._create(self._key_kind(batch.ids))
             self._send(batch, with_payload=not self.column_alone)
             if self.column_alone:
-                self._run("UPDATE {table} SET {column} = v FROM rows_to_write WHERE {key} = k")
+                self._run("UPDATE {table} SET {column} = v FROM rows_to_write WHERE {key} = k AND {column} IS NULL")
             else:
                 self._run(
                     "INSERT INTO {table} ({key}, {column}, payload) SELECT k, v, payload FROM rows_to_write "
-                    "ON CONFLICT ({key}) DO UPDATE SET {column} = EXCLUDED.{column}, payload = EXCLUDED.payload"
+                    "ON CONFLICT ({key}) DO NOTHING"
                 )
             self._keep(manifest)
 

@@ -9,6 +9,7 @@ import atexit
 import functools
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +24,8 @@ _AT_ONCE = 256  # points a request
 
 class QdrantStore(Store):
     """See the module. The order is that of the ids; payload goes along."""
+
+    live = True
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -91,6 +94,10 @@ class QdrantStore(Store):
             raise ValueError(f"{self.address} must hold the ids asked for, it lacks {missing[0]!r}")
         return np.array([known[str(one)] for one in ids.tolist()], np.float32)
 
+    def known(self, ids: np.ndarray) -> np.ndarray:
+        """Tell of each id whether there is such a point."""
+        return _known(self.client, self.collection, ids)
+
 
 class QdrantWriter(Writer):
     """Writes a collection beside the old one, by the same ids, so that a point that is written twice is one."""
@@ -107,8 +114,10 @@ class QdrantWriter(Writer):
         """Upsert the points, wait for them, then keep the manifest."""
         if not self.client.collection_exists(self.collection):
             self.client.create_collection(self.collection, vectors_config=self.config)
+        _check_ids(batch.ids.tolist())
+        batch = replace(batch, payload=batch.records())
+        batch = batch.take(np.flatnonzero(~_known(self.client, self.collection, batch.ids)))
         ids, records = batch.ids.tolist(), batch.records()
-        _check_ids(ids)
         for start in range(0, len(ids), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             vectors = batch.vectors[part].tolist()
@@ -119,10 +128,10 @@ class QdrantWriter(Writer):
 
     def replace(self, ids: np.ndarray, vectors: np.ndarray, manifest: Manifest) -> None:
         """Give some points other vectors, wait for it, then keep the manifest."""
-        known = {str(one.id) for one in self.client.retrieve(self.collection, ids.tolist(), with_payload=False)}
-        missing = [one for one in ids.tolist() if str(one) not in known]
-        if missing:
-            raise ValueError(f"{self.collection} must hold the ids that are asked for, it lacks {missing[0]!r}")
+        known = _known(self.client, self.collection, ids)
+        if not known.all():
+            missing = ids[known.argmin()].item()
+            raise ValueError(f"{self.collection} must hold the ids that are asked for, it lacks {missing!r}")
         rows = [{self.name: row} if self.name else row for row in vectors.tolist()]
         points = [self.models.PointVectors(id=one, vector=row) for one, row in zip(ids.tolist(), rows, strict=True)]
         self.client.update_vectors(self.collection, points=points, wait=True)
@@ -182,6 +191,14 @@ def _client(place: str, local: bool) -> Any:
     client = module.QdrantClient(path=place) if local else module.QdrantClient(url=f"http://{place}")
     atexit.register(client.close)
     return client
+
+
+def _known(client: Any, collection: str, ids: np.ndarray) -> np.ndarray:
+    found = set()
+    for start in range(0, len(ids), 4 * _AT_ONCE):
+        part = ids[start : start + 4 * _AT_ONCE].tolist()
+        found |= {str(one.id) for one in client.retrieve(collection, part, with_payload=False, with_vectors=False)}
+    return np.array([str(one) in found for one in ids.tolist()], bool)
 
 
 def _columns(vectors: list[Any]) -> Any:
