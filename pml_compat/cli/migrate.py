@@ -45,6 +45,11 @@ def add_migrate(commands: argparse._SubParsersAction) -> None:
     add("--budget", metavar="AMOUNT", help="as far as this goes: 20%%, a number of items, or 90s, 30min, 8h")
     add("--order", type=Path, metavar="NPY", help="ids, the most urgent first (random)")
     add("--ray", metavar="ADDRESS", help="over a Ray cluster, Parquet alone: its address, auto, or local for one here")
+    add("--sample", type=Path, nargs=2, metavar="FILE", help="the same labelled items by the old model and by the new "
+        "one (as evaluate reads them): with --dry-run it tells what each share embedded anew is worth")  # fmt: skip
+    add("--sample-side-info", type=Path, metavar="NPY", help="side-information of the sample, for a map that takes it")
+    add("--far", type=float, nargs="*", default=(), metavar="RATE", help="with --sample, the thresholds of these false "
+        "accept rates in each phase")  # fmt: skip
     add("--dry-run", action="store_true", help="say what it would do: items, widths, space, time; write nothing")
     add("--rollback", action="store_true", help="remove what a migration has written at this one address")
     migrate.set_defaults(run=_migrate, failed=3, interrupted="what is written stays; run it again to go on")
@@ -63,6 +68,10 @@ def _migrate(options: argparse.Namespace) -> int:
         return 0
     if options.new is None or options.transformation is None:
         raise ValueError("migrate must be given OLD, NEW and --with FILE, the map")
+    if options.sample is None and (options.sample_side_info is not None or options.far):
+        raise ValueError("--sample must be given with --sample-side-info and --far, which are about it")
+    if options.sample is not None and not options.dry_run:
+        raise ValueError("--sample must be given with --dry-run, which tells what it shows")
     if (options.embed is None) != (options.budget is None):
         raise ValueError("--embed must be given with --budget: what to embed by, and how far to go")
     embed = None if options.embed is None else _function(options.embed)
@@ -80,6 +89,8 @@ def _migrate(options: argparse.Namespace) -> int:
         raise ValueError(str(error)) from error
     if isinstance(found, Plan):
         _print_plan(found)
+        if options.sample is not None:
+            _print_expected(options)
     else:
         print(f"{found['done']:,} items in {found['new']}, {found['read_back']} of them read back and compared.")
         if embed is not None:
@@ -98,6 +109,51 @@ def _print_plan(plan: Plan) -> None:
     print(f"{plan.rows:,} items{done}, {plan.width} wide, {plan.new_width} wide after")
     print(f"{size_in_words(plan.bytes)} of new vectors{free}")
     print(f"about {duration(plan.seconds)} to read and map, and the time to write", *plan.notes, sep="\n")
+
+
+def _print_expected(options: argparse.Namespace) -> None:
+    """Measure the map, and a backfill in random order, on a labelled sample that both models have embedded."""
+    from ..upgrade import evaluate
+    from .inputs import Inputs, load
+
+    old, new = options.sample
+    inputs = Inputs(
+        queries=new,
+        gallery=old,
+        old_queries=old,
+        new_gallery=new,
+        transformation=options.transformation,
+        side_info=options.sample_side_info,
+        same_items=True,
+        fars=options.far,
+        retire_old_model=True,  # nothing that asks it is measured
+    )
+    try:
+        arrays = load(inputs)
+    except ValueError as error:
+        raise ValueError(f"--sample: {error}") from error
+    found = evaluate(**arrays, progress=True)
+    curve, steps = found.backfill["transformed_old"], found.backfill_differences["transformed_old"]
+    print(
+        f"\nOn the sample, {len(arrays['queries']):,} items, each left out of its own ranking: new queries in the\n"
+        "mapped gallery, the more of it is embedded anew (in random order); against old queries today, 95 % intervals\n"
+    )
+    print(f"{'anew':>6}  {'P@1':>5}  {'against today':>22}  {'mAP':>5}  {'against today':>22}")
+    for share, values, against in zip(curve.fractions, curve.steps, steps, strict=True):
+        cells = []
+        for metric, difference in against.items():
+            value = 100 * float(values[metric].nanmean())
+            low, high = 100 * difference.low, 100 * difference.high
+            cells.append(f"{value:5.1f}  {100 * difference.estimate:+6.1f} [{low:+6.1f}, {high:+6.1f}]")
+        print(f"{share:6.0%}  " + "  ".join(cells))
+    phases = {"old_to_old": "today", "new_to_transformed_old": "mapped rows", "new_to_new": "rows embedded anew"}
+    if found.verification is not None:
+        print(
+            "\nThresholds on the cosine, by the kind of row that a query is compared with, and the share of right pairs"
+        )
+        for far in options.far:
+            points = ((name, found.verification[pair].at_far[far]) for pair, name in phases.items())
+            print(f"FAR {far:g}: " + ", ".join(f"{name} {one.threshold:.4f} ({one.tar:.1%})" for name, one in points))
 
 
 def _function(name: str) -> Callable[[list[Any]], Any]:

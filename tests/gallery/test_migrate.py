@@ -19,6 +19,7 @@ from pml_compat.cli.main import main
 from pml_compat.gallery import migrate, open_store, rollback
 from pml_compat.gallery.stores import read_manifest
 from pml_compat.transformations import FCTTransformation, LinearTransformation
+from pml_compat.upgrade import evaluate
 
 ROWS, WIDTH, NEW_WIDTH = 600, 8, 5
 IDS = np.arange(ROWS) * 7 + 3
@@ -718,3 +719,37 @@ def test_a_service_goes_on_writing(kind, to_both, tmp_path, request, monkeypatch
         rollback(new)
 
     killed_runs(run, 0, 0)
+
+
+def test_a_plan_tells_what_a_sample_shows(tmp_path, capsys, monkeypatch):
+    """Both ends of the curve, and the thresholds, are those that evaluate finds."""
+    monkeypatch.chdir(tmp_path)
+    old, new = write_npy(tmp_path)
+    linear().save("map.safetensors")
+    labels = np.arange(ROWS) % 20
+    centers, noise = (np.random.default_rng(seed).normal(size=(ROWS, NEW_WIDTH)) for seed in (2, 3))
+    own = (centers[labels] + 0.3 * noise).astype(np.float32)
+    np.savez("sample_old.npz", embeddings=VECTORS, labels=labels)
+    np.savez("sample_new.npz", embeddings=own, labels=labels)
+    command = ["migrate", old, new, "--with", "map.safetensors"]
+    assert main([*command, "--dry-run", "--sample", "sample_old.npz", "sample_new.npz", "--far", "0.01"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = evaluate(
+        own, VECTORS, labels, labels, old_queries=VECTORS, new_gallery=own, same_items=True, blend=False, depths=(),
+        transformed_gallery=mapped(linear()), fars=(0.01,), orders=0,
+    )  # fmt: skip
+    for share, pair in (("0%", "new_to_transformed_old"), ("100%", "new_to_new")):
+        line = next(line.split() for line in lines if line.split()[:1] == [share])
+        values = found.pairs[pair]
+        assert float(line[1]) == pytest.approx(100 * float(values["precision_at_1"].mean()), abs=0.06)
+        assert float(line[6]) == pytest.approx(100 * float(values["mean_average_precision"].nanmean()), abs=0.06)
+    point = found.verification["new_to_transformed_old"].at_far[0.01]
+    assert f"mapped rows {point.threshold:.4f} ({point.tar:.1%})" in lines[-1]
+    assert not os.path.exists(new)
+    for wrong, message in (
+        (["--sample", "sample_old.npz", "sample_new.npz"], "--sample must be given with --dry-run"),
+        (["--dry-run", "--far", "0.01"], "--sample must be given with --sample-side-info and --far"),
+        (["--dry-run", "--sample", "sample_new.npz", "sample_old.npz"], "--sample: "),
+    ):
+        assert main([*command, *wrong]) == 3
+        assert message in capsys.readouterr().err
