@@ -23,7 +23,8 @@ from torch.utils.data import TensorDataset
 from pml_compat.frozen import FrozenModel
 from pml_compat.losses import CompatibleLoss, CrossModelLoss, RACTLoss
 from pml_compat.trainers import CompatibleMetricLossOnly
-from pml_compat.upgrade import average_compatibility, average_multimodel_accuracy, compatibility_matrix
+from pml_compat.upgrade import average_multimodel_accuracy, compatibility_matrix
+from pml_compat.upgrade.chain import average_compatibility
 
 WIDTH, METRIC = 32, "mean_average_precision"
 GENERATIONS = {"v1": (8, 5, 20, 40), "v2": (16, 8, 40, 40), "v3": (32, 10, 90, 20)}  # channels, digits, images, epochs

@@ -1,10 +1,24 @@
 import importlib
+import inspect
 
 import pytest
 
 import pml_compat.accuracy
 import pml_compat.gallery
 import pml_compat.report
+
+ROOMS = (
+    "accuracy",
+    "data",
+    "frozen",
+    "gallery",
+    "report",
+    "serving",
+    "trainers",
+    "transformations",
+    "upgrade",
+    "verification",
+)
 
 
 @pytest.mark.parametrize(
@@ -26,9 +40,15 @@ def test_an_old_path_works_and_names_the_new_one(old, name, new):
 
 
 def test_every_name_that_moved_is_where_it_is_said_to_be():
-    for name in (*pml_compat.accuracy._SPLITS, *pml_compat.accuracy._UPGRADE, *pml_compat.accuracy._VERIFICATION):
-        with pytest.warns(DeprecationWarning):
-            assert getattr(pml_compat.accuracy, name) is not None
+    found = 0
+    for name in ROOMS:
+        room = importlib.import_module(f"pml_compat.{name}")
+        places = inspect.getclosurevars(room.__getattr__).nonlocals["places"]
+        for one, place in places.items():
+            with pytest.warns(DeprecationWarning, match=f"from {place} import {one}"):
+                assert getattr(room, one) is getattr(importlib.import_module(place), one)
+            found += 1
+    assert found > 50
 
 
 def test_other_names_are_no_attributes():

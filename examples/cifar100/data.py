@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pml_compat.data import UpgradeSplit, open_classes
+from pml_compat.data import open_classes
+from pml_compat.data.splits import UpgradeSplit
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 # ImageFolder sorts folders named "0" to "99" as strings: the published "first 50 classes" are these fine labels.

@@ -15,8 +15,9 @@ from plots import plot_backfill, plot_trade_off
 from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.gallery import backfill_scores
 from pml_compat.serving import MixedGallery, two_stage_accuracy
-from pml_compat.upgrade import backfill_curve, is_compatible, negative_flip_rate
+from pml_compat.upgrade import backfill_curve, is_compatible
 from pml_compat.upgrade import update_gain as gain_of
+from pml_compat.upgrade.negative_flips import negative_flip_rate
 
 AREAS = {
     "backfill": "area",

@@ -43,15 +43,11 @@ from .._files import whole_folder
 from .._rows import fit_width
 from ..accuracy.matches import EqualCodes
 from ..accuracy.ranking import nearest
-from ..report import (
-    RetrievalExample,
-    comparison_table,
-    cost_table,
-    method_in_words,
-    plot_comparison,
-    to_markdown,
-    to_rich,
-)
+from ..report import comparison_table, plot_comparison, to_markdown
+from ..report.comparison_plot import RetrievalExample
+from ..report.comparison_table import cost_table
+from ..report.comparison_words import method_in_words
+from ..report.evaluation_table import to_rich
 from ..upgrade import Comparison, Evaluation, evaluate
 from ..upgrade.comparison import COSTS
 from .demo_models import MAPS, METHODS, OLD_CLASSES, OLD_IMAGES_PER_CLASS, SERVED, count_epochs, split_in_half, upgrade

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..gallery import Plan
+    from ..gallery.plan import Plan
 
 _STORES = (
     "OLD and NEW are addresses: NAME.npy (with NAME.ids.npy), NAME.parquet or a folder of such (#COLUMN), NAME.lance "
@@ -44,7 +44,11 @@ def add_migrate(commands: argparse._SubParsersAction) -> None:
         "embeddings by the new model")  # fmt: skip
     add("--budget", metavar="AMOUNT", help="as far as this goes: 20%%, a number of items, or 90s, 30min, 8h")
     add("--order", type=Path, metavar="NPY", help="ids, the most urgent first (random)")
-    add("--ray", metavar="ADDRESS", help="over a Ray cluster, Parquet alone: its address, auto, or local for one here")
+    add(
+        "--ray",
+        metavar="ADDRESS",
+        help="over a Ray cluster, Parquet or Lance: its address, auto, or local for one here",
+    )
     add("--sample", type=Path, nargs=2, metavar="FILE", help="the same labelled items by the old model and by the new "
         "one (as evaluate reads them): with --dry-run it tells what each share embedded anew is worth")  # fmt: skip
     add("--sample-side-info", type=Path, metavar="NPY", help="side-information of the sample, for a map that takes it")
@@ -58,7 +62,8 @@ def add_migrate(commands: argparse._SubParsersAction) -> None:
 def _migrate(options: argparse.Namespace) -> int:
     import numpy as np
 
-    from ..gallery import Plan, backfill, migrate, migrate_with_ray, rollback  # imports torch: not for --help
+    from ..gallery import backfill, migrate, migrate_with_ray, rollback  # imports torch: not for --help
+    from ..gallery.plan import Plan  # imports torch: not for --help
 
     if options.rollback:
         if options.new is not None or options.transformation is not None:

@@ -4,10 +4,9 @@ from .._moved import moved
 from .backfill import backfill
 from .backfill_order import backfill_scores
 from .migrate import migrate, rollback
-from .plan import Plan
 from .ray_migrate import migrate_with_ray
 from .stores import open_store
 
-__all__ = ["Plan", "backfill", "backfill_scores", "migrate", "migrate_with_ray", "open_store", "rollback"]
+__all__ = ["backfill", "backfill_scores", "migrate", "migrate_with_ray", "open_store", "rollback"]
 
-__getattr__ = moved(__name__, {"MixedGallery": "pml_compat.serving"})
+__getattr__ = moved(__name__, {"MixedGallery": "pml_compat.serving", "Plan": "pml_compat.gallery.plan"})

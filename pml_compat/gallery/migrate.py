@@ -155,7 +155,7 @@ def prepare(
             f"transformation must take the vectors of old, {source.width} wide, got one for {chosen.in_features}"
         )
     check_model(old, old_model)
-    side = _side_info(chosen, side_info, side_ids, len(source))
+    side = side_info_of(chosen, side_info, side_ids, len(source))
     if batch_size is None:
         batch_size = max(256, _BATCH_BYTES // (4 * max(chosen.in_features, chosen.out_features)))
     wanted = {
@@ -241,7 +241,8 @@ def _catch_up(run: Migration, progress: bool) -> Manifest:
     return manifest
 
 
-def _side_info(transformation: Transformation, rows: Any, ids: Any, count: int) -> Callable[[Batch, int], Any] | None:
+def side_info_of(transformation: Transformation, rows: Any, ids: Any, count: int) -> Callable[[Batch, int], Any] | None:
+    """Return what gives a batch its side-information, or None where the map takes none."""
     if (rows is None) != (transformation.side_features is None):
         wanted = "None" if transformation.side_features is None else f"given, (N, {transformation.side_features})"
         raise ValueError(f"side_info must be {wanted} for this {type(transformation).__name__}")

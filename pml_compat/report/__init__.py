@@ -1,28 +1,28 @@
 """Tables, pictures and pages of an upgrade, and of several side by side."""
 
 from .._moved import moved
-from .comparison_plot import RetrievalExample, plot_comparison
-from .comparison_table import comparison_table, cost_table
-from .comparison_words import method_in_words
-from .evaluation_table import to_markdown, to_rich
-from .html_page import html_page
+from .comparison_plot import plot_comparison
+from .comparison_table import comparison_table
+from .evaluation_table import to_markdown
 
 __all__ = [
-    "RetrievalExample",
     "comparison_table",
-    "cost_table",
-    "html_page",
-    "method_in_words",
     "plot_comparison",
     "to_markdown",
-    "to_rich",
 ]
 
 _RESULTS = ("Results", "markdown_table", "plot_compatibility", "rich_cost_table", "rich_table", "title", "verdict")
 __getattr__ = moved(
     __name__,
     {
-        **dict.fromkeys(("Backfill", "Evaluation", "UpgradeVerdict", "upgrade_verdict"), "pml_compat.upgrade"),
+        "RetrievalExample": "pml_compat.report.comparison_plot",
+        "cost_table": "pml_compat.report.comparison_table",
+        "html_page": "pml_compat.report.html_page",
+        "method_in_words": "pml_compat.report.comparison_words",
+        "to_rich": "pml_compat.report.evaluation_table",
+        "Backfill": "pml_compat.upgrade.evaluation",
+        "Evaluation": "pml_compat.upgrade",
+        **dict.fromkeys(("UpgradeVerdict", "upgrade_verdict"), "pml_compat.upgrade.verdict"),
         **dict.fromkeys(_RESULTS, "pml_compat.report.results"),
     },
 )

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from .._extras import import_extra
-from ..upgrade import BootstrapInterval
+from ..upgrade.bootstrap import BootstrapInterval
 from ..upgrade.evaluation import ALL_METRICS, METRICS, Evaluation, pair_name
 from ..upgrade.verdict import UpgradeVerdict
 

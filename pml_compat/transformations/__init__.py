@@ -1,5 +1,6 @@
 """Maps between embedding spaces, each an ``nn.Module`` with ``save``; ``load_transformation`` reads any of them."""
 
+from .._moved import moved
 from .base import Transformation, load_transformation
 from .chain import TransformationChain
 from .fastfill import FastFillTransformation
@@ -9,7 +10,6 @@ from .linear import LinearTransformation
 from .numpy_form import NumpyTransformation
 from .orthogonal import OrthogonalTransformation
 from .residual_bottleneck import ResidualBottleneckTransformation
-from .serving import export_transformation, save_numpy
 
 __all__ = [
     "FCTTransformation",
@@ -20,8 +20,11 @@ __all__ = [
     "ResidualBottleneckTransformation",
     "Transformation",
     "TransformationChain",
-    "export_transformation",
     "fit_transformation",
     "load_transformation",
-    "save_numpy",
 ]
+
+__getattr__ = moved(
+    __name__,
+    {"export_transformation": "pml_compat.transformations.serving", "save_numpy": "pml_compat.transformations.serving"},
+)

@@ -107,6 +107,27 @@ class Transformation(torch.nn.Module):
             progress=progress,
         )
 
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write a form for a server without this library, by the suffix of ``path``; the file appears whole or not.
+
+        Args:
+            path: ``.pt2``, a program: ``torch.export.load(path).module()(embeddings)`` on any number of rows, in the
+                dtype and on the device of the parameters (move it first); releases of torch that are far apart do not
+                read each other's. ``.npz``, for :class:`NumpyTransformation`, which needs NumPy alone.
+        Raises:
+            ValueError: another suffix; a transformation of your own that the NumPy form cannot express.
+        Example:
+            >>> import tempfile
+            >>> from pml_compat.transformations import LinearTransformation, NumpyTransformation
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     LinearTransformation(3, 2).export(f"{folder}/old_to_new.npz")
+            ...     NumpyTransformation(f"{folder}/old_to_new.npz")(np.ones((1, 3)))
+            array([[1., 1.]])
+        """
+        from .serving import export
+
+        export(self, path)
+
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments, of types that JSON has."""
         raise NotImplementedError

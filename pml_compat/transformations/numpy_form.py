@@ -1,4 +1,4 @@
-"""A transformation without torch: this file, NumPy and what ``save_numpy`` wrote are all that a server needs.
+"""A transformation without torch: this file, NumPy and an exported ``.npz`` file are all that a server needs.
 
 Copy the file as it is; it imports nothing of the package that it comes from.
 """
@@ -18,13 +18,13 @@ FORMAT = "pml_compat.NumpyTransformation/1"
 
 
 class NumpyTransformation:
-    """Map embeddings with NumPy alone, like the transformation from which ``save_numpy`` wrote the file.
+    """Map embeddings with NumPy alone, like the transformation whose ``export`` wrote the file.
 
     The file is an ``.npz`` with the weights and, as JSON text, the steps of a small program; nothing is unpickled.
     Memory grows with the rows of a call: feed a gallery in batches of some thousand rows. Threads may share one object.
 
     Args:
-        path: what ``save_numpy`` wrote.
+        path: the ``.npz`` file that :meth:`Transformation.export` wrote.
     Shape:
         - embeddings ``(N, in_features)``; side_info ``(N, side_features)``, where the transformation takes it
         - output: ``(N, out_features)`` in the dtype of ``embeddings``, of any length: normalise where it matters
@@ -34,9 +34,9 @@ class NumpyTransformation:
             point, another width or number of rows, side-information missing or not asked for.
     Example:
         >>> import tempfile
-        >>> from pml_compat.transformations import LinearTransformation, save_numpy
+        >>> from pml_compat.transformations import LinearTransformation
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_numpy(LinearTransformation(3, 2), f"{folder}/old_to_new.npz")
+        ...     LinearTransformation(3, 2).export(f"{folder}/old_to_new.npz")
         ...     transformation = NumpyTransformation(f"{folder}/old_to_new.npz")
         >>> transformation(np.array([[1.0, 2.0, 3.0]], dtype=np.float32))
         array([[1., 2.]], dtype=float32)
@@ -162,7 +162,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.nd
             return program, {name: file[name] for name in weights}
         except Exception as error:  # one wrong bit may show in a dozen ways
             raise ValueError(
-                f"path must be a whole file written by save_numpy, {os.fspath(path)!r} is not: {error}"
+                f"path must be a whole file that a transformation exported, {os.fspath(path)!r} is not: {error}"
             ) from error
 
 

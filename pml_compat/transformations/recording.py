@@ -6,13 +6,15 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from .base import Transformation
 from .numpy_form import FORMAT
+
+if TYPE_CHECKING:
+    from .base import Transformation
 
 
 def record(transformation: Transformation, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -181,7 +183,7 @@ def _check_columns(name: str, dim: int) -> None:
 def _not_known(what: str) -> ValueError:
     return ValueError(
         f"transformation must be made of {', '.join(_OPERATIONS)} and slices of columns, this one uses {what}; "
-        "export_transformation takes any"
+        "a .pt2 file takes any"
     )
 
 

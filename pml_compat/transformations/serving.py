@@ -6,18 +6,29 @@ import copy
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .._checks import check_finite
 from .._files import whole_file
-from .base import Transformation
 from .numpy_form import NumpyTransformation
 from .recording import record
 
+if TYPE_CHECKING:
+    from .base import Transformation
+
 _BATCH = 8  # random rows, to trace a program with or to check it on
+
+
+def export(transformation: Transformation, path: str | os.PathLike[str]) -> None:
+    """Write the form that the suffix of ``path`` names: see :meth:`Transformation.export`."""
+    forms = {".pt2": export_transformation, ".npz": save_numpy}
+    suffix = Path(path).suffix
+    if suffix not in forms:
+        raise ValueError(f"path must end in {' or '.join(forms)}, got {os.fspath(path)!r}")
+    forms[suffix](transformation, path)
 
 
 @torch.no_grad()
@@ -65,8 +76,8 @@ def save_numpy(transformation: Transformation, path: str | os.PathLike[str]) -> 
         transformation: fitted; it stays as it is.
         path: the ``.npz`` file; it appears whole or not at all.
     Raises:
-        ValueError: ``transformation`` is none, or does something that the NumPy form has not (then use
-            :func:`export_transformation`) or gives NaN or infinity; ``path`` is no ``.npz`` file.
+        ValueError: ``transformation`` is none, or does something that the NumPy form has not (then write
+            a ``.pt2`` file) or gives NaN or infinity; ``path`` is no ``.npz`` file.
     Example:
         >>> import tempfile
         >>> from pml_compat.transformations import LinearTransformation
@@ -91,7 +102,7 @@ def save_numpy(transformation: Transformation, path: str | os.PathLike[str]) -> 
         if not difference <= (1e-10 if dtype == torch.float64 else 1e-4):
             raise ValueError(
                 f"transformation must give the same in NumPy, got another output for random rows ({difference:.1g} of "
-                "the largest); does it draw at random or change tensors in place? export_transformation takes any"
+                "the largest); does it draw at random or change tensors in place? a .pt2 file takes any"
             )
 
 
@@ -107,7 +118,7 @@ class _Unchecked(torch.nn.Module):
 
 
 def _check(transformation: Any, path: str | os.PathLike[str], suffix: str) -> None:
-    if not isinstance(transformation, Transformation):
+    if not hasattr(transformation, "folded"):
         raise ValueError(f"transformation must be a Transformation, got {type(transformation).__name__}")
     if Path(path).suffix != suffix:
         raise ValueError(f"path must be {'an' if suffix == '.npz' else 'a'} {suffix} file, got {os.fspath(path)!r}")

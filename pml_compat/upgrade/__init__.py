@@ -1,28 +1,20 @@
 """What an upgrade is worth: measured, compared with today's system, and judged."""
 
-from .backfill import BackfillCurve, backfill_curve
-from .bootstrap import BootstrapInterval, bootstrap_update_gain, paired_bootstrap
-from .chain import average_compatibility, average_multimodel_accuracy
+from .._moved import moved
+from .backfill import backfill_curve
+from .bootstrap import bootstrap_update_gain, paired_bootstrap
+from .chain import average_multimodel_accuracy
 from .comparison import Comparison
 from .compatibility import compatibility_matrix, is_compatible, update_gain
 from .compatibility_scores import compatibility_scores
-from .criterion import PairCriterion, pair_criterion
+from .criterion import pair_criterion
 from .evaluate import evaluate
-from .evaluation import Backfill, Evaluation
-from .negative_flips import ClassFlips, NegativeFlips, negative_flip_rate, negative_flips
-from .verdict import UpgradeVerdict, upgrade_verdict
+from .evaluation import Evaluation
+from .negative_flips import negative_flips
 
 __all__ = [
-    "Backfill",
-    "BackfillCurve",
-    "BootstrapInterval",
-    "ClassFlips",
     "Comparison",
     "Evaluation",
-    "NegativeFlips",
-    "PairCriterion",
-    "UpgradeVerdict",
-    "average_compatibility",
     "average_multimodel_accuracy",
     "backfill_curve",
     "bootstrap_update_gain",
@@ -30,10 +22,24 @@ __all__ = [
     "compatibility_scores",
     "evaluate",
     "is_compatible",
-    "negative_flip_rate",
     "negative_flips",
     "pair_criterion",
     "paired_bootstrap",
     "update_gain",
-    "upgrade_verdict",
 ]
+
+__getattr__ = moved(
+    __name__,
+    {
+        "Backfill": "pml_compat.upgrade.evaluation",
+        "BackfillCurve": "pml_compat.upgrade.backfill",
+        "BootstrapInterval": "pml_compat.upgrade.bootstrap",
+        "ClassFlips": "pml_compat.upgrade.negative_flips",
+        "NegativeFlips": "pml_compat.upgrade.negative_flips",
+        "PairCriterion": "pml_compat.upgrade.criterion",
+        "UpgradeVerdict": "pml_compat.upgrade.verdict",
+        "average_compatibility": "pml_compat.upgrade.chain",
+        "negative_flip_rate": "pml_compat.upgrade.negative_flips",
+        "upgrade_verdict": "pml_compat.upgrade.verdict",
+    },
+)

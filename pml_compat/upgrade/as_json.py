@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from ..verification import VerificationResult
+from ..verification.verification import VerificationResult
 from .bootstrap import BootstrapInterval
 from .negative_flips import NegativeFlips
 

@@ -47,7 +47,7 @@ import torch
 
 from .. import __version__
 from ..accuracy.items import as_values
-from ..verification import VerificationResult
+from ..verification.verification import VerificationResult
 from .as_json import flips_to_json, interval_to_json, intervals_to_json, verification_to_json, without_nan
 from .bootstrap import BootstrapInterval, bootstrap_update_gain, paired_bootstrap
 from .criterion import PairCriterion

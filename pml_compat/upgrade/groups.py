@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..accuracy.items import as_values
-from ..verification import VerificationResult
+from ..verification.verification import VerificationResult
 from .doubts import points, threshold_warnings
 from .evaluation import METRICS, Backfill, Evaluation
 

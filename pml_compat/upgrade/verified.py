@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..verification import VerificationResult, verification
+from ..verification import verification
+from ..verification.verification import VerificationResult
 from .evaluation import Evaluation
 from .prepare import Prepared
 

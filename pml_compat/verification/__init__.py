@@ -1,13 +1,20 @@
 """Pairs: are two embeddings of the same identity, and does a threshold carry over to a new model?"""
 
+from .._moved import moved
 from .identification import tpir_at_fpir
-from .verification import OperatingPoint, VerificationResult, carry_thresholds, tar_at_far, verification
+from .verification import carry_thresholds, tar_at_far, verification
 
 __all__ = [
-    "OperatingPoint",
-    "VerificationResult",
     "carry_thresholds",
     "tar_at_far",
     "tpir_at_fpir",
     "verification",
 ]
+
+__getattr__ = moved(
+    __name__,
+    {
+        "OperatingPoint": "pml_compat.verification.verification",
+        "VerificationResult": "pml_compat.verification.verification",
+    },
+)

@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pml_compat
 from pml_compat import embed, fit_width
-from pml_compat.data import moved_to
+from pml_compat.data.nest import moved_to
 from pml_compat.frozen import FrozenEmbeddings, model_fingerprint
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.data import UpgradeSplit, check_no_leakage, extended_classes, extended_data, open_classes
+from pml_compat.data import check_no_leakage, extended_classes, extended_data, open_classes
+from pml_compat.data.splits import UpgradeSplit
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
 strategies = hypothesis.strategies

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from pml_compat.frozen import ClassCenters, refine_prototypes
+from pml_compat.frozen import ClassCenters
 from pml_compat.frozen import class_directions as module
 from pml_compat.frozen.class_directions import class_directions, fit_directions, fitting_scale, found_by
+from pml_compat.frozen.prototypes import refine_prototypes
 from tests import reference
 
 SHARES = (0.0, 0.5, 2 / 3, 0.8, 1.0)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.frozen import ClassCenters, FrozenEmbeddings, prototypes, refine_prototypes
+from pml_compat.frozen import ClassCenters, FrozenEmbeddings, prototypes
+from pml_compat.frozen.prototypes import refine_prototypes
 from tests.reference import unit
 
 

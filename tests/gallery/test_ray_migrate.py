@@ -22,12 +22,12 @@ from pml_compat.gallery import migrate, migrate_with_ray, open_store
 from pml_compat.transformations import LinearTransformation
 
 class Fatal(LinearTransformation):
-    '''Kills its process once, in the midst of the work.'''
+    '''Kills the process of a worker once, in the midst of the work.'''
 
-    marker = None
+    marker = driver = None
 
     def transform(self, embeddings, side_info):
-        if self.marker is not None and not os.path.exists(self.marker):
+        if self.marker is not None and os.getpid() != self.driver and not os.path.exists(self.marker):
             open(self.marker, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().transform(embeddings, side_info)
@@ -69,7 +69,7 @@ def test_two_workers_write_what_one_machine_writes(tmp_path):
         try:
             migrate_with_ray(old, new, linear())
         except ValueError as error:
-            assert "must be Parquet" in str(error)
+            assert "must be Parquet or Lance" in str(error)
         else:
             raise AssertionError("no error")
         assert content(new) == before
@@ -87,11 +87,53 @@ def test_a_worker_that_dies_is_replaced(tmp_path):
         fatal = Fatal(8, 5)
         torch.nn.init.normal_(fatal.linear.weight, generator=torch.Generator().manual_seed(0))
         expected = fatal.apply_to(open_store(old).fetch(IDS), progress=False)
-        fatal.marker = str(folder / "died")
+        fatal.marker, fatal.driver = str(folder / "died"), os.getpid()
         found = migrate_with_ray(old, new, fatal, batch_size=25, workers=2)
         assert os.path.exists(fatal.marker) and found["done"] == ROWS
         np.testing.assert_allclose(open_store(new).fetch(IDS), expected, rtol=1e-5, atol=1e-6)
         assert sorted(i for b in open_store(new).batches(77) for i in b.ids.tolist()) == IDS.tolist()
+        """,
+        tmp_path,
+    )
+
+
+def test_lance_over_two_workers(tmp_path):
+    pytest.importorskip("lance", reason="needs the lance extra")
+    run(
+        """
+        from tests.gallery.test_more_stores import write_lance
+        write_lance(folder)
+        old = str(folder / "old.lance")
+        local = migrate(old, str(folder / "local.lance"), linear(), batch_size=40, progress=False)
+        found = migrate_with_ray(old, str(folder / "new.lance"), linear(), batch_size=40, workers=2)
+        assert (found["status"], found["done"]) == ("finished", ROWS) and found["read_back"] > 0
+        one, two = (list(open_store(str(folder / f"{name}.lance")).batches(77)) for name in ("new", "local"))
+        for left, right in zip(one, two, strict=True):
+            assert (left.ids == right.ids).all() and (left.vectors == right.vectors).all()
+            assert left.records() == right.records()
+        """,
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_side_information_reaches_every_worker(mapped, tmp_path):
+    run(
+        f"""
+        from pml_compat.transformations import FCTTransformation
+        mapped = {mapped}
+        """
+        """
+        old, new = write_parquet_folder(folder)
+        torch.manual_seed(0)
+        through = FCTTransformation(8, 5, side_features=3, hidden_features=16)
+        side = np.random.default_rng(0).normal(size=(ROWS, 3)).astype("f")
+        order = np.random.default_rng(1).permutation(ROWS)
+        np.save(folder / "side.npy", side[order])
+        given = {"side_info": folder / "side.npy" if mapped else side[order], "side_ids": IDS[order]}
+        found = migrate_with_ray(old, new, through, batch_size=40, workers=2, **given)
+        expected = through.apply_to(open_store(old).fetch(IDS), side, progress=False)
+        np.testing.assert_allclose(open_store(new).fetch(IDS), expected, rtol=1e-4, atol=1e-5)
         """,
         tmp_path,
     )

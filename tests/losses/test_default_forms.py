@@ -12,7 +12,8 @@ import torch
 from pytorch_metric_learning import distances, losses, reducers
 from torch.nn.functional import normalize
 
-from pml_compat.frozen import ClassCenters, FrozenClassifier, class_weights, refine_prototypes
+from pml_compat.frozen import ClassCenters, FrozenClassifier, class_weights
+from pml_compat.frozen.prototypes import refine_prototypes
 from pml_compat.losses import BCTLoss, CompatibleLoss, FCTLoss, LCELoss, MixBCTLoss, NCCLLoss, UniBCTLoss
 from pml_compat.transformations import LinearTransformation
 from tests import reference

@@ -6,7 +6,8 @@ import pytest
 import torch
 from pytorch_metric_learning import losses, reducers
 
-from pml_compat.frozen import ClassCenters, refine_prototypes
+from pml_compat.frozen import ClassCenters
+from pml_compat.frozen.prototypes import refine_prototypes
 from pml_compat.losses import UniBCTLoss
 from tests import reference
 

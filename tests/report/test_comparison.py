@@ -10,15 +10,11 @@ from matplotlib.image import imread
 from rich.console import Console
 
 import pml_compat.report
-from pml_compat.report import (
-    RetrievalExample,
-    comparison_table,
-    cost_table,
-    method_in_words,
-    plot_comparison,
-    to_markdown,
-    to_rich,
-)
+from pml_compat.report import comparison_table, plot_comparison, to_markdown
+from pml_compat.report.comparison_plot import RetrievalExample
+from pml_compat.report.comparison_table import cost_table
+from pml_compat.report.comparison_words import method_in_words
+from pml_compat.report.evaluation_table import to_rich
 from pml_compat.upgrade import Comparison, Evaluation, evaluate
 
 # method -> pair -> one (P@1, mAP) a seed

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from pml_compat.serving import TwoStageSearch, VectorCache, two_stage_accuracy
+from pml_compat.serving import TwoStageSearch, two_stage_accuracy
+from pml_compat.serving.vector_cache import VectorCache
 from tests import reference
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.serving import VectorCache
+from pml_compat.serving.vector_cache import VectorCache
 
 ROWS = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 
@@ -277,7 +277,7 @@ def test_a_new_file_may_be_opened_by_several_at_once(tmp_path):
 def test_a_crash_loses_nothing(tmp_path):
     path = tmp_path / "cache.db"
     code = (
-        "import os, sys; import numpy as np; from pml_compat.serving import VectorCache\n"
+        "import os, sys; import numpy as np; from pml_compat.serving.vector_cache import VectorCache\n"
         "cache = VectorCache(sys.argv[1], fingerprint='one')\n"
         "cache.add(range(50), np.arange(100).reshape(50, 2))\n"
         "cache.add(['last'], [[7.0, 8.0]])\n"

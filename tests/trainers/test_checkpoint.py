@@ -13,13 +13,8 @@ from torch.utils.data import TensorDataset
 
 from pml_compat.frozen import FrozenModel
 from pml_compat.losses import CompatibleLoss, FCTLoss
-from pml_compat.trainers import (
-    CompatibleMetricLossOnly,
-    Progress,
-    ResumableSampler,
-    load_checkpoint,
-    save_checkpoint,
-)
+from pml_compat.trainers import CompatibleMetricLossOnly, ResumableSampler, load_checkpoint, save_checkpoint
+from pml_compat.trainers.checkpoint import Progress
 from tests.trainers import interrupted
 
 ROOT = Path(__file__).parents[2]

@@ -15,12 +15,11 @@ from pml_compat.transformations import (
     ResidualBottleneckTransformation,
     Transformation,
     TransformationChain,
-    export_transformation,
     fit_transformation,
     load_transformation,
-    save_numpy,
 )
 from pml_compat.transformations.pairs import moments_of
+from pml_compat.transformations.serving import export_transformation, save_numpy
 from pml_compat.transformations.training_run import TrainingRun
 from tests.transformations.test_fit import assert_same_state, copied, interrupt
 

@@ -14,9 +14,9 @@ from pml_compat.transformations import (
     TransformationChain,
     fit_transformation,
     load_transformation,
-    save_numpy,
 )
 from pml_compat.transformations.fastfill import gaussian_losses
+from pml_compat.transformations.serving import save_numpy
 from pml_compat.upgrade import backfill_curve
 from tests import reference
 from tests.transformations.cases import batch, build

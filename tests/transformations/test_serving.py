@@ -22,10 +22,9 @@ from pml_compat.transformations import (
     OrthogonalTransformation,
     Transformation,
     TransformationChain,
-    export_transformation,
     numpy_form,
-    save_numpy,
 )
+from pml_compat.transformations.serving import export_transformation, save_numpy
 from tests.transformations.cases import TRANSFORMATIONS, batch, build
 
 # torch 2.4's own, in torch.export.load
@@ -160,7 +159,8 @@ def test_a_file_that_is_cut_short(kept, tmp_path):
     save_numpy(build("fct"), path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * kept) if isinstance(kept, float) else kept])
-    with pytest.raises(ValueError, match=r"path must be a whole file written by save_numpy, '.*map.npz' is not: "):
+    message = r"path must be a whole file that a transformation exported, .*map.npz. is not: "
+    with pytest.raises(ValueError, match=message):
         NumpyTransformation(path)
 
 
@@ -178,7 +178,7 @@ def test_a_file_with_a_wrong_bit_is_refused_or_harmless(tmp_path):
         try:
             form = NumpyTransformation(path)
         except ValueError as error:
-            assert "path must be a whole file written by save_numpy" in str(error)
+            assert "path must be a whole file that a transformation exported" in str(error)
             refused += 1
         else:  # a bit that says nothing, as the date in a zip file
             np.testing.assert_array_equal(form(rows), expected)
@@ -187,7 +187,7 @@ def test_a_file_with_a_wrong_bit_is_refused_or_harmless(tmp_path):
 
 def test_a_file_of_something_else(tmp_path):
     path = tmp_path / "other.npz"
-    message = r"path must be a whole file written by save_numpy, '.*other.npz' is not: "
+    message = r"path must be a whole file that a transformation exported, '.*other.npz' is not: "
     np.savez(path, embeddings=np.ones(3))
     with pytest.raises(ValueError, match=message + r"it holds \['embeddings'\] and no program of format pml_compat"):
         NumpyTransformation(path)
@@ -494,7 +494,7 @@ def test_what_the_numpy_form_has_not(what, tmp_path):
     with pytest.raises(ValueError, match=r"transformation must be made of linear, matmul, .* this one uses ") as raised:
         save_numpy(Own(UNKNOWN[what]), tmp_path / "map.npz")
     message = str(raised.value)
-    assert f"this one uses {what}" in message and message.endswith("; export_transformation takes any")
+    assert f"this one uses {what}" in message and message.endswith("; a .pt2 file takes any")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -535,3 +535,15 @@ def test_program_is_folded(tmp_path):
         program = json.loads(str(file["program"]))
     layer = ["matmul", "add", "relu"]
     assert [step["op"] for step in program["steps"]] == [*(layer * 4), "cat", *(layer * 2), "matmul", "add"]
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "npz"])
+def test_export_writes_the_form_that_the_suffix_names(suffix, tmp_path):
+    transformation, rows = LinearTransformation(3, 2), torch.randn(5, 3)
+    path = tmp_path / f"map.{suffix}"
+    transformation.export(path)
+    served = torch.export.load(path).module() if suffix == "pt2" else NumpyTransformation(path)
+    found = served(rows) if suffix == "pt2" else torch.from_numpy(served(rows.numpy()))
+    torch.testing.assert_close(found, transformation(rows))
+    with pytest.raises(ValueError, match=r"path must end in \.pt2 or \.npz, got .*map\.onnx"):
+        transformation.export(tmp_path / "map.onnx")

@@ -8,7 +8,8 @@ import torch
 from pml_compat import fit_width
 from pml_compat.accuracy import CrossModelAccuracyCalculator, compiled, mixed_accuracy
 from pml_compat.accuracy.calculator import RANK_METRICS
-from pml_compat.upgrade import BackfillCurve, backfill_curve
+from pml_compat.upgrade import backfill_curve
+from pml_compat.upgrade.backfill import BackfillCurve
 from tests.accuracy import naive_metrics
 
 METRICS = ("precision_at_1", "mean_average_precision", "cmc_top_5")

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pml_compat.accuracy import CrossModelAccuracyCalculator
-from pml_compat.upgrade import average_compatibility, average_multimodel_accuracy, compatibility_matrix, is_compatible
+from pml_compat.upgrade import average_multimodel_accuracy, compatibility_matrix, is_compatible
+from pml_compat.upgrade.chain import average_compatibility
 
 MATRIX = [[0.3, 0, 0], [0.3, 0.5, 0], [0.4, 0.45, 0.6]]  # equal, better, worse
 

@@ -5,11 +5,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from pml_compat.report import html_page
 from pml_compat.report.evaluation_plots import draw_flips
 from pml_compat.report.evaluation_table import all_tables, flip_table, gain_table, to_html, to_markdown, to_rich
-from pml_compat.upgrade import Backfill, Evaluation, upgrade_verdict
+from pml_compat.report.html_page import html_page
+from pml_compat.upgrade import Evaluation
 from pml_compat.upgrade.as_json import without_nan
+from pml_compat.upgrade.evaluation import Backfill
+from pml_compat.upgrade.verdict import upgrade_verdict
 
 METRICS = ("precision_at_1", "mean_average_precision")
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pml_compat.accuracy import CrossModelAccuracyCalculator
-from pml_compat.upgrade import ClassFlips, negative_flip_rate, negative_flips
+from pml_compat.upgrade import negative_flips
+from pml_compat.upgrade.negative_flips import ClassFlips, negative_flip_rate
 
 nan = math.nan
 

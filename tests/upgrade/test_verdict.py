@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.upgrade import Backfill, BootstrapInterval, Evaluation, upgrade_verdict
+from pml_compat.upgrade import Evaluation
+from pml_compat.upgrade.bootstrap import BootstrapInterval
+from pml_compat.upgrade.evaluation import Backfill
 from pml_compat.upgrade.options import Option, choose, is_better, is_surely_better, smallest_share
+from pml_compat.upgrade.verdict import upgrade_verdict
 
 QUERIES = 400
 METRICS = ("precision_at_1", "mean_average_precision")

@@ -66,6 +66,14 @@ class LanceStore(Store):
             ids = np.arange(start, stop) if self.id_column is None else self._ids(table)
             yield Batch(ids, vectors, table.drop_columns([self.column]), stop if stop < len(self) else None)
 
+    def cursors(self, size: int) -> list[int]:
+        """Return where each batch of this size begins."""
+        return list(range(0, len(self), size))
+
+    def counts(self, size: int) -> list[int]:
+        """Return how many items each batch of this size has."""
+        return [min(size, len(self) - start) for start in self.cursors(size)]
+
     def fetch(self, ids: np.ndarray) -> np.ndarray:
         """Return vectors; without ids their rows' numbers are meant."""
         if self.id_column is None:
@@ -137,20 +145,27 @@ class LanceWriter(Writer):
 
     def commit(self, batch: Batch, manifest: Manifest) -> None:
         """Write one fragment, then its description, whole."""
+        self.write_part(manifest["batches"] - 1, batch)
+        self.keep(manifest)
+
+    def part(self, number: int) -> Path:
+        """Return where the description of a batch's fragment lies until all are there."""
+        return self.batches / f"{number:06d}.json"
+
+    def write_part(self, number: int, batch: Batch) -> None:
+        """Write the fragment of a batch, then its description, whole; the first batch makes the dataset."""
         table = self._table(batch)
         dataset = self._dataset(table.schema)
         try:
             table = table.select(dataset.schema.names).cast(dataset.schema)
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"the rows up to {manifest['done']:,} must have the columns of the first batch, {dataset.schema.names} "
-                f"of the same types: {error}"
+                f"batch {number} must have the columns of the first, {dataset.schema.names} of the same types: {error}"
             ) from error
         fragments = self.lance.fragment.write_fragments(table, dataset)
         self.batches.mkdir(exist_ok=True)
-        with whole_file(self.batches / f"{manifest['batches'] - 1:06d}.json") as temporary:
+        with whole_file(self.part(number)) as temporary:
             temporary.write_text(json.dumps([one.to_json() for one in fragments]), encoding="utf-8")
-        self.keep(manifest)
 
     def _dataset(self, schema: Any) -> Any:
         """Return the dataset that fragments go to: version 1, without rows, keeps the columns and the format."""
