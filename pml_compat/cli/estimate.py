@@ -11,7 +11,7 @@ import torch
 
 from ..accuracy import CrossModelAccuracyCalculator
 from ..upgrade.evaluate import count_rankings
-from ..upgrade.evaluation import ALL_METRICS
+from ..upgrade.names import ALL_METRICS
 from .inputs import Inputs
 
 _SAMPLE = 200  # queries ranked to estimate the time

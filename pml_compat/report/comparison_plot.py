@@ -11,7 +11,7 @@ import numpy as np
 
 from .._extras import import_extra
 from ..upgrade.comparison import Comparison
-from ..upgrade.evaluation import METRICS
+from ..upgrade.names import METRICS
 from .evaluation_plots import PAIR_COLORS
 
 _BARS = {"old_to_old": "old/old", "cross": "new/old", "transformed": "new/transformed old", "new_to_new": "new/new"}

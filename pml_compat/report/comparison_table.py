@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable
 
 from ..upgrade.comparison import COSTS, Comparison
-from ..upgrade.evaluation import METRICS
+from ..upgrade.names import METRICS
 from .evaluation_table import Table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from ..upgrade.comparison import Comparison
-from ..upgrade.evaluation import METRICS
+from ..upgrade.names import METRICS
 from .comparison_table import gain_in_words
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .._extras import import_extra
-from ..upgrade.evaluation import METRICS, PAIR_NAMES, Evaluation
+from ..upgrade.evaluation import Evaluation
+from ..upgrade.names import METRICS, PAIR_NAMES
 from ..upgrade.verdict import UpgradeVerdict
 
 _INK = "#010203"  # stands for the page's text colour until the SVG is written

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from .._extras import import_extra
 from ..upgrade.bootstrap import BootstrapInterval
-from ..upgrade.evaluation import ALL_METRICS, METRICS, Evaluation, pair_name
+from ..upgrade.evaluation import Evaluation
+from ..upgrade.names import ALL_METRICS, METRICS, pair_name
 from ..upgrade.verdict import UpgradeVerdict
 
 _TEXT = ("criterion", "verdict")  # columns of words, but for the first

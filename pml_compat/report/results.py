@@ -14,8 +14,8 @@ import torch
 
 from ..upgrade.comparison import COSTS as COSTS
 from ..upgrade.comparison import Comparison
-from ..upgrade.evaluation import METRICS as METRICS
 from ..upgrade.evaluation import Evaluation
+from ..upgrade.names import METRICS as METRICS
 from .comparison_plot import RetrievalExample, plot_comparison
 from .comparison_table import comparison_table, cost_table, heading
 from .comparison_words import method_in_words

@@ -4,7 +4,8 @@ from .._moved import moved
 from .._rows import fit_width
 from .mixed_gallery import MixedGallery
 from .numpy_query_blend import NumpyQueryBlend
-from .query_blend import QueryBlend, alignability
+from .query_blend import QueryBlend
+from .rotation import alignability
 from .two_stage import depth_for_gain, two_stage_accuracy
 from .two_stage_search import TwoStageSearch
 

@@ -13,18 +13,13 @@ from .._checks import check_labels, check_matrix, check_same_device, stored_rows
 from .._extras import import_extra
 from .._files import load_tensors, save_tensors, whole_file
 from .._rows import precise_dtype, unit_rows_as_given
-from ..transformations import OrthogonalTransformation
+from .blend_share import ShareJudge
+from .rotation import interpolate, procrustes, unit_embeddings
 
 _FORMAT = "pml_compat.QueryBlend/1"
-_SHARES = tuple(step / 10 for step in range(11))
 _ROTATION_ROWS = 2**15  # that the rotation is fitted to, at most
 _JUDGED_ROWS = 4096  # that the share is chosen on; the scores are their square
-_FOLDS = 4
-_NEIGHBORS = 10  # of both models together, which are right where there are no labels
-_BLOCK = 512  # rows of scores at once
 _SEEN_ROWS = 8  # queries that tell whether the two models were exchanged
-_SHORT_ARC, _NEAR_OPPOSITE = 1e-4, 2e-3  # radians
-_RELATED = 0.6  # share of items that a rotated query of a related model puts below its own; of another model's a half
 
 
 class QueryBlend:
@@ -92,13 +87,13 @@ class QueryBlend:
             raise ValueError(f"old must have two rows or more to fit to, got {len(old)}")
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(len(old), generator=generator)[:_ROTATION_ROWS]
-        u, v = (_unit(stored_rows(rows, index, name), name) for rows, name in ((old, "old"), (new, "new")))
+        u, v = (unit_embeddings(stored_rows(rows, index, name), name) for rows, name in ((old, "old"), (new, "new")))
         check_same_device(v, "new", u, "old")
         if labels is not None:
             labels = check_labels(labels, length=len(old))
             labels = labels[index.to(labels.device)].to(u.device)
         few = _JUDGED_ROWS
-        judge = _Judge(u[:few], v[:few], None if labels is None else labels[:few], generator)
+        judge = ShareJudge(u[:few], v[:few], None if labels is None else labels[:few], generator)
         self.old_fingerprint, self.new_fingerprint = (getattr(rows, "fingerprint", None) for rows in (old, new))
         rotations = [torch.eye(v.shape[1], u.shape[1], device=u.device), procrustes(v, u)]
         found = [judge.best_share(turned) for turned in (False, True)]
@@ -253,136 +248,3 @@ class _Program(torch.nn.Module):
     def forward(self, old_query: torch.Tensor, new_query: torch.Tensor) -> torch.Tensor:
         u, v = normalize(old_query, dim=1), normalize(normalize(new_query, dim=1) @ self.rotation, dim=1)
         return interpolate(u, v, self.share)
-
-
-def procrustes(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the ``(D_source, D_target)`` semi-orthogonal map that best takes unit rows to unit rows, float32."""
-    fitted = OrthogonalTransformation(source.shape[1], target.shape[1]).fit(source, target)
-    return fitted.base.to(source.device, torch.float32)
-
-
-def interpolate(u: torch.Tensor, v: torch.Tensor, share: float) -> torch.Tensor:
-    """Return the unit rows at ``share`` of the way from ``u`` to ``v`` on the great circle."""
-    if share in (0.0, 1.0):
-        return v if share else u
-    first, second = _coefficients((u * v).sum(1, keepdim=True), share)
-    return unit_rows_as_given(first * u + second * v)
-
-
-def alignability(old: Any, new: Any, *, max_rows: int = 2048, seed: int = 0) -> float:
-    r"""Measure how far two models disagree about which items are alike, before anything is fitted.
-
-    .. math:: \sqrt{\operatorname{mean}_{i \ne j} (\langle u_i, u_j \rangle - \langle v_i, v_j \rangle)^2}
-
-    over unit rows: 0 where one space is a rotation of the other. The error of the best rotation is bounded by it.
-
-    Args:
-        old: ``(N, D_old)`` tensor, array or memory map.
-        new: ``(N, D_new)``, row i of the same item.
-        max_rows: of more items, that many are drawn at random.
-        seed: of that draw.
-    Raises:
-        ValueError: lengths that differ, fewer than two rows, NaN or infinity.
-    Reference:
-        arXiv:2510.13406, 2025.
-    """
-    if len(old) != len(new) or len(old) < 2:
-        raise ValueError(f"old and new must have the same two items or more, got {len(old)} and {len(new)} rows")
-    index = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed))[:max_rows]
-    u, v = (_unit(stored_rows(rows, index, name), name) for rows, name in ((old, "old"), (new, "new")))
-    difference = u @ u.t() - v @ v.t()
-    difference.fill_diagonal_(0)
-    return float((difference.square().sum() / (len(u) * (len(u) - 1))).sqrt())
-
-
-class _Judge:
-    """What shares find among items that neither the rotation nor, with labels, any of its classes was seen in."""
-
-    def __init__(
-        self, u: torch.Tensor, v: torch.Tensor, labels: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
-        self.u, self.v, self.labels = u, v, labels
-        self.above = torch.zeros(
-            len(u), device=u.device
-        )  # share of all items that the rotated query puts below its own
-        if labels is None:
-            self.right = _found_by_both(u, v)
-            groups = torch.arange(len(u))
-        else:
-            classes, groups = torch.unique(labels, return_inverse=True)
-            counts = torch.bincount(groups)
-            if len(classes) < 2 or int(counts.max()) < 2:
-                got = f"{len(classes)} classes of at most {int(counts.max())} items"
-                raise ValueError(f"labels must have two classes or more and two items of one, got {got}")
-            groups = groups.cpu()
-        fold = torch.arange(int(groups.max()) + 1) % min(_FOLDS, int(groups.max()) + 1)
-        fold = fold[torch.randperm(len(fold), generator=generator)][groups].to(u.device)
-        self.folds = [fold == number for number in range(int(fold.max()) + 1)]
-
-    def best_share(self, turned: bool) -> tuple[float, float]:
-        """Return the middle one of the shares up to the best and within a standard error of it, and the best's hits."""
-        hits = torch.zeros(len(_SHARES), len(self.u), dtype=torch.float64)
-        for queries in self.folds:
-            rotation = torch.eye(self.v.shape[1], self.u.shape[1], device=self.u.device)
-            if turned:
-                rotation = procrustes(self.v[~queries], self.u[~queries])
-            hits[:, queries.cpu()] = self._hits(queries.nonzero()[:, 0], rotation, _SHARES).cpu()
-        if self.labels is None and float(self.above.mean()) < _RELATED:
-            return 0.0, float(hits[0].sum())  # of two models that have nothing in common no one knows who is right
-        totals = hits.sum(1)
-        best = int(totals.argmax())
-        differences = hits[best] - hits
-        error = differences.var(1).mul(len(self.u)).sqrt()
-        near = (differences.sum(1) <= error)[: best + 1].nonzero()[:, 0]
-        return _SHARES[int(near[len(near) // 2])], float(totals[best])
-
-    def hits(self, rotation: torch.Tensor, share: float) -> int:
-        """Return how many of all queries find something right first."""
-        return int(self._hits(torch.arange(len(self.u), device=self.u.device), rotation, (share,)).sum())
-
-    def _hits(self, queries: torch.Tensor, rotation: torch.Tensor, shares: tuple[float, ...]) -> torch.Tensor:
-        found = []
-        for numbers in queries.split(_BLOCK):
-            u, v = self.u[numbers], normalize(self.v[numbers] @ rotation, dim=1)
-            old, new, cosine = u @ self.u.t(), v @ self.u.t(), (u * v).sum(1, keepdim=True)
-            own = torch.arange(len(numbers), device=u.device), numbers
-            self.above[numbers] = (new < new[own][:, None]).float().mean(1)
-            old[own] = new[own] = -torch.inf
-            first = []
-            for share in shares:
-                a, b = _coefficients(cosine, share)
-                scores = new if share == 1 else old if share == 0 else a * old + b * new
-                first.append(scores.argmax(1))
-            found.append(self._is_right(numbers, torch.stack(first)))
-        return torch.cat(found, dim=1)
-
-    def _is_right(self, numbers: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        if self.labels is not None:
-            return (self.labels[first] == self.labels[numbers]).double()
-        return (self.right[numbers] == first[:, :, None]).any(2).double()
-
-
-def _found_by_both(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Return the ``(N, 10)`` items that the two models' cosines, each as z-scores of its query, put first together."""
-    found = []
-    for start in range(0, len(u), _BLOCK):
-        total = torch.zeros(())
-        for rows in (u, v):
-            cosines = rows[start : start + _BLOCK] @ rows.t()
-            total = (cosines - cosines.mean(1, keepdim=True)) / cosines.std(1, keepdim=True).clamp(min=1e-12) + total
-        total.diagonal(start).fill_(-torch.inf)
-        found.append(total.topk(min(_NEIGHBORS, max(1, len(u) // 16)), dim=1).indices)  # fewer of few rows
-    return torch.cat(found)
-
-
-def _coefficients(cosine: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what the two ends weigh, but for a factor: along the chord of a short arc; of opposite ends the first."""
-    angle = cosine.clamp(-1, 1).arccos()
-    short, opposite = angle < _SHORT_ARC, angle > torch.pi - _NEAR_OPPOSITE
-    first = torch.where(short, 1 - share, torch.sin((1 - share) * angle))
-    second = torch.where(short, share, torch.sin(share * angle))
-    return torch.where(opposite, 1.0, first), torch.where(opposite, 0.0, second)
-
-
-def _unit(rows: Any, name: str) -> torch.Tensor:
-    return normalize(check_matrix(rows, name).detach().float(), dim=1)

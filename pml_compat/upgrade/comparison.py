@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .compatibility import is_compatible, update_gain
-from .evaluation import METRICS, Evaluation
+from .evaluation import Evaluation
+from .names import METRICS
 from .options import is_surely_better
 
 COSTS = {"milliseconds_per_step": "ms/step", "extra_mebibytes": "+MiB"}  # of a method's training

@@ -15,8 +15,9 @@ from ..accuracy.items import as_values
 from ..accuracy.mixed_accuracy import mixed_accuracy
 from ..verification.thresholds import check_rates
 from .criterion import pair_criterion
-from .evaluation import ALL_METRICS, METRICS, PAIR_NAMES, TWO_STAGES, Backfill, Evaluation
+from .evaluation import Backfill, Evaluation
 from .groups import by_group
+from .names import ALL_METRICS, METRICS, PAIR_NAMES, TWO_STAGES
 from .prepare import Prepared, chance, prepare, rows_of, take
 from .query_time import blended_queries, two_stages
 from .verified import verify, verify_some

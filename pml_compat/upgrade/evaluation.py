@@ -1,40 +1,7 @@
-"""What ``pml-compat evaluate`` measured, and the metrics.json it becomes.
-
-``metrics.json`` is strict JSON; accuracies, differences and rates are fractions, and what is undefined is null::
-
-    {
-      "pml_compat": version,
-      "data": {"queries", "scored_queries", "gallery", "classes", "widths": {file: width}, "files": {file: path},
-               "normalized", "same_items": "position" | "id" | null, "cameras", "k", "seed"},
-      "pairs": {pair: {metric: value, ..., "cmc": [at 1, at 2, ...]}},
-      "differences": {pair: {metric: INTERVAL}},            less old_to_old, over the same queries
-      "update_gain": {pair: {metric: INTERVAL}},            share of what re-embedding everything would bring
-      "negative_flips": {pair or "backfill": {"rate", "positive_rate", "relative_rate", "queries", "left_out",
-                                              "worst": [{"label", "flips", "queries"}]}},
-      "backfill": {start: {"order", "fractions": [], "vectors": [], "values": {metric: []}, "area": {metric: value},
-                           "differences": {metric: [INTERVAL]}}},
-      "criterion": {"same_label", "different_label", "n_same_label", "n_different_label"} | null,
-      "verification": {pair: {"at_far": {FAR: POINT}, "at_old_threshold": {FAR: POINT}, "genuine_pairs",
-                              "impostor_pairs"}} | null,
-      "verdict": {"outcome", "certain", "share", "share_range": [low, high], "vectors", "start", "queries_needed",
-                  "title", "summary", "reasons": [], "warnings": [], "missing": []},
-      "groups": {group: all of this, of its queries},
-      "notes": [], "suspicions": []
-    }
-
-A pair is ``old_to_old``, ``new_to_old``, ``new_to_transformed_old``, ``new_to_new`` or ``old_to_new``, the query's
-model first; ``rotated_to_old`` and ``blended_to_old`` (:class:`pml_compat.serving.QueryBlend`); ``two_stages_10``, the
-10 nearest of old/old in the new model's order, of P@1 and mAP alone. A start is ``old`` or ``transformed_old``.
-INTERVAL is ``{"estimate", "low", "high", "probability", "level", "queries", "left_out", "classes", "p"}``
-(:class:`pml_compat.upgrade.BootstrapInterval`), POINT ``{"threshold", "far", "tar"}``. What needs ``--old-queries`` or
-a gallery that was not given is an empty object, or null. ``outcome`` is ``swap_now``, ``swap_with_a_new_threshold``,
-``swap_with_transformed_gallery``, ``blend_queries``, ``search_in_two_stages``, ``backfill_first``, ``do_not_upgrade``,
-``not_enough_queries``, or null without ``--old-queries`` and where the input cannot be right.
-"""
+"""What an upgrade measured; :mod:`pml_compat.upgrade.as_json` describes its metrics.json."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -48,33 +15,15 @@ import torch
 from .. import __version__
 from ..accuracy.items import as_values
 from ..verification.verification import VerificationResult
-from .as_json import flips_to_json, interval_to_json, intervals_to_json, verification_to_json, without_nan
+from .as_json import flips_to_json, measured_to_json, without_nan
 from .bootstrap import BootstrapInterval, bootstrap_update_gain, paired_bootstrap
 from .criterion import PairCriterion
+from .names import METRICS
 from .negative_flips import NegativeFlips, negative_flips
 
 if TYPE_CHECKING:
     from .verdict import UpgradeVerdict
 
-METRICS = {"precision_at_1": "P@1", "mean_average_precision": "mAP"}
-PAIRS = {
-    "old_to_old": "old/old",
-    "new_to_old": "new/old",
-    "new_to_transformed_old": "new/transformed old",
-    "new_to_new": "new/new",
-}
-AT_QUERY_TIME = {"rotated_to_old": "rotated/old", "blended_to_old": "blended/old"}
-PAIR_NAMES = {**PAIRS, "old_to_new": "old/new", **AT_QUERY_TIME}
-TWO_STAGES = "two_stages_"  # and the depth
-STARTS = {"old": "new_to_old", "transformed_old": "new_to_transformed_old"}  # a backfill's start: its pair at 0 %
-ALL_METRICS = {
-    **METRICS,
-    "mean_average_precision_at_r": "mAP@R",
-    "r_precision": "R-precision",
-    "mean_reciprocal_rank": "MRR",
-    "cmc_top_5": "CMC@5",
-    "cmc_top_10": "CMC@10",
-}
 _CMC_PLACES = 100
 
 
@@ -250,54 +199,13 @@ class Evaluation:
 
     def to_json(self, path: Any = None) -> dict[str, Any]:
         """Return everything, of types that strict JSON has; see the module. With a path, write it there too."""
-        out = {"pml_compat": __version__, **self._measured(), "verdict": self.verdict.to_json()}
+        out = {"pml_compat": __version__, **measured_to_json(self), "verdict": self.verdict.to_json()}
         if self.verdict.flips is not None and self.verdict.outcome == "backfill_first":
             out["negative_flips"]["backfill"] = flips_to_json(self.verdict.flips)
         out = without_nan(out)
         if path is not None:
             Path(path).write_text(json.dumps(out, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return out
-
-    def _measured(self) -> dict[str, Any]:
-        out = {
-            "data": self.data,
-            "pairs": {
-                pair: {metric: self.accuracy(pair, metric) for metric in values}
-                | ({"cmc": self.cmc(pair)} if "mean_reciprocal_rank" in values else {})
-                for pair, values in self.pairs.items()
-            },
-            "differences": {pair: intervals_to_json(found) for pair, found in self.differences.items()},
-            "update_gain": {pair: intervals_to_json(found) for pair, found in self.gains.items()},
-            "negative_flips": {pair: flips_to_json(found) for pair, found in self.pair_flips.items()},
-            "backfill": {start: self._backfill_to_json(start) for start in self.backfill},
-            "criterion": None if self.criterion is None else dataclasses.asdict(self.criterion),
-            "verification": None
-            if self.verification is None
-            else {pair: verification_to_json(found) for pair, found in self.verification.items()},
-            "groups": {name: one.to_json() for name, one in self.groups.items()},
-            "notes": self.notes,
-            "suspicions": self.suspicions,
-        }
-        return out
-
-    def _backfill_to_json(self, start: str) -> dict[str, Any]:
-        curve = self.backfill[start]
-        steps = self.backfill_differences.get(start, [])
-        return {
-            "order": curve.order,
-            "fractions": list(curve.fractions),
-            "vectors": list(curve.vectors),
-            "values": {metric: curve.values(metric) for metric in METRICS},
-            "area": {metric: curve.area(metric) for metric in METRICS},
-            "differences": {metric: [interval_to_json(step[metric]) for step in steps] for metric in METRICS}
-            if steps
-            else {},
-        }
-
-
-def pair_name(pair: str) -> str:
-    """Return what a pair is called in tables."""
-    return PAIR_NAMES[pair] if pair in PAIR_NAMES else f"two stages, {pair.removeprefix(TWO_STAGES)} items"
 
 
 def mean(values: torch.Tensor) -> float:

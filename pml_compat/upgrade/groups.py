@@ -12,7 +12,8 @@ import torch
 from ..accuracy.items import as_values
 from ..verification.verification import VerificationResult
 from .doubts import points, threshold_warnings
-from .evaluation import METRICS, Backfill, Evaluation
+from .evaluation import Backfill, Evaluation
+from .names import METRICS
 
 Verified = dict[str, VerificationResult] | None
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .bootstrap import BootstrapInterval
-from .evaluation import METRICS, STARTS, TWO_STAGES, Evaluation
+from .evaluation import Evaluation
+from .names import METRICS, STARTS, TWO_STAGES
 
 Differences = Mapping[str, BootstrapInterval]  # metric to how much better than old/old
 

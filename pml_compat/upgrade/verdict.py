@@ -22,8 +22,9 @@ from typing import Any
 from .as_json import without_nan
 from .bootstrap import BootstrapInterval
 from .doubts import impossible, new_gallery_warning, threshold_warnings
-from .evaluation import METRICS, STARTS, Evaluation
+from .evaluation import Evaluation
 from .groups import group_warnings
+from .names import METRICS, STARTS
 from .negative_flips import NegativeFlips
 from .options import Option, choose, list_options, may_be_better
 from .words import title_and_summary, what_is_missing, why

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from .doubts import points
-from .evaluation import METRICS, TWO_STAGES, Evaluation, pair_name
+from .evaluation import Evaluation
+from .names import METRICS, TWO_STAGES, pair_name
 from .options import Differences, Option, is_better, is_surely_better, list_options
 
 

@@ -8,8 +8,8 @@ from torch.nn.functional import normalize
 
 from pml_compat._files import save_tensors
 from pml_compat.frozen import FrozenEmbeddings
-from pml_compat.serving import NumpyQueryBlend, QueryBlend, alignability, query_blend
-from pml_compat.serving.query_blend import interpolate
+from pml_compat.serving import NumpyQueryBlend, QueryBlend, alignability, blend_share, query_blend
+from pml_compat.serving.rotation import interpolate
 from pml_compat.transformations import OrthogonalTransformation
 from tests import reference
 
@@ -203,7 +203,8 @@ def source_rows(monkeypatch, old, new, labels):
         assert len(seen[-1]) == len(source) and float(distances.amin(1).max()) < 1e-5
         return procrustes(source, target)
 
-    monkeypatch.setattr(query_blend, "procrustes", recording)
+    for module in (query_blend, blend_share):
+        monkeypatch.setattr(module, "procrustes", recording)
     QueryBlend().fit(old, new, labels)
     return seen
 
@@ -229,7 +230,7 @@ def test_without_labels_each_item_is_judged_once(monkeypatch):
 def test_without_labels_both_models_say_what_is_right(size, neighbors):
     _, old, new = items(n=size, classes=6, widths=(8, 5))
     old, new = normalize(old).double(), normalize(new).double()
-    for i, found in enumerate(query_blend._found_by_both(old, new).tolist()):
+    for i, found in enumerate(blend_share._found_by_both(old, new).tolist()):
         z_scores = []
         for rows in (old.numpy(), new.numpy()):
             cosines = np.array([rows[i] @ row for row in rows])
@@ -251,7 +252,7 @@ def test_of_many_rows_a_sample_is_used(monkeypatch):
 def test_blocks_do_not_change_the_fit(monkeypatch):
     labels, old, new = items(n=100)
     whole = [QueryBlend().fit(old, new, given) for given in (labels, None)]
-    monkeypatch.setattr(query_blend, "_BLOCK", 7)
+    monkeypatch.setattr(blend_share, "_BLOCK", 7)
     for blend, given in zip(whole, (labels, None), strict=True):
         again = QueryBlend().fit(old, new, given)
         assert again.share == blend.share and again.rotation.equal(blend.rotation)
