@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ._rows import fit_width as fit_width
     from .data import embed as embed
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["embed", "fit_width"]
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 from .migrate import add_migrate
@@ -74,7 +74,7 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+def _add_evaluate(commands: argparse._SubParsersAction[Any]) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="measure an upgrade on stored embeddings, and say what to do",

@@ -21,7 +21,7 @@ _STORES = (
 )
 
 
-def add_migrate(commands: argparse._SubParsersAction) -> None:
+def add_migrate(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the command."""
     migrate = commands.add_parser(
         "migrate",

@@ -10,7 +10,7 @@ import torch
 from .embeddings import FrozenEmbeddings
 
 
-class OldEmbeddingDataset(torch.utils.data.Dataset):
+class OldEmbeddingDataset(torch.utils.data.Dataset[Any]):
     """Gives every sample of a data set its old embedding: ``(data, label)`` becomes ``(data, label, old_embedding)``.
 
     Augmentation may change the data; the old embedding is the stored one. PML's trainers and testers take such a data

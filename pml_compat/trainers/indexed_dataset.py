@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class IndexedDataset(torch.utils.data.Dataset):
+class IndexedDataset(torch.utils.data.Dataset[Any]):
     """Gives every sample of a data set its index: ``(data, label)`` becomes ``(data, label, index)``.
 
     By the index a trainer finds what is stored of the sample. Wrap the whole data set, and take the part to train on

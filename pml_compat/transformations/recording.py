@@ -71,7 +71,9 @@ class _Rows:
         self.recording, self.name, self.width = recording, name, width
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name = func.__name__
         if name not in _OPERATIONS:
             raise _not_known(name)

@@ -53,7 +53,7 @@ def evaluate(
     blend: QueryBlend | Literal[False] | None = None,
     depths: Sequence[int] = (10, 50),
     groups: Any = None,
-    knn_func: Callable | None = None,
+    knn_func: Callable[..., Any] | None = None,
     seed: int = 0,
     device: Any = None,
     progress: bool = False,
