@@ -1,10 +1,15 @@
 """Sphinx builds the site from this folder: ``make docs``, into docs/_build.
 
-It needs no network: formulas become MathML, figures are SVG in the page. Two things are made while it builds: the list
-of all public names in api/index, and ``llms.txt`` at the root of the site, an index of all pages with a line on each.
+It needs no network: formulas become MathML, figures are SVG in the page. Made while it builds are the list of all
+public names in api/index, the commands' help, the count of runs in results, and ``llms.txt`` at the root of the site,
+an index of all pages with a line on each.
 """
 
+import contextlib
 import importlib
+import io
+import os
+import re
 import sys
 from html import escape
 from pathlib import Path
@@ -15,6 +20,9 @@ from latex2mathml.converter import convert
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 from pml_compat import __version__  # noqa: E402
+from pml_compat.cli.main import main  # noqa: E402
+
+os.environ["COLUMNS"] = "100"  # of the commands' help
 
 project = "pml_compat"
 author = copyright = "The pml_compat developers"
@@ -28,7 +36,7 @@ html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_show_sphinx = False
 
-myst_enable_extensions = ["attrs_block", "colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 # What PML calls inside its losses, the same in each.
@@ -61,10 +69,19 @@ def _mathml(translator, node, display):
     raise SkipNode
 
 
-def _public_names(app, docname, source):
-    """Put tables of every public name into api/index, a package at a time, in the order of its pages."""
-    if docname != "api/index":
-        return
+def _fill(app, docname, source):
+    """Write into a page what is made from the code or from another page."""
+    if docname == "api/index":
+        source[0] += _public_names()
+    elif docname == "api/command_line":
+        source[0] += "".join(_help_of(command) for command in ("evaluate", "migrate", "demo"))
+    elif docname == "results":
+        source[0] = source[0].replace("<!-- counted: conf.py writes the table here -->", _how_often())
+
+
+def _public_names():
+    """Return tables of every public name, a package at a time, in the order of its pages."""
+    found = ""
     for page in sorted((DOCS / "api").glob("*.md")):
         if page.stem in ("index", "command_line"):
             continue
@@ -73,7 +90,32 @@ def _public_names(app, docname, source):
         rows = "\n   ".join(module.__all__)
         first_line = module.__doc__.partition("\n")[0]
         table = f".. currentmodule:: {package}\n\n.. autosummary::\n\n   {rows}"
-        source[0] += f"\n## {package}\n\n{first_line}\n\n```{{eval-rst}}\n{table}\n```\n"
+        found += f"\n## {package}\n\n{first_line}\n\n```{{eval-rst}}\n{table}\n```\n"
+    return found
+
+
+def _help_of(command):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    return f"\n## pml-compat {command}\n\n```text\n{printed.getvalue()}```\n"
+
+
+def _how_often():
+    """Return a table of the runs in defaults.md in which each method met the criterion."""
+    met = {}
+    for line in (DOCS / "defaults.md").read_text().splitlines():
+        if line.startswith("| ") and (runs := re.findall(r"\((\d+) of (\d+)\)", line)):
+            held, all_runs = met.setdefault(line.split("|")[1].strip(), [0, 0])
+            met[line.split("|")[1].strip()] = [
+                held + sum(int(a) for a, _ in runs),
+                all_runs + sum(int(b) for _, b in runs),
+            ]
+    rows = [f"| {name} | {held} of {runs} | {runs - held} |" for name, (held, runs) in met.items()]
+    held, runs = (sum(column) for column in zip(*met.values(), strict=True))
+    return "\n".join(
+        ["| method | held | no |", "| --- | ---: | ---: |", *rows, f"| **all** | {held} of {runs} | {runs - held} |"]
+    )
 
 
 def _llms_txt(app, error):
@@ -112,6 +154,6 @@ def setup(app):
         (lambda translator, node: _mathml(translator, node, "inline"), None),
         (lambda translator, node: _mathml(translator, node, "block"), None),
     )
-    app.connect("source-read", _public_names)
+    app.connect("source-read", _fill)
     app.connect("html-page-context", _describe)
     app.connect("build-finished", _llms_txt)
