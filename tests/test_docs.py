@@ -66,7 +66,6 @@ def shared():
         "old_gallery": old[500:1000],
         "new_gallery": new[500:1000],
         "gallery_labels": all_labels[500:1000],
-        "torch": torch,
     }
 
 
@@ -105,7 +104,7 @@ BEFORE = {"methods/fct.md": _fct, "migrating.md": _migrating, "methods/two_stage
 @pytest.mark.parametrize("name", WITH_CODE)
 def test_the_blocks_of_a_page_run_in_their_order(name, shared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = copy.deepcopy({key: value for key, value in shared.items() if key != "torch"}) | {"torch": torch}
+    names = copy.deepcopy(shared)
     BEFORE.get(name, lambda names: None)(names)
     torch.manual_seed(0)
     page = (DOCS / name).read_text()
