@@ -22,7 +22,7 @@ sys.path.insert(0, str(DOCS.parent))
 from pml_compat import __version__  # noqa: E402
 from pml_compat.cli.main import main  # noqa: E402
 
-os.environ["COLUMNS"] = "100"  # of the commands' help
+os.environ["COLUMNS"] = "88"  # of the commands' help
 
 project = "pml_compat"
 author = copyright = "The pml_compat developers"
@@ -64,7 +64,8 @@ def _mathml(translator, node, display):
     formula = node.astext()
     if "&" in formula and r"\begin" not in formula:
         formula = rf"\begin{{align*}}{formula}\end{{align*}}"
-    found = convert(formula, display=display)
+    # A bar that may stretch does so on one side alone.
+    found = convert(formula, display=display).replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')
     translator.body.append(f'<div class="formula">{found}</div>' if display == "block" else found)
     raise SkipNode
 
@@ -73,7 +74,7 @@ def _fill(app, docname, source):
     """Write into a page what is made from the code or from another page."""
     if docname == "api/index":
         source[0] += _public_names()
-    elif docname == "api/command_line":
+    elif docname == "command_line":
         source[0] += "".join(_help_of(command) for command in ("evaluate", "migrate", "demo"))
     elif docname == "results":
         source[0] = source[0].replace("<!-- counted: conf.py writes the table here -->", _how_often())
@@ -83,13 +84,13 @@ def _public_names():
     """Return tables of every public name, a package at a time, in the order of its pages."""
     found = ""
     for page in sorted((DOCS / "api").glob("*.md")):
-        if page.stem in ("index", "command_line"):
+        if page.stem == "index":
             continue
         package = page.stem if page.stem == "pml_compat" else f"pml_compat.{page.stem}"
         module = importlib.import_module(package)
         rows = "\n   ".join(module.__all__)
         first_line = module.__doc__.partition("\n")[0]
-        table = f".. currentmodule:: {package}\n\n.. autosummary::\n\n   {rows}"
+        table = f".. currentmodule:: {package}\n\n.. autosummary::\n   :nosignatures:\n\n   {rows}"
         found += f"\n## {package}\n\n{first_line}\n\n```{{eval-rst}}\n{table}\n```\n"
     return found
 
@@ -124,7 +125,16 @@ def _llms_txt(app, error):
         return
     pages = app.env.found_docs - {"index"}
     order = {name: place for place, name in enumerate(_in_order(app.env, "index"))}
-    lines = [f"# pml_compat {release}", "", f"> {_description(app, 'index')}", "", "## Pages", ""]
+    lines = [
+        f"# pml_compat {release}",
+        "",
+        f"> {_description(app, 'index')}",
+        "",
+        "The Markdown of a page: _sources/PAGE.md.txt.",
+        "",
+        "## Pages",
+        "",
+    ]
     for name in sorted(pages, key=lambda page: (order.get(page, len(order)), page)):
         title, address = app.env.titles[name].astext(), app.builder.get_target_uri(name)
         lines.append(f"- [{title}]({address}): {_description(app, name)}")
