@@ -101,7 +101,11 @@ def _two_stages(names):
 BEFORE = {"methods/fct.md": _fct, "migrating.md": _migrating, "methods/two_stages.md": _two_stages}
 
 
-@pytest.mark.parametrize("name", WITH_CODE)
+# What takes more than a few seconds.
+SLOW = ("quickstart.md", "results/digits.md")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in WITH_CODE])
 def test_the_blocks_of_a_page_run_in_their_order(name, shared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = copy.deepcopy(shared)
@@ -156,11 +160,7 @@ def test_what_a_method_page_quotes_stands_in_the_results():
     results = (DOCS / "defaults.md").read_text()
     found = 0
     for page in sorted((DOCS / "methods").glob("*.md")):
-        tables = re.findall(
-            r"(?:^\|.*\n)+(?=\n(?:P@1|New queries|In percent)[^\n]*of\n?[ ]?\{doc\}`../defaults`)",
-            page.read_text(),
-            re.M,
-        )
+        tables = re.findall(r"((?:^\|.*\n)+)\n(?:[^|\n]+\n)*?[^|\n]*\.\./defaults\.md", page.read_text(), re.MULTILINE)
         for pair in re.findall(r"\d+\.\d / \d+\.\d", "".join(tables)):
             assert pair in results, f"{page.name} quotes {pair}, which docs/defaults.md does not have"
             found += 1
