@@ -5,7 +5,9 @@ public names in api/index, the commands' help, the count of runs in results, and
 an index of all pages with a line on each.
 """
 
+import ast
 import contextlib
+import functools
 import importlib
 import io
 import os
@@ -39,6 +41,19 @@ html_show_sphinx = False
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+# What PML calls inside its losses, the same in each.
+_PLUMBING = (
+    "check_given, compute_loss, forward, get_default_distance, get_default_reducer, look_at_labels, needs_labels, "
+    "needs_ref_emb, training"
+)
+autodoc_default_options = {"members": True, "member-order": "bysource", "exclude-members": _PLUMBING}
+autodoc_typehints = "none"  # the docstrings say what each argument is, with its range
+autosummary_generate = False
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Shape", "Reference"]
+nitpick_ignore_regex = [("py:.*", r"(torch|pytorch_metric_learning|collections|numpy)\..*")]  # no network, no links
 # What PML calls inside its losses, the same in each.
 _PLUMBING = (
     "check_given, compute_loss, forward, get_default_distance, get_default_reducer, look_at_labels, needs_labels, "
@@ -151,6 +166,21 @@ def _description(app, name):
     return app.env.metadata[name].get("description", "")
 
 
+def _without_a_page(app, env, node, contnode):
+    """Let docstrings name what is private: what is defined somewhere in the package is no dead link, and no link."""
+    return contnode if node["reftarget"].rpartition(".")[2] in _defined() else None
+
+
+@functools.cache
+def _defined():
+    names = set()
+    for path in (DOCS.parent / "pml_compat").rglob("*.py"):
+        definitions = (ast.ClassDef, ast.FunctionDef)
+        names |= {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, definitions)}
+        names.add(path.stem)
+    return names
+
+
 def _describe(app, name, template, context, doctree):
     """Give a page's description to search engines."""
     if description := app.env.metadata.get(name, {}).get("description"):
@@ -166,4 +196,5 @@ def setup(app):
     )
     app.connect("source-read", _fill)
     app.connect("html-page-context", _describe)
+    app.connect("missing-reference", _without_a_page)
     app.connect("build-finished", _llms_txt)
