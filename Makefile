@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-all check fix bench wheel clean
+.PHONY: help install demo test test-all check fix bench docs wheel clean
 
 help:
 	@echo "make demo      upgrade a small model on real images, in a few minutes on a CPU; results in demo_output/"
@@ -13,6 +13,7 @@ help:
 	@echo "make check     ruff and mypy"
 	@echo "make fix       format, and mend what ruff can"
 	@echo "make bench     measure the frozen classifier against its peers"
+	@echo "make docs      build the site into docs/_build/"
 	@echo "make wheel     build the wheel into dist/"
 	@echo "TORCH=torch==2.13.0 VENV=.venv-2.13 make test    with another torch, in another environment"
 
@@ -44,6 +45,10 @@ fix: install
 
 bench: install
 	$(BIN)/python benchmarks/frozen_classifier.py
+
+docs: install
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build
 
 wheel: install
 	$(BIN)/python -m build --wheel

@@ -30,9 +30,8 @@ class ClassCenters(torch.nn.Module):
     model never saw have a centre too.
 
     Made of embeddings (:meth:`from_embeddings`, :meth:`from_batches`), the centres also say where queries of each class
-    should stand to find these embeddings, ``directions``; see
-    :func:`~pml_compat.frozen.class_directions.class_directions`. They are fitted when they are first asked for, to
-    32,768 embeddings at most, in seconds.
+    should stand to find these embeddings, ``directions``. They are fitted when they are first asked for, to 32,768
+    embeddings at most, in seconds.
 
     Args:
         centers: ``(C, D)``, any length but 0; kept as unit rows.

@@ -26,7 +26,7 @@ class CompatibleHead(torch.nn.Module):
 
     Train the head with :class:`~pml_compat.losses.CompatibleHeadLoss`, as the last layer of the model or as the
     ``embedder`` of a PML trainer. Old and new vectors side by side in one index:
-    :class:`pml_compat.gallery.MixedGallery`.
+    :class:`pml_compat.serving.MixedGallery`.
 
     With ``whitening`` :math:`p` lives in the old space whitened by its scatter within classes, and :meth:`old_part`
     leads back: the head aims at what tells classes apart.

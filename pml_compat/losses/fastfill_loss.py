@@ -94,7 +94,7 @@ class FastFillLoss(NamedTermsLoss):
 
     @property
     def needs_ref_emb(self) -> bool:
-        """Always: the new model's embeddings."""
+        """Always, the new model's embeddings."""
         return True
 
     @property

@@ -81,7 +81,7 @@ class FCTLoss(NamedTermsLoss):
 
     @property
     def needs_ref_emb(self) -> bool:
-        """Always: the new model's embeddings."""
+        """Always, the new model's embeddings."""
         return True
 
     @property

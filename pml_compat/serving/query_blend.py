@@ -41,7 +41,8 @@ class QueryBlend:
     Attributes:
         share: :math:`a`, in [0, 1].
         rotation: :math:`R`, ``(D_new, D_old)`` float32.
-        old_fingerprint, new_fingerprint: of the models behind what it was fitted to, where that said so.
+        old_fingerprint: of the old model behind what it was fitted to, where that said so.
+        new_fingerprint: of the new model, likewise.
     Example:
         >>> old, turn = torch.randn(200, 4), torch.linalg.qr(torch.randn(4, 4))[0]
         >>> blend = QueryBlend().fit(old, old @ turn, torch.arange(200) % 5)

@@ -138,12 +138,12 @@ class CrossModelTester(GlobalEmbeddingSpaceTester):
         """Return all that :func:`pml_compat.upgrade.evaluate` says of a split: intervals, flips, backfill and verdict.
 
         Args:
-            dataset_dict: as for :meth:`test`.
+            dataset_dict: as for PML's ``test``.
             trunk_model: the new model's trunk.
             embedder_model: and its embedder.
             split: whose items are queries and gallery, each left out of its own ranking.
             level: of the labels, where items have several.
-            collate_fn: as for :meth:`test`.
+            collate_fn: as for PML's ``test``.
             **kwargs: for :func:`pml_compat.upgrade.evaluate`, such as ``fars``.
         """
         embedder_model = torch.nn.Identity() if embedder_model is None else embedder_model

@@ -32,26 +32,7 @@ def apply(
     overwrite: bool = False,
     progress: bool = True,
 ) -> np.ndarray:
-    """Map every row of ``source``, in eval mode and with batch normalisation folded into the layers.
-
-    Args:
-        transformation: the map; it stays as it is, on its device.
-        source: ``(N, in_features)`` tensor, array, memory map, or whatever gives rows by a slice; read in batches.
-        side_info: ``(N, side_features)``, row i of the same item; None where the transformation takes none.
-        out: an ``.npy`` file to write to, whole or not at all; or an array of the right shape and dtype, in memory or
-            mapped, which is filled; None makes one in memory. Never the source itself.
-        batch_size: rows at once; memory is set by it and not by ``N``.
-        normalize: scale each row to length 1.
-        overwrite: replace a file that stands at ``out``.
-        progress: show a progress bar.
-    Shape:
-        - output: ``(N, out_features)`` float32 (float64 for a float64 transformation); a memory map of the file
-          ``out``, or the array ``out``
-    Raises:
-        FileExistsError: a file stands at ``out``, without ``overwrite``.
-        ValueError: other widths, lengths that differ, NaN or infinity (which row), ``out`` no ``.npy`` file and
-            no array that fits, or the source.
-    """
+    """Map every row of ``source``, with batch normalisation folded into the layers: ``Transformation.apply_to``."""
     check_integer(batch_size, "batch_size", minimum=1)
     if side_info is not None and len(side_info) != len(source):
         raise ValueError(f"side_info must have one row an embedding: expected {len(source)}, got {len(side_info)}")

@@ -95,7 +95,25 @@ class Transformation(torch.nn.Module):
         overwrite: bool = False,
         progress: bool = True,
     ) -> np.ndarray:
-        """Map a whole gallery, in memory set by ``batch_size``: see :func:`pml_compat.transformations.apply.apply`."""
+        """Map a whole gallery, in memory set by ``batch_size``, in eval mode.
+
+        Args:
+            source: ``(N, in_features)`` tensor, array, memory map, or whatever gives rows by a slice; read in batches.
+            side_info: ``(N, side_features)``, row i of the same item; None where the transformation takes none.
+            out: an ``.npy`` file to write to, whole or not at all; or an array of the right shape and dtype, in memory
+                or mapped, which is filled; None makes one in memory. Never the source itself.
+            batch_size: rows at once.
+            normalize: scale each row to length 1.
+            overwrite: replace a file that stands at ``out``.
+            progress: show a progress bar.
+        Shape:
+            - output: ``(N, out_features)`` float32 (float64 for a float64 transformation); a memory map of the file
+              ``out``, or the array ``out``
+        Raises:
+            FileExistsError: a file stands at ``out``, without ``overwrite``.
+            ValueError: other widths, lengths that differ, NaN or infinity (which row), ``out`` no ``.npy`` file and
+                no array that fits, or the source.
+        """
         return apply(
             self,
             source,

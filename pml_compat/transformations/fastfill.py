@@ -98,7 +98,7 @@ class FastFillTransformation(Transformation):
         """Return the predicted log variance of a whole gallery, in eval mode, in memory set by ``batch_size``.
 
         Args:
-            source: ``(N, old_features)`` tensor, array or memory map, as :meth:`apply_to` takes.
+            source: ``(N, old_features)`` tensor, array or memory map, as ``apply_to`` takes.
             side_info: ``(N, side_features)``, row i of the same item; None where the transformation takes none.
             batch_size: rows at once.
             progress: show a progress bar.

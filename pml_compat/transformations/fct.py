@@ -24,8 +24,8 @@ class FCTTransformation(Transformation):
     and ReLU. Without side-information the old embedding feeds both branches.
 
     :func:`fit_transformation` puts the closed-form linear map under an untrained one, side-information included, and
-    sets the last layer to 0: :math:`W [f_o, s] + b + e \odot h(f_o, s)`, see :class:`LinearPath`. It is saved, loaded
-    and exported with the layers.
+    sets the last layer to 0: :math:`W [f_o, s] + b + e \odot h(f_o, s)`. It is saved, loaded and exported with the
+    layers.
 
     Args:
         old_features: width of the old embeddings.

@@ -66,7 +66,7 @@ def fit_transformation(
         labels: ``(N,)``, for a ``loss`` that uses them, and to judge held-out rows by.
         loss: a PML loss, called as ``loss(mapped, labels, ref_emb=target)`` with what is there, and with ``log_var``
             where the transformation has ``with_log_variance``; its parameters are trained too. None: for maps that
-            start at the closed form :class:`pml_compat.transformations.alignment.Alignment` (the paper's is
+            start at the closed form the squared error and the cosines to the new rows' neighbourhoods (the paper's is
             ``FCTLoss()``), for FastFill's :class:`pml_compat.losses.FastFillLoss`, for others the mean squared error
             over all entries.
         epochs: passes over the data, 1 or more. None: as many as make 500 steps, and 10 at least.
@@ -90,7 +90,7 @@ def fit_transformation(
         ``{"train_loss": [...], "validation_loss": [...], "lr": [...], "best_epoch": int, "steps": int}``, one
         entry an epoch, steps of all epochs;
         ``best_epoch`` is -1 where the closed form was kept. Where retrieval was judged ``validation_score``, too, of
-        the start and of each epoch: see :func:`pml_compat.transformations.selection.retrieval_scores`.
+        the start and of each epoch.
     Raises:
         ValueError: lengths that differ, other widths, NaN or infinity (which array and row), views that do not match,
             a fraction out of range, a checkpoint of a run with other data or settings, or a truncated one.

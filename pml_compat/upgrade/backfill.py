@@ -78,7 +78,8 @@ def backfill_curve(
             ``(N,)`` floats, scores, highest first (ties by row); ``(N,)`` integers, the rows themselves, first to last.
         fractions: where to measure, rising from 0 to 1.
         seed: of a random order.
-        calculator: what measures; by default a :class:`CrossModelAccuracyCalculator` of ``precision_at_1`` and
+        calculator: what measures; by default a
+            :class:`~pml_compat.accuracy.CrossModelAccuracyCalculator` of ``precision_at_1`` and
             ``mean_average_precision``.
         fit_width: mix vectors of different widths all the same: for a new model that was trained to serve the old
             gallery with its first coordinates.

@@ -51,7 +51,7 @@ class BootstrapInterval:
 
     @property
     def above(self) -> bool:
-        """Whether the difference is above 0 for sure: the interval, and with few queries the exact test, say so."""
+        """Whether the difference is above 0 for sure, by the interval and, with few queries, the exact test."""
         return self.low > 0 and self.p <= 1 - self.level
 
     def __str__(self) -> str:

@@ -83,7 +83,8 @@ def compatibility_matrix(
         galleries: model name to ``(M, D)`` gallery embeddings; by default the queries are the galleries too, each
             item left out of its own ranking.
         gallery_labels: ``(M,)``, with ``galleries``.
-        calculator: what measures; by default a :class:`CrossModelAccuracyCalculator` of ``precision_at_1`` and
+        calculator: what measures; by default a
+            :class:`~pml_compat.accuracy.CrossModelAccuracyCalculator` of ``precision_at_1`` and
             ``mean_average_precision``, which compares models of different widths by
             :func:`pml_compat.fit_width`.
         ref_includes_query: row i of every gallery is the item of row i of the queries. By default True without

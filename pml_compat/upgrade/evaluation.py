@@ -180,7 +180,7 @@ class Evaluation:
 
     @cached_property
     def verdict(self) -> UpgradeVerdict:
-        """What to do, by the rule of :mod:`pml_compat.upgrade.verdict`."""
+        """What to do, by the rule of :func:`upgrade_verdict`."""
         from .verdict import upgrade_verdict
 
         return upgrade_verdict(self)

@@ -37,7 +37,7 @@ class UpgradeVerdict:
     """What to do, and why.
 
     Args:
-        outcome: see the module :mod:`pml_compat.upgrade.evaluation`; None: there is nothing to compare with.
+        outcome: see :func:`upgrade_verdict`; None: there is nothing to compare with.
         certain: whether the intervals of P@1 and mAP exclude that it is no better than today.
         title: the verdict in a few words.
         summary: what to do, in a sentence.

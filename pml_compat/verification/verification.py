@@ -39,7 +39,7 @@ class VerificationResult:
 
     @property
     def thresholds(self) -> dict[float, float]:
-        """The threshold of each FAR asked for: what another result may be asked to be measured at."""
+        """The threshold of each FAR asked for, at which another result may be measured."""
         return {far: point.threshold for far, point in self.at_far.items()}
 
 
