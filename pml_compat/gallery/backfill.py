@@ -44,7 +44,7 @@ def backfill(
         embed: called with a list of ids, returns their ``(n, D)`` embeddings by the new model.
         budget: of all runs together, ``"20%"`` of the items or their number; of this run, ``"90s"``, ``"30min"``,
             ``"8h"``.
-        order: ids, the most urgent first, such as those with the lowest :func:`backfill_scores` or the most queries;
+        order: ids, the most urgent first, such as those with the highest :func:`backfill_scores` or the most queries;
             they need not be all. Random by default.
         model: fingerprint of the model behind ``embed``; that which the manifest has, where it has one.
         batch_size: items a call of ``embed``.

@@ -44,8 +44,9 @@ class QueryBlend:
         old_fingerprint: of the old model behind what it was fitted to, where that said so.
         new_fingerprint: of the new model, likewise.
     Example:
-        >>> old, turn = torch.randn(200, 4), torch.linalg.qr(torch.randn(4, 4))[0]
-        >>> blend = QueryBlend().fit(old, old @ turn, torch.arange(200) % 5)
+        >>> labels, turn = torch.arange(200) % 5, torch.linalg.qr(torch.randn(8, 8))[0]
+        >>> old = torch.eye(5, 8)[labels] + 0.1 * torch.randn(200, 8)
+        >>> blend = QueryBlend().fit(old, old @ turn, labels)
         >>> torch.allclose(blend.query_rows(old, old @ turn), torch.nn.functional.normalize(old), atol=1e-4)
         True
 
