@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.reducers import AvgNonZeroReducer, MeanReducer, MultipleReducers
+
+from .._host import AvgNonZeroReducer, MeanReducer, MultipleReducers
 
 
 class TermReducers(MultipleReducers):

@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import cross_entropy, relu
 
 from .._checks import (
@@ -19,6 +18,7 @@ from .._checks import (
     count_rows,
     rows_where,
 )
+from .._host import indices_tuple_not_supported
 from .._rows import no_autocast, precise_dtype, unit_rows
 from ..frozen.class_means import class_means
 from ..frozen.label_map import LabelMap
@@ -186,7 +186,7 @@ class AdvBCTLoss(NamedTermsLoss):
         self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: torch.Tensor, ref_labels: Any
     ) -> dict[str, Any]:
         """Return both terms, one loss a row."""
-        c_f.indices_tuple_not_supported(indices_tuple)
+        indices_tuple_not_supported(indices_tuple)
         new, old = check_old_rows(embeddings, ref_emb)
         check_same_device(embeddings, "embeddings", self.old_centers, "the loss")
         if old.shape[1] != self.old_centers.shape[1]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning import losses as pml_losses
-from pytorch_metric_learning.miners import BaseMiner
-from pytorch_metric_learning.reducers import DoNothingReducer
 
 from .._checks import check_values
+from .._host import BaseMiner, DoNothingReducer
+from .._host import losses as pml_losses
 from .._rows import no_autocast
 from ..frozen import class_weights
 from ..frozen.old_references import check_references

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import BaseDistance, LpDistance
-from pytorch_metric_learning.utils import common_functions as c_f
 
 from .._checks import check_finite, check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
+from .._host import BaseDistance, LpDistance, indices_tuple_not_supported
 from .._rows import no_autocast, unit_rows
 from ..frozen import FrozenClassifier
 from ..frozen.old_references import check_row_labels
@@ -135,7 +134,7 @@ class FastFillLoss(NamedTermsLoss):
         log_var: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """Return both terms."""
-        c_f.indices_tuple_not_supported(indices_tuple)
+        indices_tuple_not_supported(indices_tuple)
         mapped, target = check_old_rows(embeddings, ref_emb, fit=False, whose="the new model's embeddings")
         log_var = _check_log_var(log_var, embeddings).to(mapped.dtype)
         with no_autocast(embeddings):

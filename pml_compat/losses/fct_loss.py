@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, LpDistance
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import mse_loss
 
 from .._checks import check_labels, check_number
+from .._host import BaseDistance, CosineSimilarity, LpDistance, indices_tuple_not_supported
 from .._rows import no_autocast, unit_rows
 from ._base import NamedTermsLoss
 from ._reduction import per_sample
@@ -97,7 +96,7 @@ class FCTLoss(NamedTermsLoss):
         self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: torch.Tensor, ref_labels: Any
     ) -> dict[str, Any]:
         """Return one loss a row."""
-        c_f.indices_tuple_not_supported(indices_tuple)
+        indices_tuple_not_supported(indices_tuple)
         one, other = check_old_rows(embeddings, ref_emb, fit=False, whose="the new model's embeddings")
         distance = self.distance
         with no_autocast(embeddings):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import normalize
 
 from .._checks import check_labels, check_matrix, check_number, check_same_device
+from .._host import indices_tuple_not_supported
 from .._rows import no_autocast
 from ..frozen.old_references import check_row_labels
 from ..frozen.old_system import OldSystem, as_classifier
@@ -134,7 +134,7 @@ class FocalDistillationLoss(NamedTermsLoss):
         old_correct: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """Return one loss a row."""
-        c_f.indices_tuple_not_supported(indices_tuple)
+        indices_tuple_not_supported(indices_tuple)
         classifier = self.old_classifier
         new_emb, old_emb = check_old_rows(embeddings, ref_emb)
         if old_correct is None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
 from .._checks import check_labels
+from .._host import DistributedLossWrapper
 from ..distributed import GatherWithGradient, gathered
 
 

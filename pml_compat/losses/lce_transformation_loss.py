@@ -7,10 +7,10 @@ import warnings
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import mse_loss
 
 from .._checks import check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
+from .._host import indices_tuple_not_supported
 from .._rows import at_least_float32, no_autocast, unit_rows
 from ..frozen import ClassCenters
 from ..frozen.old_system import OldSystem, as_centers
@@ -128,7 +128,7 @@ class LCETransformationLoss(NamedTermsLoss):
         self, embeddings: torch.Tensor, labels: torch.Tensor, indices_tuple: Any, ref_emb: Any, ref_labels: Any
     ) -> dict[str, Any]:
         """Return both terms; the boundary term has one loss a sample that has a boundary."""
-        c_f.indices_tuple_not_supported(indices_tuple)
+        indices_tuple_not_supported(indices_tuple)
         if ref_emb is not None or ref_labels is not None:
             raise ValueError("ref_emb and ref_labels must be None: the loss compares with class centres")
         check_matrix(embeddings, width=self.transformation.out_features)

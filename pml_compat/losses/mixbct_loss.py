@@ -6,9 +6,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 
 from .._checks import check_integer, check_number
+from .._host import to_device
 from .._rows import fit_width, no_autocast, unit_rows
 from ..frozen import class_weights
 from ..frozen.old_references import check_row_labels
@@ -165,7 +165,7 @@ class MixBCTLoss(TaskAndTermsLoss):
     def _draw(self, credible: torch.Tensor) -> torch.Tensor:
         """Return which rows are replaced, without asking the device how many are credible."""
         wanted = int(self.share * len(credible) + 1e-6)  # 0.29 * 100 is a little below 29 in floating point
-        rank = c_f.to_device(torch.rand(len(credible), generator=self._generator), credible)
+        rank = to_device(torch.rand(len(credible), generator=self._generator), credible)
         order = torch.argsort(rank.masked_fill(~credible, 2.0))
         return torch.zeros_like(credible).index_fill_(0, order[:wanted], True) & credible
 
@@ -194,4 +194,4 @@ def _check_credible(credible: Any, length: int, ref_labels: torch.Tensor | None)
         raise ValueError(f"credible must be a bool tensor with one entry a row, ({length},), got {got}")
     if ref_labels is None:
         return torch.ones(length, dtype=torch.bool) if credible is None else credible
-    return ref_labels != -1 if credible is None else c_f.to_device(credible, ref_labels) & (ref_labels != -1)
+    return ref_labels != -1 if credible is None else to_device(credible, ref_labels) & (ref_labels != -1)
