@@ -34,12 +34,9 @@ class FCTLoss(NamedTermsLoss):
     for the row of the same item alone.
 
     Args:
-        contrast_weight: :math:`\lambda`, 0 or more; above 0 labels are needed. In O(N^2 D) for a batch of N. By classes
-            only for galleries of these classes: rows of others are drawn to them too, and lose. By rows the top-1 of
-            other classes gains a little, at the price of mAP, and that of these classes loses. Neither for galleries
-            that are embedded anew in part (``docs/open_set.md``).
+        contrast_weight: :math:`\lambda`, 0 or more; above 0 labels are needed. In O(N^2 D) for a batch of N. Only for
+            galleries of the classes that it is trained on (``docs/open_set.md``).
         temperature: :math:`\tau`, above 0, of cosines; the smaller, the more only the nearest rows of a query count.
-            On CIFAR-100 0.02 was best by classes (``docs/cifar100.md``), 0.05 by rows.
         **kwargs: ``distance``: ``LpDistance(normalize_embeddings=False, p=2, power=2)`` by default, the squared error;
             with ``normalize_embeddings=True`` on unit rows; or ``CosineSimilarity()``. ``reducer`` (one loss a row,
             default ``MeanReducer``), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
@@ -49,9 +46,8 @@ class FCTLoss(NamedTermsLoss):
         - ref_emb ``(N, D_new)``: the new model's embeddings, row i of the same item; receives no gradient
         - output: scalar, float32 or better
     Raises:
-        ValueError: ``contrast_weight`` < 0, ``temperature`` not above 0; another distance; ``ref_emb`` missing, or not
-            of the same shape; empty, NaN or infinite; another device; an ``indices_tuple``; labels missing where there
-            is a contrast.
+        ValueError: ``contrast_weight`` < 0, ``temperature`` not above 0; another distance; ``ref_emb`` missing, of
+            another shape or device; empty, NaN or infinite; an ``indices_tuple``; labels missing for the contrast.
     Example:
         >>> FCTLoss()(torch.tensor([[3.0, 0.0]]), ref_emb=torch.tensor([[0.0, 4.0]]))
         tensor(12.5000)

@@ -41,8 +41,7 @@ class FocalDistillationLoss(NamedTermsLoss):
         alpha: the weight of every sample; 0 or more.
         beta: what a sample weighs more where the old model is right; 0 or more.
         kind: ``"features"`` or ``"logits"``; the latter needs an ``old_classifier``.
-        temperature: ``T``, above 0, for ``kind="logits"``; the logits carry the old classifier's own scale already.
-            There is no factor :math:`T^2`: a high temperature needs larger weights.
+        temperature: ``T``, above 0, for ``kind="logits"``; a high one needs larger weights (no factor :math:`T^2`).
         **kwargs: ``reducer`` (one loss a row, default ``MeanReducer``), ``embedding_regularizer``,
             ``embedding_reg_weight``, ``collect_stats``; with it the share of samples on which the old model is right
             is recorded as ``old_correct_fraction``.
@@ -54,10 +53,10 @@ class FocalDistillationLoss(NamedTermsLoss):
           on: where the old model is right, instead of this loss finding out
         - output: scalar, float32 or better
     Raises:
-        ValueError: ``old_classifier`` of another type, or None with ``kind="logits"``; a
-            hyper-parameter out of its range; labels missing; ``ref_labels`` that are not ``labels``; ``ref_emb``
-            missing or of another shape; ``old_correct`` that is no ``(N,)`` bool tensor; embeddings empty, NaN,
-            infinite or on another device; an ``indices_tuple``.
+        ValueError: ``old_classifier`` of another type, or None with ``kind="logits"``; a hyper-parameter out of its
+            range; labels missing; ``ref_labels`` that are not ``labels``; ``ref_emb`` missing or of another shape;
+            ``old_correct`` that is no ``(N,)`` bool tensor; embeddings empty, NaN, infinite or on another device; an
+            ``indices_tuple``.
     Example:
         >>> from pml_compat.frozen import ClassCenters
         >>> new_emb, old_emb, labels = torch.zeros(2, 2), torch.eye(2), torch.tensor([0, 0])

@@ -27,24 +27,18 @@ class GatheredLoss(torch.nn.Module):
     over the ranks, R times the gradient, which the averaging of ``DistributedDataParallel`` (DDP) turns into the
     gradient of the whole batch. So nothing else changes in a script: no factor, no learning rate.
 
-    - **The model** goes into DDP. A last batch may have fewer rows on some ranks, or none: then still call the model
-      and the loss, with 0 rows. Every rank must make every call; BatchNorm sees one rank's rows unless it is
-      ``SyncBatchNorm``.
-    - **The loss's own parameters** have the whole gradient on every rank. ``DDP(GatheredLoss(loss))`` copies them from
-      rank 0 and keeps them equal to the last bit; it also sends the frozen buffers with every call, unless told not
-      to (``broadcast_buffers=False``, in newer torch ``forward_sync_buffers=False``). Without DDP they must start
-      equal, which the first call checks: seed every rank alike, or load one file.
-    - **Random losses and miners**: torch's random numbers are the same on every rank inside the loss; they start
-      from a seed that rank 0 draws. Those of NumPy and of Python are left to the user.
-    - **Losses with a state** (queues, running means) see the same rows on every rank and so stay the same, as long as
-      they start the same and are called on all ranks.
+    - **The model** goes into DDP. Every rank must make every call, with 0 rows where it has none. BatchNorm sees one
+      rank's rows unless it is ``SyncBatchNorm``.
+    - **The loss's own parameters** have the whole gradient on every rank. ``DDP(GatheredLoss(loss))`` keeps them equal;
+      it also sends the frozen buffers with every call, unless told not to (``broadcast_buffers=False``, in newer torch
+      ``forward_sync_buffers=False``). Without DDP they must start equal, which the first call checks.
+    - **Random losses and miners**: torch's random numbers are the same on every rank inside the loss, from a seed that
+      rank 0 draws. Those of NumPy and of Python are left to the user.
+    - **Losses with a state** (queues, running means) see the same rows on every rank, and so stay the same.
 
-    PML's ``DistributedLossWrapper`` is not enough. It gives the model this gradient, but multiplies the loss by R, and
-    so the gradient of the loss's own parameters. It puts a rank's own rows first, so that queues and random numbers
-    differ between ranks; its ranks must have the same number of rows; it takes one old model. With
-    ``efficient=True`` a row has a gradient as an anchor alone, none as the positive or negative of another rank's
-    anchor, and the pairs of an item's new embedding with its old one are dropped: the very positives of compatible
-    training.
+    PML's ``DistributedLossWrapper`` multiplies the gradient of the loss's own parameters by R, puts a rank's own rows
+    first, so that queues and random numbers differ, and wants as many rows on every rank. With ``efficient=True`` it
+    drops the pairs of an item's new embedding with its old one, the very positives of compatible training.
 
     Args:
         loss: any loss of ours or PML's; it is called without ``ref_emb`` where none is given.

@@ -17,7 +17,7 @@ from ..frozen.old_system import OldSystem, as_centers
 from ..transformations import Transformation
 from ._base import NamedTermsLoss
 from ._reduction import per_sample, reduced
-from .boundaries import Boundary, check_boundary_form, outside_boundary, with_boundary
+from .boundaries import BoundaryForm, check_boundary_form, outside_boundary, with_boundary
 
 
 class LCETransformationLoss(NamedTermsLoss):
@@ -39,12 +39,12 @@ class LCETransformationLoss(NamedTermsLoss):
         target_centers: class centres and boundaries in the space that it maps into, likewise.
         align_weight: the multiplier ``lambda_a``, 0 or more.
         boundary_weight: the multiplier ``lambda_b``, 0 or more.
-        boundary: ``"angle"`` or ``"cosine"``, see :class:`LCELoss`.
+        boundary: in what the hinge compares, ``"angle"`` or ``"cosine"``, see :class:`LCELoss`.
         **kwargs: ``reducer`` (for the boundary term, one loss a sample that has a boundary), ``embedding_regularizer``,
             ``embedding_reg_weight``, ``collect_stats``.
     Shape:
         - embeddings ``(N, D_target)``: what ``transformation`` gives, carries the gradient; labels ``(N,)``
-        - output: scalar, float32 or better; ``terms["align_loss"]`` and ``["boundary_loss"]`` after the call
+        - output: scalar, float32 or better; ``terms``: ``align_loss``, ``boundary_loss``
     Raises:
         ValueError: a weight < 0; widths that do not fit; no label in common; no boundaries; embeddings empty, NaN,
             infinite or on another device; labels missing.
@@ -73,7 +73,7 @@ class LCETransformationLoss(NamedTermsLoss):
         target_centers: OldSystem,
         align_weight: float = 100.0,
         boundary_weight: float = 1.0,
-        boundary: Boundary = "angle",
+        boundary: BoundaryForm = "angle",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
