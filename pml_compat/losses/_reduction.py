@@ -44,6 +44,12 @@ def _reduced_by(
     return reducer({name: with_indices(info)}, embeddings, labels).squeeze()
 
 
+def is_mean(reducer: torch.nn.Module, name: str) -> bool:
+    """Whether a term is reduced to the mean of its losses, and nothing else is asked of them."""
+    own = reducer.reducers[escaped(name)] if isinstance(reducer, TermReducers) else None
+    return own is not None and type(own) is MeanReducer and not own.collect_stats
+
+
 class MeanOfPositive(AvgNonZeroReducer):
     """PML's ``AvgNonZeroReducer`` for one loss a row, without asking the device how many are above 0."""
 

@@ -11,7 +11,7 @@ from .._checks import check_labels, check_number
 from .._host import BaseDistance, CosineSimilarity, LpDistance, indices_tuple_not_supported
 from .._rows import no_autocast, unit_rows
 from ._base import NamedTermsLoss
-from ._reduction import per_sample
+from ._reduction import is_mean, per_sample, reduced
 from .old_rows import check_old_rows
 from .supervised_contrast import supervised_contrast
 
@@ -96,6 +96,9 @@ class FCTLoss(NamedTermsLoss):
         one, other = check_old_rows(embeddings, ref_emb, fit=False, whose="the new model's embeddings")
         distance = self.distance
         with no_autocast(embeddings):
+            plain = not (distance.normalize_embeddings or distance.is_inverted or self.contrast_weight > 0)
+            if plain and is_mean(self.reducer, "loss"):  # one pass over the entries, forward and backward
+                return {"loss": reduced(mse_loss(one, other))}
             if distance.normalize_embeddings or self.contrast_weight > 0:
                 unit, other_unit = unit_rows(one, embeddings.dtype), unit_rows(other)
             if distance.normalize_embeddings:
