@@ -1,7 +1,7 @@
 """The cost of a training step of BCT, LCE, FCT and point alignment against the bare formula: prints ratios.
 
-One thread, B = 256, D = 128, C = 100, forward and backward; the fastest of several rounds that take turns, and
-the median of their ratios.
+One thread, B = 256, D = 128, C = 100, forward and backward, in processor time, which a busy machine hardly changes;
+medians of rounds that take turns, and of their ratios.
 ``python benchmarks/loss_steps.py``
 """
 
@@ -50,10 +50,10 @@ def steps() -> dict[str, tuple[Step, Step]]:
 
 
 def microseconds(step: Step) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(STEPS):
         step().backward()
-    return (time.perf_counter() - start) / STEPS * 1e6
+    return (time.process_time() - start) / STEPS * 1e6
 
 
 def main() -> None:
@@ -63,8 +63,8 @@ def main() -> None:
         for _ in range(2):  # the multipliers are measured at the first calls, and then seldom
             microseconds(ours), microseconds(bare)
         times = [(microseconds(ours), microseconds(bare)) for _ in range(ROUNDS)]
-        one, other = (min(column) for column in zip(*times, strict=True))
-        ratio = statistics.median(ours / bare for ours, bare in times)  # of a round: a busy machine slows both
+        one, other = (statistics.median(column) for column in zip(*times, strict=True))
+        ratio = statistics.median(ours / bare for ours, bare in times)
         print(f"{name:20} {one:7.0f} us, bare {other:7.0f} us, ratio {ratio:.2f}")
 
 

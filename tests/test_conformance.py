@@ -11,6 +11,7 @@ from pytorch_metric_learning import miners, reducers, regularizers, trainers
 from pytorch_metric_learning.utils import distributed as pml_distributed
 
 from pml_compat.losses import AdvBCTLoss, BCTLoss, UniBCTLoss
+from pml_compat.trainers import CompatibleMetricLossOnly, IndexedDataset
 from tests.cases import ALIGNED, BALANCED, CLASSES, LOSSES, PAIRED, RANDOM, WIDTH, batch, build, references
 from tests.reads import Reads
 
@@ -276,6 +277,32 @@ def test_one_step_of_a_pml_trainer(name):
     for key, tensor in loss_func.state_dict().items():
         stays = name not in BALANCED if key.startswith("balance.") else key.startswith(("old_", "_extra_state"))
         assert stays == tensor.equal(before[1][key])
+
+
+class CountingTrainer(CompatibleMetricLossOnly):
+    def calculate_loss(self, curr_batch):
+        with Reads() as self.reads:
+            super().calculate_loss(curr_batch)
+
+
+@every_loss
+@pytest.mark.parametrize("stored", [False, True])
+def test_one_value_at_most_is_read_back_in_a_step_of_our_trainer(name, stored):
+    torch.manual_seed(0)
+    model, old_model, loss_func = torch.nn.Linear(4, WIDTH), torch.nn.Linear(4, WIDTH), build(name)
+    old = {"old_embeddings": torch.randn(20, WIDTH)} if stored else {"old_model": old_model}
+    trainer = CountingTrainer(
+        {"trunk": model},
+        {"trunk_optimizer": torch.optim.SGD(model.parameters(), lr=0.1)},
+        10,
+        {"metric_loss": loss_func},
+        IndexedDataset(Samples()),
+        dataloader_num_workers=0,
+        iterations_per_epoch=1,
+        **old,
+    )
+    trainer.train()
+    assert trainer.reads.ours.total() <= 1, trainer.reads.ours
 
 
 def run_rank(rank, world_size, rendezvous, results):

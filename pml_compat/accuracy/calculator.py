@@ -8,14 +8,9 @@ from functools import partial, partialmethod
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
-from pytorch_metric_learning.utils.accuracy_calculator import (
-    AccuracyCalculator,
-    get_label_match_counts,
-    get_unique_labels,
-)
-from pytorch_metric_learning.utils.inference import FaissKMeans
 
+from .._host import AccuracyCalculator, FaissKMeans, get_label_match_counts, get_unique_labels
+from .._host import common_functions as c_f
 from .named_metrics import RANK_METRICS, depth, is_ranked, needs_first_positive_alone, places, score, split_name
 from .search import Search, prepare_search
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from pytorch_metric_learning.losses import ArcFaceLoss, SupConLoss
 
+from .._host import ArcFaceLoss, SupConLoss
 from ..frozen import ClassCenters, FrozenClassifier
 from ..losses import (
     AdvBCTLoss,

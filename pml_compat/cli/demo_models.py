@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 from tqdm import tqdm
 
 from .._extras import import_extra
+from .._host import NTXentLoss, SelfSupervisedLoss
 from ..frozen import ClassCenters, FrozenClassifier
 from ..serving import QueryBlend
 from ..transformations import FCTTransformation, fit_transformation

@@ -172,8 +172,9 @@ class ClassCenters(torch.nn.Module):
             embeddings: ``(N, D)``, finite; read in pieces.
             labels: ``(N,)`` labels of the new training set.
             normalize: average unit-length embeddings (LCE) instead of the embeddings as they are.
-            boundary: ``"max"``, the largest angle between the centre and a sample of its class; ``"iqr"``, the same
-                after dropping the angles above Q3 + 1.5 (Q3 - Q1), in classes of four samples and more; None, none.
+            boundary: how it is measured (a loss's ``boundary`` says in what it is compared): ``"max"``, the largest
+                angle between the centre and a sample of its class; ``"iqr"``, the same after dropping the angles above
+                Q3 + 1.5 (Q3 - Q1), in classes of four samples and more; None, none.
         Raises:
             ValueError: empty, NaN or infinite, lengths that differ, unknown ``boundary``, a class whose mean is 0.
         """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from pytorch_metric_learning import losses as pml_losses
+
+from .._host import losses as pml_losses
 
 
 def class_weights(loss: torch.nn.Module) -> torch.Tensor:

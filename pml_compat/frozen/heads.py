@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from pytorch_metric_learning import losses as pml_losses
-from pytorch_metric_learning.distances import DotProductSimilarity, LpDistance
 from torch.nn.functional import cross_entropy, linear, logsigmoid, normalize, one_hot, softplus
 
+from .._host import DotProductSimilarity, LpDistance
+from .._host import losses as pml_losses
 from .._rows import unit_rows
 from .class_weights import all_centers, sub_centers_of, unwrap_loss
 from .log_sum_exp import wrong_class_logsumexp

@@ -7,11 +7,9 @@ import math
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import BaseMetricLossFunction
-from pytorch_metric_learning.reducers import DoNothingReducer, MultipleReducers
-from pytorch_metric_learning.utils import common_functions as c_f
 
 from .._checks import check_labels, check_matrix, check_number, one_read, values_are_known, values_known
+from .._host import BaseMetricLossFunction, DoNothingReducer, MultipleReducers, to_device
 from .._rows import at_least_float32
 from ..frozen.old_references import as_rows
 from ._reduction import TermReducers, with_indices
@@ -84,12 +82,12 @@ class NamedTermsLoss(BaseMetricLossFunction):
             self.reset_stats()
         check_matrix(embeddings)
         if labels is not None:
-            labels = c_f.to_device(torch.as_tensor(labels), embeddings)
+            labels = to_device(torch.as_tensor(labels), embeddings)
             if labels.shape != embeddings.shape[:1]:  # an error, which says what is wrong
                 check_labels(labels, length=len(embeddings))
         ref_emb = self.references(ref_emb, embeddings)
         if ref_labels is not None:
-            ref_labels = c_f.to_device(torch.as_tensor(ref_labels), embeddings)
+            ref_labels = to_device(torch.as_tensor(ref_labels), embeddings)
         given = embeddings, labels, indices_tuple, ref_emb, ref_labels
         if torch.compiler.is_compiling():  # values are not read there
             return self._reduce(*given, others)

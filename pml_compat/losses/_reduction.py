@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.reducers import AvgNonZeroReducer, MeanReducer, MultipleReducers
+
+from .._host import AvgNonZeroReducer, MeanReducer, MultipleReducers
 
 
 class TermReducers(MultipleReducers):
@@ -20,14 +21,18 @@ class TermReducers(MultipleReducers):
 
     def forward(self, loss_dict: dict[str, Any], embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Reduce each term by its reducer and return their sum."""
-        own, values = self.reducers, []
-        for name, info in loss_dict.items():
-            key = escaped(name)
-            reducer = own[key] if key in own else self.default_reducer  # noqa: SIM401 (no .get)
-            values.append(_reduced_by(reducer, name, info, embeddings, labels).to(embeddings.dtype))
+        values = [
+            _reduced_by(self.of(name), name, info, embeddings, labels).to(embeddings.dtype)
+            for name, info in loss_dict.items()
+        ]
         self.terms.clear()
         self.terms.update((name, value.detach()) for name, value in zip(loss_dict, values, strict=True))
         return sum(values[1:], values[0])
+
+    def of(self, name: str) -> torch.nn.Module:
+        """Return the reducer of a term."""
+        key = escaped(name)
+        return self.reducers[key] if key in self.reducers else self.default_reducer  # noqa: SIM401 (no .get)
 
 
 def _reduced_by(
@@ -41,6 +46,12 @@ def _reduced_by(
         if info["reduction_type"] == "already_reduced":
             return losses.squeeze()
     return reducer({name: with_indices(info)}, embeddings, labels).squeeze()
+
+
+def is_mean(reducer: torch.nn.Module, name: str) -> bool:
+    """Whether a term is reduced to the mean of its losses, and nothing else is asked of them."""
+    own = reducer.of(name) if isinstance(reducer, TermReducers) else reducer
+    return type(own) is MeanReducer and not own.collect_stats
 
 
 class MeanOfPositive(AvgNonZeroReducer):

@@ -75,7 +75,7 @@ class TaskAndTermsLoss(NamedTermsLoss):
         if not isinstance(loss, torch.nn.Module):
             raise ValueError(f"loss must be a PML loss object, got {loss!r}")
         self.loss = loss
-        self._taken = frozenset(inspect.signature(unwrapped(loss).forward).parameters)
+        self._taken = arguments_of(loss)
         self.num_classes = _count_classes(loss)
         if class_weight_length is not None:
             check_class_weight_length(class_weight_length)
@@ -137,7 +137,7 @@ class TaskAndTermsLoss(NamedTermsLoss):
             task_arguments["ref_emb"] = at_least_float32(ref_emb) if isinstance(ref_emb, torch.Tensor) else ref_emb
             if ref_labels is not None and "ref_labels" in self._taken:
                 task_arguments["ref_labels"] = ref_labels
-        if "labels" in self._taken or "ref_emb" not in self._taken:  # not PML's SelfSupervisedLoss, which makes its own
+        if takes_labels(self._taken):
             return self.loss(seen, given.labels, indices_tuple, **task_arguments)
         return self.loss(seen, **task_arguments)
 
@@ -225,6 +225,16 @@ def _has_direction(embeddings: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 def unwrapped(loss: torch.nn.Module) -> torch.nn.Module:
     """Return the loss inside ``torch.compile``."""
     return getattr(loss, "_orig_mod", loss)
+
+
+def arguments_of(loss: torch.nn.Module) -> frozenset[str]:
+    """Return the names of what a loss is called with."""
+    return frozenset(inspect.signature(unwrapped(loss).forward).parameters)
+
+
+def takes_labels(arguments: frozenset[str]) -> bool:
+    """Whether a loss with these arguments is called with labels: PML's SelfSupervisedLoss makes its own."""
+    return "labels" in arguments or "ref_emb" not in arguments
 
 
 def _count_classes(loss: torch.nn.Module) -> int | None:

@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import cross_entropy, relu
 
 from .._checks import (
@@ -19,6 +18,7 @@ from .._checks import (
     count_rows,
     rows_where,
 )
+from .._host import indices_tuple_not_supported
 from .._rows import no_autocast, precise_dtype, unit_rows
 from ..frozen.class_means import class_means
 from ..frozen.label_map import LabelMap
@@ -36,18 +36,13 @@ class AdvBCTLoss(NamedTermsLoss):
         \max(0, \lVert \hat f_{n,i} - c_{y_i} \rVert - r'_{y_i}) \\
         r'_y &= r_y + (T - r_y) \, \sigma(v_y), \quad \alpha = \frac{2}{1 + e^{-10 p}} - 1
 
-    :math:`D`, linear - batch norm - ReLU - linear, learns to tell new from old embeddings by the cross-entropy
-    :math:`\ell_D`. :math:`R_\alpha` is the identity whose gradient is multiplied by :math:`-\alpha`, so that the new
-    model learns the contrary. :math:`c_y` is the mean of the class's unit old embeddings, shorter than 1, and
-    :math:`r_y` the largest distance to it within 1.5 IQR; the learned :math:`v_y` moves the boundary from there
-    towards T, never past it. Samples of classes without a radius take no part in the second term.
+    :math:`D`, linear - batch norm - ReLU - linear, learns to tell new from old embeddings by cross-entropy;
+    :math:`R_\alpha` turns its gradient round for the new model. :math:`c_y` is the mean of the class's unit old
+    embeddings, :math:`r_y` the largest distance to it within 1.5 IQR, and the learned :math:`v_y` moves the boundary
+    from there towards T. Samples of classes without a radius take no part in the second term.
 
-    It is a term: add the task loss with :class:`CompatibleLoss`. Call :meth:`set_progress` as training goes on; at 0,
-    where it starts, the new model does not feel the discriminator.
-
-    What to watch (``collect_stats``): the boundary term can only ever push :math:`v_y` to where the boundary is
-    widest, against nothing but weight decay. ``mean_radius_change`` near ``mean |T - r|`` means that, for r < T, the
-    term has given up; lower T then. ``discriminator_accuracy`` near 0.5 means that D cannot tell the two apart.
+    It is a term: add the task loss with :class:`CompatibleLoss`. Call :meth:`set_progress` as training goes on: at
+    p = 0, where it starts, the new model does not feel the discriminator.
 
     Args:
         centers: the pair ``(embeddings, labels)`` of the old embeddings of the new training set, or, with ``radii``,
@@ -56,22 +51,20 @@ class AdvBCTLoss(NamedTermsLoss):
         labels: ``(C,)`` the label, of the new training set, of each row; by default row i is label i.
         adversarial_weight: the multiplier :math:`\lambda_a`, 0 or more.
         boundary_weight: the multiplier :math:`\lambda_b`, 0 or more.
-        threshold: T, the radius that boundaries move to; 0 or more. Distances are at most 2. The public code has 1.
+        threshold: T, 0 or more; distances are at most 2. The public code has 1.
         hidden_features: width of D's hidden layer.
-        normalize: show D unit rows. False, as in the paper, shows it embeddings as they are: then ``ref_emb`` must be
-            what the old model gives, not normalised, where the new model's are not.
-        **kwargs: ``reducer`` (one loss a row; default as ``AvgNonZeroReducer``, for the paper's mean over the samples
-            outside), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats``
-            both terms are recorded, ``discriminator_accuracy``, ``mean_radius_change`` (mean :math:`|r'_y - r_y|`
-            of the classes), ``bounded_fraction`` (of the batch) and ``outside_fraction`` (of those).
+        normalize: show D unit rows. False, as in the paper, shows it embeddings as both models give them.
+        **kwargs: ``reducer`` (one loss a row; default: the mean over the samples outside), ``embedding_regularizer``,
+            ``embedding_reg_weight``, ``collect_stats``, which also records ``discriminator_accuracy`` (0.5: the models
+            cannot be told apart), ``mean_radius_change`` (near ``mean |T - r|`` the boundaries hold nothing: lower T),
+            ``bounded_fraction`` of the batch and ``outside_fraction`` of those.
     Shape:
-        - embeddings ``(N, D_new)``, carries the gradient, fitted to the old width
-          (:func:`pml_compat.fit_width`); labels ``(N,)`` of the new training set
+        - embeddings ``(N, D_new)``, carries the gradient, fitted to the old width (:func:`pml_compat.fit_width`);
+          labels ``(N,)`` of the new training set
         - ref_emb ``(N, D)``: the old embeddings of the same rows, as the old model gives them; receives no gradient
-        - output: scalar, float32 or better; ``terms["adversarial_loss"]`` and ``terms["boundary_loss"]`` after
-          the call
+        - output: scalar, float32 or better; ``terms``: ``adversarial_loss``, ``boundary_loss``
     Raises:
-        ValueError: centres longer than 1, labels that repeat, a radius or weight < 0; ``ref_emb`` missing; rows of
+        ValueError: centres longer than 1, labels that repeat, a radius or weight < 0; ``ref_emb`` missing, or rows of
             another width than the centres; embeddings empty, NaN, infinite or on another device; labels missing;
             ``ref_labels`` of other rows; an ``indices_tuple``.
     Example:
@@ -79,16 +72,12 @@ class AdvBCTLoss(NamedTermsLoss):
         >>> loss_func = AdvBCTLoss.from_embeddings(old, labels)
         >>> loss_func.set_progress(0.25)  # at the start of epoch 11 of 40
         >>> loss = loss_func(torch.randn(4, 8), labels[:4], ref_emb=old[:4])
-        >>> sorted(loss_func.terms)
-        ['adversarial_loss', 'boundary_loss']
 
     Reference:
         Pan et al., "Boundary-Aware Backward-Compatible Representation via Adversarial Learning", CVPR 2023. With
-        p = (e - 1) / E in epoch e of E, 1 - p is the paper's (E - e + 1) / E. Differs from the paper in: D sees
-        unit rows, as the length of an embedding, which its task loss leaves free, tells the two models apart and has no
-        part in a ranking by cosine; boundaries move inwards, as the radius of a class is mostly wider than the way to
-        the next class; new and old rows go through D's batch norm together, in eval mode too, as each apart would hide
-        a shift between them.
+        p = (e - 1) / E in epoch e of E, 1 - p is the paper's (E - e + 1) / E. Differs from the paper in: D sees unit
+        rows, as lengths alone tell the models apart; boundaries move inwards; new and old rows go through D's batch
+        norm together, as each apart would hide a shift between them.
     """
 
     old_centers: torch.Tensor
@@ -186,7 +175,7 @@ class AdvBCTLoss(NamedTermsLoss):
         self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: torch.Tensor, ref_labels: Any
     ) -> dict[str, Any]:
         """Return both terms, one loss a row."""
-        c_f.indices_tuple_not_supported(indices_tuple)
+        indices_tuple_not_supported(indices_tuple)
         new, old = check_old_rows(embeddings, ref_emb)
         check_same_device(embeddings, "embeddings", self.old_centers, "the loss")
         if old.shape[1] != self.old_centers.shape[1]:

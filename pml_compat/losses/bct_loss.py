@@ -25,32 +25,29 @@ class BCTLoss(TaskAndTermsLoss):
 
     :math:`\tau` fits the new embedding to the old width: its first coordinates, or zeros appended
     (:func:`pml_compat.fit_width`). By default :math:`\ell_{old}(f, y) = 1 - \cos(f, t_y)` draws an embedding
-    onto the direction of its class in the old classifier (``FrozenClassifier.directions``), and :math:`\lambda` keeps
-    its gradient as strong as the task loss's (:class:`GradientBalance`). With an ``influence_weight`` it is the paper's
-    form: :math:`\ell_{old}` is the old classifier's own loss, with its weights frozen, its margin and its scale.
-    Samples whose label the old classifier does not know take no part in the second term; give it pseudo rows for
-    them with ``FrozenClassifier.extend``.
+    onto the direction of its class in the old classifier (``FrozenClassifier.directions``), as strongly as the task
+    loss draws (:class:`GradientBalance`). With an ``influence_weight`` :math:`\ell_{old}` is the old classifier's own
+    loss, frozen, with its margin and its scale. Samples of labels that it does not know take no part;
+    ``FrozenClassifier.extend`` gives it rows for them.
 
     Args:
-        loss: the task loss, any PML loss; it keeps its own reducer and may have parameters, which are in
-            ``parameters()`` of this loss. Its class weights start short (:func:`shorten_class_weights`).
-        old_classifier: the FrozenClassifier, whose tensors are buffers; or what one is made of, ClassCenters or the
-            pair ``(embeddings, labels)`` of stored old embeddings of the new training set.
-        influence_weight: None, or the multiplier ``lambda`` of the paper's form, 0 or more; 1 is what public code has.
-            An attribute that may be set at any time, and is in ``state_dict()``.
-        class_weight_length: of the task loss's class weights at construction, above 0; None leaves them as they are.
-        **kwargs: ``reducer`` (for the influence term, one loss a known sample; default ``MeanReducer``),
-            ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats`` both terms
-            are recorded under their names, and the share of the batch that the old classifier knows as
-            ``known_fraction``.
+        loss: the task loss, any PML loss; it keeps its own reducer, and its parameters are in ``parameters()``.
+        old_classifier: a FrozenClassifier, whose tensors are buffers, ClassCenters, or the pair
+            ``(embeddings, labels)`` of stored old embeddings of the new training set.
+        influence_weight: ``lambda`` of the paper's form, 0 or more (public code: 1); None: the default's form. An
+            attribute that may be set at any time, and is in ``state_dict()``.
+        class_weight_length: above 0, see :func:`shorten_class_weights`; None leaves class weights as they are.
+        **kwargs: ``reducer`` (of the influence, one loss a known sample; default ``MeanReducer``),
+            ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``, which also records
+            ``known_fraction``, the share of the batch that the old classifier knows.
     Shape:
-        - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set, needed
-          unless ``influence_weight=0``. What else the call is given goes to the task loss
-        - output: scalar, float32 or better; ``terms["task_loss"]`` and ``terms["influence_loss"]`` after the call
+        - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)``, needed unless ``influence_weight=0``
+        - what else the call is given goes to the task loss
+        - output: scalar, float32 or better; ``terms``: ``task_loss``, ``influence_loss``
     Raises:
-        ValueError: ``influence_weight`` < 0 or ``class_weight_length`` not above 0; ``old_classifier``
-            something else; embeddings empty, NaN, infinite or on another device; labels missing, negative or
-            past the task loss's classes.
+        ValueError: ``influence_weight`` < 0; ``class_weight_length`` not above 0; ``old_classifier`` something else;
+            embeddings empty, NaN, infinite or on another device; labels missing, negative or past the task loss's
+            classes.
     Example:
         >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
         >>> from pml_compat.frozen import FrozenClassifier
@@ -61,11 +58,9 @@ class BCTLoss(TaskAndTermsLoss):
         ['influence_loss', 'task_loss']
 
     Reference:
-        Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020. Differs from the
-        paper in: a softmax stops drawing once a class is told apart, and its multiplier has to fit the scales of
-        both losses, so the default draws onto directions, measured; the label map is explicit and unknown labels are
-        left out; with an ``influence_weight`` the old loss's family, margin and scale are kept, where the public
-        implementations use a softmax over plain logits.
+        Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020. Differs from the paper in: the
+        default; the label map is explicit and unknown labels are left out; the old loss keeps its family, margin and
+        scale, where public code has a softmax over plain logits.
     """
 
     def __init__(

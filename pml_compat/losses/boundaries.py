@@ -9,11 +9,11 @@ from torch.nn.functional import relu
 
 from ..frozen import ClassCenters
 
-Boundary = Literal["angle", "cosine"]  # what is compared; how boundaries are measured is ClassCenters' affair
+BoundaryForm = Literal["angle", "cosine"]  # in what is compared; ClassCenters knows how boundaries are measured
 _NEAR_ONE = 1 - 1e-6  # arccos has an infinite slope at 1
 
 
-def check_boundary_form(boundary: Boundary, centers: ClassCenters, name: str, weight: float | None) -> Boundary:
+def check_boundary_form(boundary: BoundaryForm, centers: ClassCenters, name: str, weight: float | None) -> BoundaryForm:
     """Return ``boundary``; raise a ValueError where it is unknown, or has a weight and ``centers`` no boundaries."""
     if boundary not in ("angle", "cosine"):
         raise ValueError(f"boundary must be 'angle' or 'cosine', got {boundary!r}")
@@ -30,7 +30,7 @@ def with_boundary(centers: ClassCenters) -> torch.Tensor:
     return torch.ones_like(centers.labels, dtype=torch.bool) if centers.counts is None else centers.counts > 1
 
 
-def outside_boundary(cosines: torch.Tensor, boundaries: torch.Tensor, kind: Boundary) -> torch.Tensor:
+def outside_boundary(cosines: torch.Tensor, boundaries: torch.Tensor, kind: BoundaryForm) -> torch.Tensor:
     """Return by how much each sample lies outside: ``(N,)`` angles in radians, or differences of cosines, 0 inside.
 
     Args:

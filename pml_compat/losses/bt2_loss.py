@@ -28,65 +28,54 @@ class BT2Loss(TaskAndTermsLoss):
 
     :math:`f` and :math:`t` are the free and the old part of the embedding ``z`` (``basis.free_part``,
     ``basis.old_part``), :math:`f^*` is what a model trained with no thought of the old one gives, :math:`f_o` the old
-    model's embedding and :math:`A_o` the centres of its classes; all of them have length 1. The basis is orthogonal:
-    the task and the first term alone say how the new model ranks, up to its added dimensions, the two others find
-    the old space inside it. Samples whose label the centres do not know take no part in the third term.
+    model's embedding and :math:`A_o` the centres of its classes; all of them have length 1. Samples whose label the
+    centres do not know take no part in the third term.
 
-    The basis belongs to the model. The loss refers to it and does not own it: ``loss.basis`` is in neither
-    ``parameters()`` nor ``state_dict()``, one optimizer has it once, and ``model.to()`` moves it for both. Copy or
-    pickle the two in one go, ``copy.deepcopy((model, loss))``, and the copies belong together; a loss that is copied
-    alone gets a basis of its own.
-
-    In several processes wrap it in :class:`GatheredLoss`, not in PML's ``DistributedLossWrapper``: that one trains
-    what is in the loss on every rank's rows but the model on its own rows, and the task would turn the basis.
+    The basis is the model's: it is in neither ``parameters()`` nor ``state_dict()`` of the loss. Copy or pickle the two
+    in one go, ``copy.deepcopy((model, loss))``. In several processes take :class:`GatheredLoss`: under PML's
+    ``DistributedLossWrapper`` the task would turn the basis.
 
     Args:
         loss: the task loss, any PML loss, for embeddings ``basis.new_features`` wide; it keeps its own reducer, and
-            its parameters are in ``parameters()`` of this loss.
+            its parameters are in ``parameters()``.
         basis: the model's.
         centers: of the old embeddings of the new training set: ClassCenters, the pair ``(embeddings, labels)`` or a
             FrozenClassifier; copied, as buffers.
         match_weight: the multiplier :math:`\lambda_1`; 0 or more. At 0 no independent embeddings are needed.
         class_weight: the multiplier :math:`\lambda_2`; 0 or more.
         point_weight: the multiplier :math:`\lambda_3`; 0 or more. At 0 no old embeddings are needed.
-        scale: :math:`s` of the class logits, above 0. At 1, the public code's, the softmax is nearly flat, and with
-            it the gradient small, which the weight of 10 makes up for: a larger ``scale`` wants a smaller weight.
+        scale: :math:`s` of the class logits, above 0; 1 in the public code. A larger one wants a smaller
+            ``class_weight``.
         **kwargs: ``reducer`` (for the three added terms, one loss a row; default ``MeanReducer``),
-            ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With ``collect_stats`` every term
-            is recorded under its name, and the share of the batch that the centres know as ``known_fraction``.
+            ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``, which also records
+            ``known_fraction``, the share of the batch that the centres know.
     Shape:
         - embeddings ``(N, basis.out_features)``, ``z`` as the basis gives it, carries the gradient; labels ``(N,)``
           of the new training set; indices_tuple: for the task loss
-        - ref_emb ``(N, basis.old_features)``: the old model's embeddings of the same rows
-        - target_emb ``(N, basis.new_features)``: the independent model's. Where only ``ref_emb`` can be passed, as by
-          trainers, it is a mapping of both: ``{"old": ..., "independent": ...}``. Neither receives a gradient
-        - output: scalar, float32 or better; ``terms["task_loss"]``, ``terms["match_loss"]``,
-          ``terms["class_loss"]`` and ``terms["point_loss"]`` after the call
+        - ref_emb ``(N, basis.old_features)``: the old model's embeddings of the same rows; no gradient
+        - target_emb ``(N, basis.new_features)``: the independent model's; no gradient. Where only ``ref_emb`` can be
+          passed, as by trainers, that is ``{"old": ..., "independent": ...}``
+        - output: scalar, float32 or better; ``terms``: ``task_loss``, ``match_loss``, ``class_loss``, ``point_loss``
     Raises:
         ValueError: ``basis`` no BasisTransformation; a task loss or centres of another width than its parts; a weight
             < 0 or ``scale`` not above 0; in a call: old or independent embeddings missing or given twice, or of
-            another shape or device; embeddings empty, NaN, infinite or of another width; labels missing, negative or
-            past the task loss's classes; ``ref_labels`` of other rows.
+            another shape or device; embeddings empty, NaN, infinite, of another width or not this basis's; labels
+            missing, negative or past the task loss's classes; ``ref_labels`` of other rows.
     Example:
         >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
-        >>> from pml_compat.frozen import ClassCenters
         >>> old, independent, labels = torch.randn(40, 8), torch.randn(40, 16), torch.arange(40) % 10
         >>> basis = BasisTransformation(new_features=16, old_features=8, extra_features=4)
         >>> model = torch.nn.Sequential(torch.nn.Linear(12, basis.in_features), basis)
         >>> task_loss = NormalizedSoftmaxLoss(num_classes=10, embedding_size=16)
-        >>> loss_func = BT2Loss(task_loss, basis, ClassCenters.from_embeddings(old, labels))
-        >>> optimizer = torch.optim.Adam([*model.parameters(), *loss_func.parameters()])
+        >>> loss_func = BT2Loss(task_loss, basis, (old, labels))
         >>> z, rows = model(torch.randn(4, 12)), torch.arange(4)  # of a batch
         >>> loss = loss_func(z, labels[rows], ref_emb=old[rows], target_emb=independent[rows])
-        >>> sorted(loss_func.terms)
-        ['class_loss', 'match_loss', 'point_loss', 'task_loss']
 
     Reference:
         Zhou et al., "BT²: Backward-compatible Training with Basis Transformation", ICCV 2023. Differs from the public
-        code in: old and independent embeddings come with the call, of whichever view the caller means, where the code
-        keeps those of one randomly flipped view for all others; labels without a centre are left out; the task loss
-        is any PML loss, where the code has a softmax over plain logits; centres have length 1, where the code has class
-        means as they are, shorter the wider a class is, which pulls harder towards narrow classes.
+        code in: old and independent embeddings come with the call, of whichever view the caller means; labels without
+        a centre are left out; the task loss is any PML loss; centres have length 1, where the code has class means as
+        they are, shorter the wider a class is, which pulls harder towards narrow classes.
     """
 
     own_arguments = ("target_emb",)

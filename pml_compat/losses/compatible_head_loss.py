@@ -32,12 +32,10 @@ class CompatibleHeadLoss(CompatibleLoss):
         - \lambda_c \operatorname{mean}_i \operatorname{mean}_{j: y_j = y_i}
         \log \operatorname{softmax}_j \langle n(p_i), t_j \rangle / \tau
 
-    :math:`t = ` ``head.target(old_embeddings)`` is what the old model says of the items of the batch. The first added
-    term (:class:`PointAlignmentLoss`, weight 10) teaches the head the old space itself, also where no training class
-    lies; the second (weight 1, scale 16) where queries of each class find the old embeddings, if ``centers`` say so;
-    the third (weight 3, without ``centers`` 5, :math:`\tau = 0.1`) what of the old space tells the classes of the batch
-    apart, 0 for a batch of one class. Give ``old_losses`` for other terms; a head of several parts has one for each
-    term.
+    :math:`t = ` ``head.target(old_embeddings)``. The first added term (:class:`PointAlignmentLoss`, weight 10) teaches
+    the head the old space itself; the second (weight 1, scale 16), with ``centers``, where queries of each class find
+    the old embeddings; the third (weight 3, without ``centers`` 5, :math:`\tau = 0.1`) what tells the classes of the
+    batch apart, 0 for a batch of one class. A head of several parts has one for each term.
 
     The head belongs to the model. The loss refers to it and does not own it: ``loss.head`` is in neither
     ``parameters()`` nor ``state_dict()``. Copy or pickle the two in one go, ``copy.deepcopy((model, loss))``.
@@ -51,30 +49,25 @@ class CompatibleHeadLoss(CompatibleLoss):
             ``"point_loss"``, ``"class_loss"`` and ``"contrast_loss"``.
         weights: their multipliers; None for those above, or with ``old_losses`` for 1.
         centers: of the old model's embeddings of the new training set (ClassCenters, the pair ``(embeddings, labels)``
-            or a FrozenClassifier), for the second term; needed where the old model
-            never saw most classes. None: there is no such term.
+            or a FrozenClassifier), for the second term; None: there is none.
         **kwargs: ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``; each loss reduces by its own
             reducer.
     Shape:
         - embeddings ``(N, head.out_features)``, as the head gives them, carries the gradient; labels ``(N,)`` of the
           new training set; indices_tuple: for the task loss
         - ref_emb ``(N, head.old_features)``: the old model's embeddings of the same rows; receives no gradient
-        - output: scalar, float32 or better; ``terms["task_loss"]`` and a term for each old loss after the call
+        - output: scalar, float32 or better; ``terms``: ``task_loss`` and one for each old loss
     Raises:
         ValueError: ``head`` no CompatibleHead, or one with several parts and another number of old losses; a task loss
-            of another width than its free part; what
-            :class:`CompatibleLoss` refuses; in a call: ``ref_emb`` missing, NaN or of another shape or device;
-            embeddings empty, NaN, infinite or of another width; labels missing, negative or past the task loss's
-            classes.
+            of another width than its free part; what :class:`CompatibleLoss` refuses; in a call: ``ref_emb`` missing,
+            NaN or of another shape or device; embeddings empty, NaN, infinite or of another width; labels missing,
+            negative or past the task loss's classes.
     Example:
         >>> from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
-        >>> from pml_compat.frozen import ClassCenters
         >>> old, labels = torch.randn(40, 8), torch.arange(40) % 10
         >>> head, task_loss = CompatibleHead(12, 8), NormalizedSoftmaxLoss(num_classes=10, embedding_size=12)
-        >>> loss_func = CompatibleHeadLoss(task_loss, head, centers=ClassCenters.from_embeddings(old, labels))
+        >>> loss_func = CompatibleHeadLoss(task_loss, head, centers=(old, labels))
         >>> loss = loss_func(head(torch.randn(4, 12)), labels[:4], ref_emb=old[:4])
-        >>> sorted(loss_func.terms)
-        ['class_loss', 'contrast_loss', 'point_loss', 'task_loss']
 
     Reference:
         Ours. The first term is the L2 baseline of Shen et al., "Towards Backward-Compatible Representation Learning",

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning import losses as pml_losses
-from pytorch_metric_learning.miners import BaseMiner
-from pytorch_metric_learning.reducers import DoNothingReducer
 
 from .._checks import check_values
+from .._host import BaseMiner, DoNothingReducer
+from .._host import losses as pml_losses
 from .._rows import no_autocast
 from ..frozen import class_weights
 from ..frozen.old_references import check_references
 from ._base import NamedTermsLoss
 from ._reduction import reduced
 from ._task import steady_for
+from .old_rows import check_row_values
 
 Tuples = tuple[torch.Tensor, ...]
 
@@ -57,8 +57,8 @@ class CrossModelLoss(NamedTermsLoss):
             term when ``reducer`` gets it.
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient, fitted to the old width
-          (:func:`pml_compat.fit_width`); labels ``(N,)``; indices_tuple: anchors into ``embeddings``,
-          the others into ``ref_emb``
+          (:func:`pml_compat.fit_width`); labels ``(N,)``, not needed with an indices_tuple; indices_tuple: anchors
+          into ``embeddings``, the others into ``ref_emb``
         - ref_emb ``(M, D)``, old, receives no gradient; ref_labels ``(M,)``. Without ``ref_labels`` it has the rows of
           ``embeddings``; with them it may be of any items, such as a bank
         - output: scalar, float32 or better; ``terms["new_to_old_loss"]``, and ``terms["old_to_new_loss"]`` where
@@ -105,7 +105,9 @@ class CrossModelLoss(NamedTermsLoss):
     def check_given(
         self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any, **others: Any
     ) -> None:
-        """Check the tuples that are given, too."""
+        """Check the tuples that are given, too; without a miner they stand for labels."""
+        if self._without_labels(labels, indices_tuple):
+            return check_row_values(embeddings, ref_emb)
         super().check_given(embeddings, labels, indices_tuple, ref_emb, ref_labels, **others)
         if indices_tuple is not None:
             self._check_tuples(indices_tuple, labels, labels if ref_labels is None else ref_labels)
@@ -114,7 +116,11 @@ class CrossModelLoss(NamedTermsLoss):
         self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: Any, ref_labels: Any
     ) -> dict[str, Any]:
         """Return each term; the pair loss has reduced it."""
-        new, labels, old, ref_labels = check_references(embeddings, labels, ref_emb, ref_labels)
+        if self._without_labels(labels, indices_tuple) and ref_emb is not None:
+            stand_ins = (torch.arange(len(rows), device=embeddings.device) for rows in (embeddings, ref_emb))
+            new, _, old, _ = check_references(embeddings, next(stand_ins), ref_emb, next(stand_ins))
+        else:
+            new, labels, old, ref_labels = check_references(embeddings, labels, ref_emb, ref_labels)
         new = steady_for(self.loss, new, embeddings.dtype)
         with no_autocast(new):
             tuples = indices_tuple if self.miner is None else self.miner(new, labels, old, ref_labels)
@@ -127,6 +133,9 @@ class CrossModelLoss(NamedTermsLoss):
                 tuples = _turned_round(tuples)
             other = self.loss(old, ref_labels, tuples, new, labels)
         return {"new_to_old_loss": reduced(loss / 2), "old_to_new_loss": reduced(other / 2)}
+
+    def _without_labels(self, labels: Any, indices_tuple: Any) -> bool:
+        return labels is None and indices_tuple is not None and self.miner is None
 
     def _check_tuples(self, indices_tuple: Tuples, labels: torch.Tensor, ref_labels: torch.Tensor) -> None:
         fix = "leave efficient off in DistributedLossWrapper, which makes tuples of its own, or take GatheredLoss"

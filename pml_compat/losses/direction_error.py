@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,14 +34,13 @@ def rows_of_a_block(weights: torch.Tensor) -> int:
 class _DirectionError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-        size = rows_of_a_block(weights)
         squares, products = [], []
-        for block, aims in zip(weights.split(size), directions.split(size), strict=True):
+        for block, aims in _blocks(weights, directions):
             squares.append((block * block).sum(1))  # where columns lie together, faster than the norm of rows
             products.append((block * aims).sum(1))
-        lengths = torch.cat(squares).sqrt_()
+        lengths = _joined(squares).sqrt_()
         inverse = torch.where(lengths > 0, 1 / lengths, 0)
-        cosines = torch.cat(products) * inverse
+        cosines = _joined(products) * inverse
         ctx.save_for_backward(weights, directions, inverse, cosines)
         return ((lengths > 0) + 1 - 2 * cosines).sum() / weights.numel()
 
@@ -51,9 +51,18 @@ class _DirectionError(torch.autograd.Function):
         factor = grad * (-2 / weights.numel()) * inverse
         onto_weights = -factor * cosines * inverse
         gradient = torch.empty_like(weights)
-        given = gradient, weights, directions, factor[:, None], onto_weights[:, None]
-        for found, block, aims, one, other in zip(
-            *(rows.split(rows_of_a_block(weights)) for rows in given), strict=True
-        ):
+        given = weights, gradient, directions, factor[:, None], onto_weights[:, None]
+        for block, found, aims, one, other in _blocks(*given):
             torch.mul(aims, one, out=found).addcmul_(block, other)
         return gradient, None
+
+
+def _blocks(weights: torch.Tensor, *others: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Return rows that belong together, some at a time; few classes come whole, as to split takes as long as a sum."""
+    size = rows_of_a_block(weights)
+    given = weights, *others
+    return [given] if len(weights) <= size else zip(*(rows.split(size) for rows in given), strict=True)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

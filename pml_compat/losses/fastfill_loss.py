@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import BaseDistance, LpDistance
-from pytorch_metric_learning.utils import common_functions as c_f
 
 from .._checks import check_finite, check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
+from .._host import BaseDistance, LpDistance, indices_tuple_not_supported
 from .._rows import no_autocast, unit_rows
 from ..frozen import FrozenClassifier
 from ..frozen.old_references import check_row_labels
@@ -25,14 +24,12 @@ class FastFillLoss(NamedTermsLoss):
     .. math:: L = \operatorname{mean}_i \frac{1}{d} \Bigl( \frac{1}{2} e^{-s_i} \lVert f_{n,i} - h_i \rVert^2
         + \frac{d}{2} s_i \Bigr) + w \operatorname{mean}_{i: y_i \text{ known}} \ell_{new}(h_i, y_i)
 
-    The first term takes the error :math:`f_n - h` for Gaussian, with the variance :math:`e^s` in every coordinate,
-    and is its negative log-likelihood without the constant; it may be below 0. It is divided by the width ``d``, so
-    that its size against the second term does not grow with it: at :math:`s = 0` it is half of :class:`FCTLoss`.
+    The first term is the negative log-likelihood, without its constant, of Gaussian errors with the variance
+    :math:`e^s` in every coordinate; it may be below 0, and at :math:`s = 0` it is half of :class:`FCTLoss`.
     :math:`\ell_{new}` is the new model's own classification loss with its weights frozen.
 
-    The likelihood weighs items by what it predicts of them, and gives up those that are hard to map. Where that costs
-    accuracy, train ``h`` by :class:`FCTLoss` and only the variance by this loss, with
-    ``FastFillTransformation(..., variance_gradient=False)`` and one function for ``fit_transformation(loss=...)``::
+    The likelihood gives up items that are hard to map. To train ``h`` by :class:`FCTLoss` and only the variance by this
+    loss, take ``FastFillTransformation(..., variance_gradient=False)`` and, for ``fit_transformation(loss=...)``::
 
         def loss(mapped, labels=None, *, ref_emb, log_var):
             return fct(mapped, ref_emb=ref_emb) + fastfill(mapped.detach(), ref_emb=ref_emb, log_var=log_var)
@@ -50,8 +47,8 @@ class FastFillLoss(NamedTermsLoss):
           both carry the gradient; log_var is a keyword of the call, which PML's wrappers and :class:`CompatibleLoss` do
           not pass on; labels ``(N,)``, needed with ``new_classifier`` alone
         - ref_emb ``(N, D_new)``: the new model's embeddings, row i of the same item; receives no gradient
-        - output: scalar, float32 or better; ``terms["likelihood_loss"]`` and, with ``new_classifier``,
-          ``terms["classification_loss"]`` after the call
+        - output: scalar, float32 or better; ``terms``: ``likelihood_loss`` and, with ``new_classifier``,
+          ``classification_loss``
     Raises:
         ValueError: ``new_classifier`` something else, or of another width; ``classifier_weight`` < 0; another
             distance; ``ref_emb`` or ``log_var`` missing, or not one row (one entry) an embedding; empty, NaN or
@@ -60,11 +57,6 @@ class FastFillLoss(NamedTermsLoss):
         >>> mapped, new_emb = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])
         >>> FastFillLoss()(mapped, ref_emb=new_emb, log_var=torch.zeros(1))
         tensor(6.2500)
-        >>> classifier = FrozenClassifier(torch.eye(2))
-        >>> loss_func = FastFillLoss(classifier, classifier_weight=0.5)
-        >>> loss = loss_func(mapped, torch.tensor([1]), ref_emb=new_emb, log_var=torch.zeros(1))
-        >>> loss_func.terms
-        {'likelihood_loss': tensor(6.2500), 'classification_loss': tensor(1.5243)}
 
     Reference:
         Jaeckle et al., "FastFill: Efficient Compatible Model Update", ICLR 2023. Ours are: the division by the
@@ -135,7 +127,7 @@ class FastFillLoss(NamedTermsLoss):
         log_var: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """Return both terms."""
-        c_f.indices_tuple_not_supported(indices_tuple)
+        indices_tuple_not_supported(indices_tuple)
         mapped, target = check_old_rows(embeddings, ref_emb, fit=False, whose="the new model's embeddings")
         log_var = _check_log_var(log_var, embeddings).to(mapped.dtype)
         with no_autocast(embeddings):

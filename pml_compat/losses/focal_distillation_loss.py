@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import normalize
 
 from .._checks import check_labels, check_matrix, check_number, check_same_device
+from .._host import indices_tuple_not_supported
 from .._rows import no_autocast
 from ..frozen.old_references import check_row_labels
 from ..frozen.old_system import OldSystem, as_classifier
@@ -41,8 +41,7 @@ class FocalDistillationLoss(NamedTermsLoss):
         alpha: the weight of every sample; 0 or more.
         beta: what a sample weighs more where the old model is right; 0 or more.
         kind: ``"features"`` or ``"logits"``; the latter needs an ``old_classifier``.
-        temperature: ``T``, above 0, for ``kind="logits"``; the logits carry the old classifier's own scale already.
-            There is no factor :math:`T^2`: a high temperature needs larger weights.
+        temperature: ``T``, above 0, for ``kind="logits"``; a high one needs larger weights (no factor :math:`T^2`).
         **kwargs: ``reducer`` (one loss a row, default ``MeanReducer``), ``embedding_regularizer``,
             ``embedding_reg_weight``, ``collect_stats``; with it the share of samples on which the old model is right
             is recorded as ``old_correct_fraction``.
@@ -54,10 +53,10 @@ class FocalDistillationLoss(NamedTermsLoss):
           on: where the old model is right, instead of this loss finding out
         - output: scalar, float32 or better
     Raises:
-        ValueError: ``old_classifier`` of another type, or None with ``kind="logits"``; a
-            hyper-parameter out of its range; labels missing; ``ref_labels`` that are not ``labels``; ``ref_emb``
-            missing or of another shape; ``old_correct`` that is no ``(N,)`` bool tensor; embeddings empty, NaN,
-            infinite or on another device; an ``indices_tuple``.
+        ValueError: ``old_classifier`` of another type, or None with ``kind="logits"``; a hyper-parameter out of its
+            range; labels missing; ``ref_labels`` that are not ``labels``; ``ref_emb`` missing or of another shape;
+            ``old_correct`` that is no ``(N,)`` bool tensor; embeddings empty, NaN, infinite or on another device; an
+            ``indices_tuple``.
     Example:
         >>> from pml_compat.frozen import ClassCenters
         >>> new_emb, old_emb, labels = torch.zeros(2, 2), torch.eye(2), torch.tensor([0, 0])
@@ -134,7 +133,7 @@ class FocalDistillationLoss(NamedTermsLoss):
         old_correct: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """Return one loss a row."""
-        c_f.indices_tuple_not_supported(indices_tuple)
+        indices_tuple_not_supported(indices_tuple)
         classifier = self.old_classifier
         new_emb, old_emb = check_old_rows(embeddings, ref_emb)
         if old_correct is None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
 from .._checks import check_labels
+from .._host import DistributedLossWrapper
 from ..distributed import GatherWithGradient, gathered
+from ._task import arguments_of, takes_labels
 
 
 class GatheredLoss(torch.nn.Module):
@@ -27,24 +28,18 @@ class GatheredLoss(torch.nn.Module):
     over the ranks, R times the gradient, which the averaging of ``DistributedDataParallel`` (DDP) turns into the
     gradient of the whole batch. So nothing else changes in a script: no factor, no learning rate.
 
-    - **The model** goes into DDP. A last batch may have fewer rows on some ranks, or none: then still call the model
-      and the loss, with 0 rows. Every rank must make every call; BatchNorm sees one rank's rows unless it is
-      ``SyncBatchNorm``.
-    - **The loss's own parameters** have the whole gradient on every rank. ``DDP(GatheredLoss(loss))`` copies them from
-      rank 0 and keeps them equal to the last bit; it also sends the frozen buffers with every call, unless told not
-      to (``broadcast_buffers=False``, in newer torch ``forward_sync_buffers=False``). Without DDP they must start
-      equal, which the first call checks: seed every rank alike, or load one file.
-    - **Random losses and miners**: torch's random numbers are the same on every rank inside the loss; they start
-      from a seed that rank 0 draws. Those of NumPy and of Python are left to the user.
-    - **Losses with a state** (queues, running means) see the same rows on every rank and so stay the same, as long as
-      they start the same and are called on all ranks.
+    - **The model** goes into DDP. Every rank must make every call, with 0 rows where it has none. BatchNorm sees one
+      rank's rows unless it is ``SyncBatchNorm``.
+    - **The loss's own parameters** have the whole gradient on every rank. ``DDP(GatheredLoss(loss))`` keeps them equal;
+      it also sends the frozen buffers with every call, unless told not to (``broadcast_buffers=False``, in newer torch
+      ``forward_sync_buffers=False``). Without DDP they must start equal, which the first call checks.
+    - **Random losses and miners**: torch's random numbers are the same on every rank inside the loss, from a seed that
+      rank 0 draws. Those of NumPy and of Python are left to the user.
+    - **Losses with a state** (queues, running means) see the same rows on every rank, and so stay the same.
 
-    PML's ``DistributedLossWrapper`` is not enough. It gives the model this gradient, but multiplies the loss by R, and
-    so the gradient of the loss's own parameters. It puts a rank's own rows first, so that queues and random numbers
-    differ between ranks; its ranks must have the same number of rows; it takes one old model. With
-    ``efficient=True`` a row has a gradient as an anchor alone, none as the positive or negative of another rank's
-    anchor, and the pairs of an item's new embedding with its old one are dropped: the very positives of compatible
-    training.
+    PML's ``DistributedLossWrapper`` multiplies the gradient of the loss's own parameters by R, puts a rank's own rows
+    first, so that queues and random numbers differ, and wants as many rows on every rank. With ``efficient=True`` it
+    drops the pairs of an item's new embedding with its old one, the very positives of compatible training.
 
     Args:
         loss: any loss of ours or PML's; it is called without ``ref_emb`` where none is given.
@@ -54,6 +49,8 @@ class GatheredLoss(torch.nn.Module):
     Shape:
         - embeddings ``(N, D)``, where N may differ between ranks and be 0; labels ``(N,)`` on any device, or None
         - ref_emb ``(M, D_old)``, or a mapping of names to such tensors, each of M rows; ref_labels ``(M,)``
+        - what else the call is given goes to the loss: tensors of one entry an embedding, which are gathered too, and
+          what is the same on every rank
         - output: what ``loss`` gives for the whole batch. In one process, or without ``torch.distributed``, the loss
           is called with what is given.
     Raises:
@@ -76,6 +73,7 @@ class GatheredLoss(torch.nn.Module):
         if miner is not None and not callable(miner):
             raise ValueError(f"miner must be a PML miner, got {miner!r}")
         self.loss, self.miner, self.group = loss, miner, group
+        self._takes_labels = takes_labels(arguments_of(loss))
         self._compared = False
 
     def forward(
@@ -85,16 +83,17 @@ class GatheredLoss(torch.nn.Module):
         indices_tuple: Any = None,
         ref_emb: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         ref_labels: torch.Tensor | None = None,
+        **others: Any,
     ) -> torch.Tensor:
         """Return the loss of the whole batch, on every rank."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(self.group) == 1:
             _check_no_indices(indices_tuple)
-            return self._call(embeddings, labels, ref_emb, ref_labels)
+            return self._call(embeddings, labels, ref_emb, ref_labels, others=others)
         given: dict[str, torch.Tensor] = {}
         problem = ""
         try:  # no rank may raise, and leave the others waiting, before all know
             _check_no_indices(indices_tuple)
-            given = _checked(embeddings, labels, ref_emb, ref_labels)
+            given = _checked(embeddings, labels, ref_emb, ref_labels, others)
         except ValueError as error:
             problem = str(error)
         new_sizes, old_sizes, seed = self._agree(given, problem)
@@ -107,17 +106,20 @@ class GatheredLoss(torch.nn.Module):
         found: dict[str, Any] = {name: whole[id(tensor)] for name, tensor in given.items()}
         if isinstance(ref_emb, Mapping):
             found["ref_emb"] = {key: found[_entry(key)] for key in ref_emb}
+        whole_others = {name: found.get(_other(name), value) for name, value in others.items()}
         try:
             with _seeded(seed, embeddings.device):
-                return self._call(*(found.get(name) for name in ("embeddings", "labels", "ref_emb", "ref_labels")))
+                named = (found.get(name) for name in ("embeddings", "labels", "ref_emb", "ref_labels"))
+                return self._call(*named, others=whole_others)
         except ValueError as error:
             raise ValueError(f"{error}; in the batch of all ranks, {new_sizes} rows in this order") from error
 
-    def _call(self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any) -> torch.Tensor:
+    def _call(self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any, *, others: Any) -> torch.Tensor:
         pairs = None if self.miner is None else self.miner(embeddings, labels)
-        reference = {"ref_emb": ref_emb, "ref_labels": ref_labels}
         # Only what is given: some of PML's losses know no ref_emb.
-        return self.loss(embeddings, labels, pairs, **{k: v for k, v in reference.items() if v is not None})
+        given = {"ref_emb": ref_emb, "ref_labels": ref_labels, **others}
+        given = {name: value for name, value in given.items() if value is not None}
+        return self.loss(embeddings, labels, pairs, **given) if self._takes_labels else self.loss(embeddings, **given)
 
     def _agree(self, given: dict[str, torch.Tensor], problem: str) -> tuple[list[int], list[int], int]:
         """Return each rank's numbers of new and of old rows, and a seed; raise on all ranks what is wrong on one."""
@@ -181,7 +183,7 @@ def _check_no_indices(indices_tuple: Any) -> None:
         )
 
 
-def _checked(embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any) -> dict[str, torch.Tensor]:
+def _checked(embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any, others: Any) -> dict[str, torch.Tensor]:
     """Return what has to be gathered, by name, in an order that is the same on every rank."""
     given = {"embeddings": _check_rows(embeddings, "embeddings")}
     if labels is not None:
@@ -201,6 +203,15 @@ def _checked(embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any) -> dic
         given["ref_labels"] = (
             given["labels"] if same else check_labels(ref_labels, "ref_labels", length).to(embeddings.device)
         )
+    for name in sorted(others):
+        tensor = others[name]
+        if isinstance(tensor, torch.Tensor):
+            if tensor.ndim == 0 or len(tensor) != len(embeddings):
+                length = len(embeddings)
+                raise ValueError(
+                    f"{name} must have one entry for each of {length} embeddings, got {tuple(tensor.shape)}"
+                )
+            given[_other(name)] = tensor.to(embeddings.device)
     return given
 
 
@@ -217,12 +228,16 @@ def _entry(key: Any) -> str:
     return f"ref_emb[{key!r}]"
 
 
+def _other(name: str) -> str:
+    return f"keyword {name}"
+
+
 def _describe(tensor: torch.Tensor, name: str, given: dict[str, torch.Tensor]) -> str:
     """All but the number of rows."""
     first = next(other for other, one in given.items() if one is tensor)
     if first != name:
         return f"is {first}"
-    shape = "(N,)" if tensor.ndim == 1 else f"(N, {tensor.shape[1]})"
+    shape = "(N,)" if tensor.ndim == 1 else f"(N, {', '.join(map(str, tensor.shape[1:]))})"
     learns = tensor.requires_grad and torch.is_grad_enabled()
     return f"{shape} {tensor.dtype} on {tensor.device.type}{', with gradient' if learns else ''}"
 

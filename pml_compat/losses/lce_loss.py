@@ -18,7 +18,7 @@ from ..transformations import Transformation
 from ._base import check_weight
 from ._reduction import per_sample, reduced
 from ._task import Given, TaskAndTermsLoss
-from .boundaries import Boundary, check_boundary_form, outside_boundary, with_boundary
+from .boundaries import BoundaryForm, check_boundary_form, outside_boundary, with_boundary
 from .class_weight_length import CLASS_WEIGHT_LENGTH
 from .direction_error import direction_error
 from .transformation_widths import check_widths
@@ -30,69 +30,45 @@ class LCELoss(TaskAndTermsLoss):
     .. math:: L = L_{task}(f_n, y; W) + \lambda_a \frac{1}{C d} \sum_{j} \lVert \hat w_j - c_j \rVert^2
         + \lambda_b \operatorname{mean}_i \max(0, \angle(f_{n,i}, c_{y_i}) - \theta_{y_i})
 
-    The class weights :math:`w_j` of the task loss (:func:`pml_compat.frozen.class_weights`) are drawn onto the old
-    class centres :math:`c_j`, and each new embedding into the boundary :math:`\theta` of its class's old embeddings.
-    Features, class weights and centres are unit rows. With transformations, old space to new (:math:`T_f`) and new to
-    old (:math:`T_b`), the widths may differ and the alignment is
-    :math:`\frac12 [\operatorname{mse}(\hat w, T_f(c)) + \operatorname{mse}(T_b(\hat w), c)]`, or the one of the two
-    that is there. The boundary term compares :math:`T_b(\hat f_n)` with :math:`c`; with :math:`T_f` alone,
-    :math:`f_n` with :math:`T_f(c)`.
-
-    After training, queries by the new model search the old gallery as they are (direct), mapped by
-    ``backward_transformation``, or as they are in a gallery mapped by ``forward_transformation``.
-
-    By default the class weights and the embeddings are drawn onto the directions at which queries of each class find
-    the old embeddings (``ClassCenters.directions``) in place of the centres, the embeddings by
-    :math:`1 - \cos(f_n, t_y)` in place of the boundary's hinge, and both terms draw as strongly as the task loss does
-    (:class:`GradientBalance`). A weight that is given makes its term the paper's. With a ``forward_transformation``
-    :math:`T_f` maps the centres, as it will map the gallery.
+    draws the task loss's class weights :math:`w_j` onto the old class centres :math:`c_j`, and each new embedding into
+    the boundary :math:`\theta` of its class. By default both are drawn onto ``ClassCenters.directions``, the embeddings
+    by :math:`1 - \cos(f_n, t_y)`, as strongly as the task loss draws (:class:`GradientBalance`). With maps of the old
+    space (:math:`T_f`) or into it (:math:`T_b`) the alignment is the mean of :math:`\operatorname{mse}(\hat w, T_f(c))`
+    and :math:`\operatorname{mse}(T_b(\hat w), c)`, and :math:`T_b(f_n)` or, without it, :math:`T_f(c)` is compared.
 
     Args:
-        loss: the task loss, a PML loss with class weights (any PML loss with ``align_weight=0``). It keeps its own
-            reducer, and its parameters are in ``parameters()`` of this loss.
-        centers: centres and boundaries of the old model's embeddings of the new training set: ClassCenters; or what
-            they are made of, the pair ``(embeddings, labels)``; or a FrozenClassifier, without boundaries. Copied, as
-            buffers.
-        align_weight: None, or the multiplier ``lambda_a`` of the paper's term, 0 or more. 100, its public code's,
-            belongs to the mean over all C d entries.
-        boundary_weight: None, or the multiplier ``lambda_b`` of the paper's term, 0 or more; 1 in its public code.
-        boundary: of the paper's term: ``"angle"``, in radians; or ``"cosine"``, the hinge
-            ``max(0, cos(theta) - cos(f_n, c))``.
-        forward_transformation: old space to new, one of :mod:`pml_compat.transformations`; it is trained with this
-            loss, and then maps the stored gallery.
+        loss: the task loss, a PML loss with class weights; with ``align_weight=0`` any. It keeps its own reducer, and
+            its parameters are in ``parameters()``.
+        centers: of the old embeddings of the new training set: ClassCenters, the pair ``(embeddings, labels)``, or a
+            FrozenClassifier, which has no boundaries. Copied, as buffers.
+        align_weight: ``lambda_a``, 0 or more, for the paper's alignment (its code: 100); None: the default's.
+        boundary_weight: ``lambda_b``, 0 or more, for the paper's hinge (its code: 1); None: the default's.
+        boundary: in what the hinge compares: ``"angle"``, radians, or ``"cosine"``. How far the boundary itself lies is
+            measured by ``ClassCenters.from_embeddings(boundary="max" or "iqr")``.
+        forward_transformation: old space to new; trained with this loss, it then maps the stored gallery.
         backward_transformation: new space to old; it then maps the queries.
-        class_weight_length: of the task loss's class weights at construction, above 0; see
-            :func:`shorten_class_weights`. None leaves them as they are, as the paper does.
-        **kwargs: ``reducer`` (for the boundary term, one loss for each sample whose class has a boundary; default
-            ``MeanReducer``), ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``. With
-            ``collect_stats`` all terms are recorded under their names, ``bounded_fraction``, the share of the batch
-            that has a boundary, and ``outside_fraction``, the share of those that lies outside it.
+        class_weight_length: above 0, see :func:`shorten_class_weights`; None leaves class weights as they are.
+        **kwargs: ``reducer`` (of the boundary term, one loss a sample; default ``MeanReducer``),
+            ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``, which also records the shares
+            ``bounded_fraction`` (of the batch) and ``outside_fraction`` (of those with a boundary).
     Shape:
-        - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set, needed
-          unless ``boundary_weight=0``. What else the call is given goes to the task loss
-        - output: scalar, float32 or better; ``terms["task_loss"]``, ``["align_loss"]`` and ``["boundary_loss"]``
-          after the call
+        - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)``, needed unless ``boundary_weight=0``
+        - output: scalar, float32 or better; ``terms``: ``task_loss``, ``align_loss``, ``boundary_loss``
     Raises:
-        ValueError: a weight < 0; unequal widths without a transformation, or transformations that do not fit them;
-            labels of ``centers`` past the task loss's classes; no boundaries; no class weights to align; embeddings
-            empty, NaN, infinite or on another device; labels missing, negative or past the task loss's classes.
+        ValueError: a weight < 0; widths that differ without a map, or that the maps do not fit; no boundaries or class
+            weights where they are needed; embeddings empty, NaN, infinite or on another device; labels missing,
+            negative or past the task loss's classes, in ``centers`` too.
     Warns:
-        UserWarning: classes without a centre (no alignment, no boundary) or of one sample (no boundary); they are in
-            ``classes_without_center`` and ``classes_without_boundary``.
+        UserWarning: ``classes_without_center`` (left out) or ``classes_without_boundary``, of one sample (no hinge).
     Example:
         >>> from pytorch_metric_learning.losses import ArcFaceLoss
         >>> centers = ClassCenters.from_embeddings(torch.randn(40, 8), torch.arange(40) % 10)
         >>> loss_func = LCELoss(ArcFaceLoss(num_classes=10, embedding_size=8), centers)
         >>> loss = loss_func(torch.randn(4, 8), torch.tensor([0, 3, 7, 9]))
-        >>> sorted(loss_func.terms)
-        ['align_loss', 'boundary_loss', 'task_loss']
 
     Reference:
-        Meng et al., "Learning Compatible Embeddings", ICCV 2021. Differs from the paper in: where no weights are
-        given, directions stand for centres and every embedding is drawn, as the largest angle of a class is mostly
-        wider than the way to the next centre, so that the paper's boundary seldom acts; class weights start
-        shorter than PML's, as long ones do not get to the centres; classes without a centre or a boundary are left out
-        of the terms that need it.
+        Meng et al., "Learning Compatible Embeddings", ICCV 2021. Differs from the paper in: the default; short class
+        weights; classes without a centre or a boundary are left out of the terms that need it.
     """
 
     def __init__(
@@ -101,7 +77,7 @@ class LCELoss(TaskAndTermsLoss):
         centers: OldSystem,
         align_weight: float | None = None,
         boundary_weight: float | None = None,
-        boundary: Boundary = "angle",
+        boundary: BoundaryForm = "angle",
         forward_transformation: Transformation | None = None,
         backward_transformation: Transformation | None = None,
         *,

@@ -7,17 +7,17 @@ import warnings
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import mse_loss
 
 from .._checks import check_labels, check_matrix, check_number, check_same_device, count_rows, rows_where
+from .._host import indices_tuple_not_supported
 from .._rows import at_least_float32, no_autocast, unit_rows
 from ..frozen import ClassCenters
 from ..frozen.old_system import OldSystem, as_centers
 from ..transformations import Transformation
 from ._base import NamedTermsLoss
 from ._reduction import per_sample, reduced
-from .boundaries import Boundary, check_boundary_form, outside_boundary, with_boundary
+from .boundaries import BoundaryForm, check_boundary_form, outside_boundary, with_boundary
 
 
 class LCETransformationLoss(NamedTermsLoss):
@@ -39,12 +39,12 @@ class LCETransformationLoss(NamedTermsLoss):
         target_centers: class centres and boundaries in the space that it maps into, likewise.
         align_weight: the multiplier ``lambda_a``, 0 or more.
         boundary_weight: the multiplier ``lambda_b``, 0 or more.
-        boundary: ``"angle"`` or ``"cosine"``, see :class:`LCELoss`.
+        boundary: in what the hinge compares, ``"angle"`` or ``"cosine"``, see :class:`LCELoss`.
         **kwargs: ``reducer`` (for the boundary term, one loss a sample that has a boundary), ``embedding_regularizer``,
             ``embedding_reg_weight``, ``collect_stats``.
     Shape:
         - embeddings ``(N, D_target)``: what ``transformation`` gives, carries the gradient; labels ``(N,)``
-        - output: scalar, float32 or better; ``terms["align_loss"]`` and ``["boundary_loss"]`` after the call
+        - output: scalar, float32 or better; ``terms``: ``align_loss``, ``boundary_loss``
     Raises:
         ValueError: a weight < 0; widths that do not fit; no label in common; no boundaries; embeddings empty, NaN,
             infinite or on another device; labels missing.
@@ -73,7 +73,7 @@ class LCETransformationLoss(NamedTermsLoss):
         target_centers: OldSystem,
         align_weight: float = 100.0,
         boundary_weight: float = 1.0,
-        boundary: Boundary = "angle",
+        boundary: BoundaryForm = "angle",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -128,7 +128,7 @@ class LCETransformationLoss(NamedTermsLoss):
         self, embeddings: torch.Tensor, labels: torch.Tensor, indices_tuple: Any, ref_emb: Any, ref_labels: Any
     ) -> dict[str, Any]:
         """Return both terms; the boundary term has one loss a sample that has a boundary."""
-        c_f.indices_tuple_not_supported(indices_tuple)
+        indices_tuple_not_supported(indices_tuple)
         if ref_emb is not None or ref_labels is not None:
             raise ValueError("ref_emb and ref_labels must be None: the loss compares with class centres")
         check_matrix(embeddings, width=self.transformation.out_features)

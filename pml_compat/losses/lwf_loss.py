@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 
 from .._checks import check_number, check_same_device
+from .._host import indices_tuple_not_supported
 from .._rows import no_autocast
 from ..frozen.old_system import OldSystem, as_classifier
 from ._base import NamedTermsLoss
@@ -83,7 +83,7 @@ class LwFLoss(NamedTermsLoss):
         self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: torch.Tensor, ref_labels: Any
     ) -> dict[str, Any]:
         """Return one loss a row."""
-        c_f.indices_tuple_not_supported(indices_tuple)
+        indices_tuple_not_supported(indices_tuple)
         new_emb, old_emb = check_old_rows(embeddings, ref_emb, width=self.old_classifier.in_features)
         check_same_device(embeddings, "embeddings", self.old_classifier.rows, "the loss")
         with no_autocast(embeddings):

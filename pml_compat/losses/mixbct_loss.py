@@ -6,9 +6,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 
 from .._checks import check_integer, check_number
+from .._host import to_device
 from .._rows import fit_width, no_autocast, unit_rows
 from ..frozen import class_weights
 from ..frozen.old_references import check_row_labels
@@ -21,48 +21,40 @@ from .old_rows import check_old_rows
 class MixBCTLoss(TaskAndTermsLoss):
     r"""Train one classifier on new and old embeddings alike, which draws both into one space.
 
-    .. math:: L = L_{task}(x, y), \quad x_i = \begin{cases} \hat f_{o,i} & i \in M \\ f_{n,i} & i \notin M \end{cases}
+    .. math:: L = L_{task}(x, y) + \lambda \operatorname{mean}_i (1 - \cos(f_{n,i}, \hat m_{y_i} + \hat f_{o,i})),
+        \quad x_i = \begin{cases} \hat f_{o,i} & i \in M \\ f_{n,i} & i \notin M \end{cases}
 
     :math:`M`, drawn anew at every call, is :math:`\lfloor share \cdot N \rfloor` of the rows whose old embedding is
-    credible, or all of those where they are fewer. There is no other term. The rows of M train the class weights
-    alone: the new model learns from a batch that is smaller by ``share``. In eval mode nothing is drawn: the loss is
-    the task loss of the new embeddings, and ``ref_emb`` may be left out.
+    credible, or all of those where they are fewer. They train the class weights alone: for the task the new model's
+    batch is smaller by ``share``. The second term, which the paper does not have, draws new embeddings to the old ones
+    of their class (:math:`\hat m`: the direction of its mean in the calls so far) and to their own. In eval mode
+    nothing is replaced, there is no second term, and ``ref_emb`` may be left out.
 
-    By default the new embeddings are also drawn to where old ones of their class lie, and to their own:
-    :math:`+ \lambda \operatorname{mean}_i (1 - \cos(f_{n,i}, \hat m_{y_i} + \hat f_{o,i}))`, with :math:`\hat m` the
-    direction of the class's old embeddings in the calls so far, and :math:`\lambda` such that it draws as strongly as
-    the task loss (:class:`GradientBalance`). A classifier that is satisfied once classes are told apart, as one with a
-    large scale is, leaves the two kinds of embeddings apart.
-
-    Old rows come in at length 1 and new ones as they are, so the task loss has to judge directions alone, as PML's
-    losses do by default (all but ``LargeMarginSoftmaxLoss`` and ``SphereFaceLoss``, which count lengths).
-
-    The draw has its own generator, on the CPU: the global one is not touched, every device draws the same rows, and
-    the generator's state is in ``state_dict()``, in pickles and in copies, so that a resumed training goes on as it
-    would have. Under PML's ``DistributedLossWrapper`` every rank draws from the whole gathered batch by itself.
+    Old rows come in at length 1, new ones as they are: the task loss has to judge directions alone, as PML's do by
+    default (all but ``LargeMarginSoftmaxLoss`` and ``SphereFaceLoss``). The rows are drawn on the CPU by a generator
+    that is in ``state_dict()``; under PML's ``DistributedLossWrapper`` every rank draws from the whole gathered batch.
 
     Args:
         loss: the task loss, any PML loss; it keeps its own reducer, and its parameters are in ``parameters()``.
         share: of the batch that is replaced, in [0, 1]; rounded down, so that a batch of 3 has none at 0.3.
         seed: of the draw, 0 or more.
-        draw_weight: None, or a constant for :math:`\lambda`, 0 or more; 0 is the paper's loss.
-        class_weight_length: of the task loss's class weights at construction, above 0; None leaves them as they are.
+        draw_weight: :math:`\lambda`, 0 or more, 0 is the paper's loss; None: as strong as the task loss
+            (:class:`GradientBalance`).
+        class_weight_length: above 0, see :func:`shorten_class_weights`; None leaves class weights as they are.
         **kwargs: ``embedding_regularizer`` (on the new embeddings, before any is replaced), ``embedding_reg_weight``,
-            ``collect_stats``, which records ``task_loss`` and ``mixed_fraction``, the share that was replaced.
+            ``collect_stats``, which also records ``mixed_fraction``, the share that was replaced.
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set; indices_tuple: for
           the task loss
         - ref_emb ``(N, D)``: the old embeddings of the same rows, which receive no gradient; between widths that differ
           by :func:`pml_compat.fit_width`
-        - ref_labels ``(N,)``: the same labels, or -1 at rows that are not credible, which reaches the loss through
-          PML's wrappers too
+        - ref_labels ``(N,)``: the same labels, or -1 at rows that are not credible, which PML's wrappers pass on too
         - credible ``(N,)`` bool: the rows that may be replaced; all by default
-        - output: scalar, float32 or better; ``terms["task_loss"]`` and ``["draw_loss"]`` after the call
+        - output: scalar, float32 or better; ``terms``: ``task_loss``, ``draw_loss``
     Raises:
         ValueError: ``draw_weight`` < 0; ``share`` outside [0, 1]; ``ref_emb`` missing in train mode, or of another
-            length;
-            ``credible`` not bool or of another length; ``ref_labels`` neither the labels nor -1; embeddings empty,
-            NaN, infinite or on another device; labels missing, negative or past the task loss's classes.
+            length; ``credible`` not bool or of another length; ``ref_labels`` neither the labels nor -1; embeddings
+            empty, NaN, infinite or on another device; labels missing, negative or past the task loss's classes.
     Example:
         >>> from pytorch_metric_learning.losses import ArcFaceLoss
         >>> from pml_compat.frozen import credible_mask
@@ -74,8 +66,8 @@ class MixBCTLoss(TaskAndTermsLoss):
 
     Reference:
         Liang et al., "MixBCT: Towards Self-Adapting Backward-Compatible Training", 2023. Differs from the public code
-        in: the paper has no term that draws; nothing is written in place; fewer credible rows than wanted are no error;
-        the draw is seeded.
+        in: the second term; nothing is written in place; fewer credible rows than wanted are no error; the draw is
+        seeded.
     """
 
     own_arguments = ("credible",)
@@ -165,7 +157,7 @@ class MixBCTLoss(TaskAndTermsLoss):
     def _draw(self, credible: torch.Tensor) -> torch.Tensor:
         """Return which rows are replaced, without asking the device how many are credible."""
         wanted = int(self.share * len(credible) + 1e-6)  # 0.29 * 100 is a little below 29 in floating point
-        rank = c_f.to_device(torch.rand(len(credible), generator=self._generator), credible)
+        rank = to_device(torch.rand(len(credible), generator=self._generator), credible)
         order = torch.argsort(rank.masked_fill(~credible, 2.0))
         return torch.zeros_like(credible).index_fill_(0, order[:wanted], True) & credible
 
@@ -194,4 +186,4 @@ def _check_credible(credible: Any, length: int, ref_labels: torch.Tensor | None)
         raise ValueError(f"credible must be a bool tensor with one entry a row, ({length},), got {got}")
     if ref_labels is None:
         return torch.ones(length, dtype=torch.bool) if credible is None else credible
-    return ref_labels != -1 if credible is None else c_f.to_device(credible, ref_labels) & (ref_labels != -1)
+    return ref_labels != -1 if credible is None else to_device(credible, ref_labels) & (ref_labels != -1)

@@ -24,18 +24,14 @@ class NCCLLoss(TaskAndTermsLoss):
         \ell(a_i, o) = -\frac{1}{|P_i|} \sum_{k \in P_i} w_{ik} \log \frac{e^{\langle a_i, o_k \rangle / \tau}}{\sum_j
         e^{\langle a_i, o_j \rangle / \tau}}, \quad w_{ik} = \frac{1 + \langle o_i, o_k \rangle}{2}
 
-    :math:`a_i` is the new embedding and :math:`o` are old ones, all of unit length: those in a queue of the last
-    ``queue_size`` that the loss was called with, this batch's among them; :math:`P_i` are those of label
-    :math:`y_i`, sample i's own always one of them. :math:`z` are logits of the task loss's head, as it is now, taken
-    to unit length: the cosines with its class weights, without margin. Scale would cancel, and ``temperature`` means
-    the same in both terms. The gradient goes into the head through :math:`z(a_i)`, not through :math:`z(o)`.
+    :math:`a_i` is the new embedding and :math:`o` are the last ``queue_size`` old ones that the loss was called with,
+    this batch's among them, all of unit length; :math:`P_i` are those of label :math:`y_i`, sample i's own always one
+    of them. :math:`z` are the cosines with the task loss's class weights; the gradient goes into these through
+    :math:`z(a_i)` alone. Where widths differ, new embeddings are fitted to the old one
+    (:func:`pml_compat.fit_width`), and for :math:`z` old ones to the new one.
 
-    Widths may differ: new embeddings are fitted to the old width by BCT's rule (:func:`pml_compat.fit_width`),
-    and old ones to the new width for the head.
-
-    Each call in training mode enqueues ``ref_emb``, also where both weights are 0. In eval mode a call gives the loss
-    that it would give in training, and leaves the queue as it is. Queue, labels, position and count are in
-    ``state_dict``: a training that is resumed goes on as if it had not stopped. Places not yet filled take no part.
+    Each call in training mode enqueues ``ref_emb``, also where both weights are 0; in eval mode the queue stays as it
+    is. It is in ``state_dict()``. Places not yet filled take no part.
 
     Args:
         loss: the task loss, any PML loss, which sees the new embeddings alone; with class weights, unless
@@ -51,8 +47,7 @@ class NCCLLoss(TaskAndTermsLoss):
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)``; indices_tuple: for the task loss
         - ref_emb ``(N, embedding_size)``: old embeddings, row i of the same item; ref_labels: None, or equal to labels
-        - output: scalar, float32 or better; ``terms["task_loss"]``, ``["feature_loss"]`` and ``["logit_loss"]``
-          after the call
+        - output: scalar, float32 or better; ``terms``: ``task_loss``, ``feature_loss``, ``logit_loss``
     Raises:
         ValueError: an argument out of its range; ``logit_weight`` > 0 without class weights; ``ref_emb`` missing, of
             another width or length; ref_labels other than labels; anything empty, NaN, infinite or on another device;
@@ -68,9 +63,8 @@ class NCCLLoss(TaskAndTermsLoss):
 
     Reference:
         Wu et al., "Neighborhood Consensus Contrastive Learning for Backward-Compatible Representation", AAAI 2022.
-        Differs from the public implementation in: logits have no margin and unit length, where scaled ones are clamped
-        to [-1, 1] and saturate; empty places of the queue do not count as old embeddings; widths may differ. The
-        paper's filter of unreliable old samples is not here.
+        Differs from the public implementation in: logits have no margin and unit length; empty places of the queue do
+        not count as old embeddings; widths may differ. The paper's filter of unreliable old samples is not here.
     """
 
     old_queue: torch.Tensor

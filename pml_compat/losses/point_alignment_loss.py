@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import BaseDistance, LpDistance
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch.nn.functional import mse_loss
 
 from .._checks import check_number
+from .._host import BaseDistance, LpDistance, indices_tuple_not_supported
 from .._rows import no_autocast, unit_rows
 from ._base import NamedTermsLoss
 from ._reduction import per_sample
@@ -87,7 +86,7 @@ class PointAlignmentLoss(NamedTermsLoss):
         self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: torch.Tensor, ref_labels: Any
     ) -> dict[str, Any]:
         """Return one loss a row."""
-        c_f.indices_tuple_not_supported(indices_tuple)
+        indices_tuple_not_supported(indices_tuple)
         new_emb, old_emb = check_old_rows(embeddings, ref_emb)
         with no_autocast(embeddings):
             if self.distance.normalize_embeddings:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 
 from .._checks import check_integer, check_labels, check_number
+from .._host import indices_tuple_not_supported
 from .._rows import no_autocast, unit_rows
 from ..frozen.old_references import check_row_labels
 from ._base import NamedTermsLoss
@@ -101,7 +101,7 @@ class RACTLoss(NamedTermsLoss):
         ref_labels: torch.Tensor | None,
     ) -> dict[str, Any]:
         """Return one loss a sample."""
-        c_f.indices_tuple_not_supported(indices_tuple)
+        indices_tuple_not_supported(indices_tuple)
         new_emb, old_emb = check_old_rows(embeddings, ref_emb)
         labels = check_labels(labels, length=len(embeddings))
         with no_autocast(embeddings):

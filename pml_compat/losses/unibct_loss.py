@@ -26,16 +26,11 @@ class UniBCTLoss(BCTLoss):
         \theta_{ij}}}, \quad \theta_{ij} = \angle(\tau(f_{n,i}), p_j)
 
     The prototypes :math:`p_j` lie in the old space and are frozen; :math:`\tau` fits the new embedding to their width
-    as in :class:`BCTLoss`. :meth:`update_prototypes` estimates them anew, from the stored old embeddings and the
-    new model's of the same items (:func:`pml_compat.frozen.refine_prototypes`).
+    as in :class:`BCTLoss`, whose default holds here too. :meth:`update_prototypes` estimates them anew, from the stored
+    old embeddings and the new model's of the same items (:func:`pml_compat.frozen.refine_prototypes`).
 
-    By default :math:`\theta` is taken to the directions near the prototypes at which queries of each class find the old
-    embeddings, the term is :math:`1 - \cos \theta_{i y_i}`, and :math:`\lambda` is measured, as in :class:`BCTLoss`.
-
-    The paper's schedule: no influence until epoch 10, and prototypes refined after epochs 10 and 20. To follow it,
-    start with ``influence_weight=0``, and set the attribute when the prototypes are first refined; plain class means
-    are good prototypes to start with too. The attribute is in ``state_dict()``, so that a training that
-    is resumed goes on with it. ::
+    The paper refines the prototypes after epochs 10 and 20, and has no influence before (``influence_weight=0``, an
+    attribute that is set then)::
 
         if epoch in (10, 20):
             loss_func.update_prototypes(old_embeddings, embed(model, train_set), labels)
@@ -54,7 +49,7 @@ class UniBCTLoss(BCTLoss):
         **kwargs: as for :class:`BCTLoss`.
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient; labels ``(N,)`` of the new training set
-        - output: scalar, float32 or better; ``terms["task_loss"]`` and ``terms["influence_loss"]`` after the call
+        - output: scalar, float32 or better; ``terms``: ``task_loss``, ``influence_loss``
     Raises:
         ValueError: as :class:`BCTLoss`; ``centers`` something else; ``scale`` or ``margin`` out of its range.
     Example:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import BaseDistance
-from pytorch_metric_learning.miners import BaseMiner
 
 from .._checks import one_read, values_known
+from .._host import BaseDistance, BaseMiner
 from ..frozen.old_references import check_references, check_row_labels
 
 

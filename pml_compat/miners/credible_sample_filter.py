@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import torch
-from pytorch_metric_learning.miners import BaseMiner
 from torch.nn.functional import normalize as unit
 
 from .._checks import check_matrix, check_same_device
+from .._host import BaseMiner
 from .._rows import at_least_float32
 from ..frozen.class_means import class_means
 from ..frozen.credible import Rule, check_rule, kept

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
-from pytorch_metric_learning.utils import common_functions as c_f
 
+from .._host import common_functions as c_f
 from ..accuracy import CrossModelAccuracyCalculator
 from ..data.nest import moved_to
 from ..frozen import FrozenEmbeddings, FrozenModel

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pytorch_metric_learning.losses import CrossBatchMemory
 
 from .._checks import check_integer
 from .._files import whole_file
+from .._host import CrossBatchMemory
 
 _FORMAT = "pml_compat.checkpoint/1"
 _GROUPS = ("modules", "optimizers", "lr_schedulers", "others", "generators")

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
-from pytorch_metric_learning.utils import common_functions as c_f
-from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch.nn.parallel import DistributedDataParallel
 
+from .._host import DistributedLossWrapper
+from .._host import common_functions as c_f
 from .._rows import precise_dtype
 from ..data.nest import moved_to, rows_of
 from ..frozen import FrozenEmbeddings, FrozenModel, OldEmbeddingDataset, data_and_label

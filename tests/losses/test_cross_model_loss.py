@@ -400,6 +400,28 @@ def test_bad_construction(build, message):
         build()
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("triplets", [False, True])
+def test_pairs_that_are_known_need_no_labels(symmetric, triplets):
+    torch.manual_seed(0)
+    new, old = torch.randn(4, WIDTH, requires_grad=True), torch.randn(5, WIDTH)
+    a, p, n = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 0, 1, 2]), torch.tensor([1, 2, 3, 3])
+    tuples = (a, p, n) if triplets else (a, p, a, n)
+    loss_func = CrossModelLoss(losses.ContrastiveLoss(neg_margin=2), symmetric=symmetric)
+    loss = loss_func(new, None, tuples, old)
+    positive = torch.nn.functional.normalize(new)[a] - torch.nn.functional.normalize(old)[p]
+    negative = torch.nn.functional.normalize(new)[a] - torch.nn.functional.normalize(old)[n]
+    torch.testing.assert_close(loss, positive.norm(dim=1).mean() + (2 - negative.norm(dim=1)).relu().mean())
+    loss.backward()
+    assert torch.isfinite(new.grad).all()
+    with pytest.raises(ValueError, match="ref_emb must be given"):
+        loss_func(new, None, tuples)
+    with pytest.raises(ValueError, match="ref_emb must be finite"):
+        loss_func(new, None, tuples, old * torch.nan)
+    with pytest.raises(ValueError, match="labels must be given"):
+        CrossModelLoss(losses.ContrastiveLoss(), HardestCrossModelMiner())(new, None, tuples, old)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -11,7 +11,7 @@ from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch.nn.parallel import DistributedDataParallel
 
-from pml_compat.losses import CompatibleLoss, FCTLoss, GatheredLoss
+from pml_compat.losses import CompatibleLoss, FastFillLoss, FCTLoss, FocalDistillationLoss, GatheredLoss
 from tests.cases import ALIGNED, LOSSES, PAIRED, WIDTH, batch, build, references
 
 ROWS = 16
@@ -36,6 +36,16 @@ def several_old_models():
     return loss, {"ref_emb": {"b": references("fct", seed=2)["ref_emb"], "a": references("fct")["ref_emb"]}}
 
 
+def with_keywords():
+    torch.manual_seed(0)
+    return FastFillLoss(), {**references("fct"), "log_var": torch.randn(ROWS).double()}
+
+
+def with_a_mask():
+    torch.manual_seed(0)
+    return FocalDistillationLoss(), {**references("fct"), "old_correct": torch.rand(ROWS) > 0.5}
+
+
 def with_miner():
     return losses.TripletMarginLoss(), {"miner": miners.TripletMarginMiner(margin=0.3)}
 
@@ -52,6 +62,8 @@ CASES = {
     "compatible_same_labels_object": paired(lambda: build("compatible")),
     "several_old_models": several_old_models,
     "miner": with_miner,
+    "keywords": with_keywords,
+    "mask": with_a_mask,
 }
 WRAPPED = ["bct", "lce", "compatible", "bct_default", "lce_default"]  # also with the loss itself in DDP
 
@@ -91,6 +103,7 @@ def step(name, part=slice(None), gather=lambda loss, miner: loss, wrap=lambda mo
         options["ref_labels"] = labels
     if "ref_emb" in options:
         options["ref_emb"] = doubled(options["ref_emb"], old_part)
+    options |= {name: value[part] for name, value in options.items() if not name.startswith("ref_")}
     for _ in range(2):
         embeddings = wrapped(inputs[part])
         if miner and loss_func is loss:
@@ -137,6 +150,12 @@ def bad_calls(rank, last):
         "old missing": (fct, (emb, labels), {} if last else {"ref_emb": old}),
         "old rows": (fct, (emb, labels), {"ref_emb": {"a": old, "b": old[1:] if last else old}}),
         "labels alone": (pairs, (emb, labels), {"ref_labels": labels} if last else {}),
+        "keyword short": (
+            FastFillLoss(),
+            (emb,),
+            {"ref_emb": old, "log_var": torch.zeros(2 if last else n)},
+        ),
+        "keyword missing": (FastFillLoss(), (emb,), {"ref_emb": old, **({} if last else {"log_var": torch.zeros(n)})}),
         "dtype": (fct, ((emb.detach().long() if last else emb.detach()),), {"ref_emb": old}),
         "list": (pairs, (emb.tolist() if last else emb, labels), {}),
         "other copy": (pairs, (emb, labels), {"ref_emb": old, "ref_labels": labels.clone() if last else labels}),
@@ -240,6 +259,19 @@ def test_one_process_needs_no_group(name):
     same(step(name, gather=GatheredLoss), step(name))
 
 
+def test_pmls_losses_that_are_called_otherwise():
+    embeddings, labels = batch()
+    view = references("fct")["ref_emb"]
+    two_views = losses.SelfSupervisedLoss(losses.NTXentLoss())
+    assert GatheredLoss(two_views)(embeddings, ref_emb=view) == two_views(embeddings, view)
+    memory = losses.CrossBatchMemory(losses.ContrastiveLoss(), WIDTH, memory_size=64)
+    expected, mask = copy.deepcopy(memory), torch.arange(ROWS) < 6
+    for _ in range(2):
+        found = GatheredLoss(memory)(embeddings, labels, enqueue_mask=mask)
+        assert found == expected(embeddings, labels, enqueue_mask=mask)
+    assert memory.queue_idx == expected.queue_idx == 12
+
+
 ERRORS = {
     "nan": r"embeddings must be finite, row \d+ has a NaN or an infinity; .*; in the batch of all ranks, \[4, 5",
     "labels short": r"^rank {last}: labels must have one entry a row: expected {rows}, got 2$",
@@ -251,6 +283,8 @@ ERRORS = {
     "old missing": r"called alike, .* on rank {last}: embeddings \(N, 8\) [^;]*; labels [^;]*$",
     "old rows": r"^rank {last}: ref_emb must have the same number of rows under every name, got .*'b'\]\": {fewer}",
     "labels alone": r"^rank {last}: ref_emb must be given with ref_labels, got none$",
+    "keyword short": r"^rank {last}: log_var must have one entry for each of {rows} embeddings, got \(2,\)$",
+    "keyword missing": r"called alike, got on rank 0: .*keyword log_var \(N,\) torch.float32 on cpu and",
     "list": r"^rank {last}: embeddings must be a torch.Tensor, got list$",
     "dtype": r"^rank {last}: embeddings must be floating point, \(N, D\), got torch.int64 of shape \({rows}, 8\)$",
     "other copy": r"called alike, got on rank 0: .*ref_labels is labels and .* ref_labels \(N,\) torch.int64",

@@ -26,6 +26,7 @@ from pml_compat.losses import (
     NCCLLoss,
     PointAlignmentLoss,
     RACTLoss,
+    UniBCTLoss,
 )
 from tests.cases import ALIGNED, LOSSES, PAIRED, batch, build, references
 
@@ -177,6 +178,68 @@ def test_a_copy_of_the_model_alone_is_no_longer_the_losss():
             loss_func(lose(copy.deepcopy(model)(inputs)), LABELS, ref_emb=old)
     both = copy.deepcopy((model, loss_func))
     both[1](both[0](inputs), LABELS, ref_emb=old).backward()
+
+
+# --- states
+FEW = 4
+
+
+def few_rows(known, seed, width=WIDTH):
+    """One row a label, in the order of ``known``."""
+    return rows(width, seed)[:FEW][known]
+
+
+def few_task(width=WIDTH):
+    return losses.ArcFaceLoss(FEW, width)
+
+
+def few_centers(known, seed, width=WIDTH):
+    return ClassCenters(few_rows(known, seed, width), torch.tensor(known), torch.full((len(known),), 0.3))
+
+
+def few_classifier(known, seed):
+    return FrozenClassifier(few_rows(known, seed), labels=known, kind="cosine")
+
+
+def few_balls(known, seed):
+    radii = torch.tensor([0.1, 0.2, 0.3, 0.4])[known]
+    loss_func = AdvBCTLoss(few_rows(known, seed) / 8, radii, known, adversarial_weight=0.0)
+    torch.nn.init.zeros_(loss_func.elasticity)  # else drawn, row by row
+    return loss_func
+
+
+LABELLED = {
+    "bct": lambda known, seed: BCTLoss(few_task(), few_classifier(known, seed), 1.0),
+    "bct_default": lambda known, seed: BCTLoss(few_task(), few_classifier(known, seed)),
+    "unibct": lambda known, seed: UniBCTLoss(few_task(), few_centers(known, seed), 1.0),
+    "lce": lambda known, seed: LCELoss(few_task(), few_centers(known, seed), 100.0, 1.0),
+    "lce_default": lambda known, seed: LCELoss(few_task(), few_centers(known, seed)),
+    "adv": few_balls,
+    "lwf": lambda known, seed: LwFLoss(few_classifier(known, seed)),
+    "focal": lambda known, seed: FocalDistillationLoss(few_centers(known, seed)),
+    "focal_logits": lambda known, seed: FocalDistillationLoss(few_classifier(known, seed), kind="logits"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LCELoss leaves out")
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize(("saved", "made"), [([2, 0, 3, 1], [0, 1, 2, 3]), ([3, 1], [0, 1])])
+def test_a_state_brings_its_own_labels(name, saved, made):
+    """What follows from the order of the classes, or from which there are, follows from what was loaded."""
+    new, old, labels = rows(), rows(seed=1), LABELS % FEW
+    torch.manual_seed(0)
+    source = LABELLED[name](saved, 5)
+    torch.manual_seed(1)
+    target = LABELLED[name](made, 6)
+    given = {"ref_emb": old} if source.needs_ref_emb else {}
+    state = copy.deepcopy(source.state_dict())
+    expected = source(new, labels, **given)
+    assert not torch.isclose(target(new, labels, **given), expected)
+    target.load_state_dict(state)
+    torch.testing.assert_close(target(new, labels, **given), expected)
+    torch.manual_seed(0)
+    in_order = LABELLED[name](sorted(saved), 5)
+    torch.testing.assert_close(in_order(new, labels, **given), expected)
 
 
 # --- what the old embeddings come in, and how wide
