@@ -2,9 +2,10 @@
 
 1. An old model's vectors are stored with ids and payload, and served.
 2. A better model comes. FCT's map is fitted to what both models embed of the training images.
-3. The gallery is mapped into a new place beside the old one. The run is killed twice, and started again.
-4. New queries search the mapped gallery, old ones go on searching the old one; a tenth is embedded anew.
-5. It is undone: the new place goes, the old gallery has never been touched.
+3. The plan: space, time, and what each share embedded anew would be worth, on images held out for it.
+4. The gallery is mapped into a new place beside the old one. The run is killed twice, and started again.
+5. New queries search the mapped gallery, old ones go on searching the old one; a tenth is embedded anew.
+6. It is undone: the new place goes, the old gallery has never been touched.
 
     pip install "pml-compat[demo,qdrant]"
     python examples/migrate_gallery.py
@@ -26,6 +27,7 @@ from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.gallery import backfill, migrate, open_store, rollback
 from pml_compat.transformations import FCTTransformation, fit_transformation
 
@@ -113,6 +115,32 @@ class Postgres:
         return [connection.execute(text, [Vector(query)]).fetchone()[0] for query in queries]
 
 
+def draw(path, old_to_new, old, new, labels):
+    """Draw what new queries find in a mapped gallery of which more and more is embedded anew."""
+    from matplotlib import pyplot
+
+    from pml_compat.upgrade import backfill_curve
+
+    mapped = old_to_new.apply_to(old, normalize=True, progress=False)
+    figure, panels = pyplot.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
+    orders = [backfill_curve(new, labels, mapped, new, labels, seed=n, ref_includes_query=True) for n in range(5)]
+    today = CrossModelAccuracyCalculator(("precision_at_1", "mean_average_precision")).get_accuracy(
+        old, labels, old, labels, ref_includes_query=True
+    )
+    for panel, (metric, name) in zip(
+        panels, (("precision_at_1", "P@1"), ("mean_average_precision", "mAP")), strict=True
+    ):
+        for curve in orders:
+            panel.plot([100 * one for one in curve.fractions], [100 * one for one in curve.values[metric]], "C0", lw=1)
+        panel.axhline(100 * today[metric], color="0.5", ls="--", lw=1)
+        panel.set(xlabel="embedded anew, %", ylabel=f"{name}, %")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].annotate(
+        "old queries, old gallery", (0, 100 * today["precision_at_1"]), (2, 3), textcoords="offset points"
+    )
+    figure.savefig(path, dpi=150)
+
+
 def killed(command):
     """Start the command, and kill it in the midst of its work, like a machine that goes down."""
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -127,12 +155,14 @@ def killed(command):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", choices=["qdrant", "postgres"], default="qdrant")
-    store_kind = {"qdrant": Qdrant, "postgres": Postgres}[parser.parse_args().store]
+    parser.add_argument("--picture", type=Path, help="draw what each share embedded anew is worth; needs matplotlib")
+    options = parser.parse_args()
+    store_kind = {"qdrant": Qdrant, "postgres": Postgres}[options.store]
     torch.manual_seed(0)
     digits = load_digits()
     images, labels = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
     train, rest = train_test_split(np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=0)
-    gallery, queries = train_test_split(rest, test_size=200, stratify=labels[rest], random_state=0)
+    gallery, queries = train_test_split(rest, test_size=400, stratify=labels[rest], random_state=0)
     few = train[(labels[train] < 5).numpy()][:100]
     old, new = trained(images[few], labels[few], 32, OLD_WIDTH), trained(images[train], labels[train], 128, NEW_WIDTH)
 
@@ -151,6 +181,13 @@ def main():
 
         command = [sys.executable, "-m", "pml_compat", "migrate", store.old, store.new]
         command += ["--with", str(folder / "map.safetensors"), "--normalize", "--batch-size", "16"]
+        sample = [folder / f"{name}.npz" for name in ("old", "new")]
+        for path, model in zip(sample, (old, new), strict=True):
+            np.savez(path, embeddings=model(images[queries]).numpy(), labels=labels[queries].numpy())
+        planned = [*command, "--dry-run", "--sample", *map(str, sample), "--far", "0.01"]
+        print(subprocess.run(planned, check=True, capture_output=True, text=True).stdout.replace(name, "..."))
+        if options.picture is not None:
+            draw(options.picture, old_to_new, *(model(images[queries]) for model in (old, new)), labels[queries])
         for _ in range(2):
             killed(command)
             print("killed, and started again")

@@ -1,4 +1,6 @@
+import ast
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -168,7 +170,30 @@ def test_compare_methods():
 )
 def test_migrate_gallery(store):
     printed = python("examples/migrate_gallery.py", "--store", store)
-    assert printed.count("killed, and started again") == 2 and "699 of 699 vectors mapped" in printed
+    assert printed.count("killed, and started again") == 2 and "499 of 499 vectors mapped" in printed
+    assert "On the sample, 400 items" in printed and "FAR 0.01: today" in printed
     reached = [float(value) for value in re.findall(r"P@1 +([\d.]+)%", printed)]
     before, mapped, embedded, after = reached
     assert mapped > before and embedded > before and after == before
+
+
+@pytest.mark.slow
+def test_notebook(capsys):
+    """Every cell runs; what it printed when it was written is kept with it, and is small."""
+    path = EXAMPLES / "upgrade.ipynb"
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    names, verdicts = {"__name__": "notebook"}, []
+    threads = torch.get_num_threads()
+    try:
+        for cell in cells:
+            if "install" in cell["metadata"].get("tags", []):
+                continue
+            exec(compile(ast.parse("".join(cell["source"])), path.name, "exec"), names)
+            printed = capsys.readouterr().out.strip()
+            if "verdict" in "".join(cell["source"]):
+                verdicts.append(printed.splitlines()[-1])
+                assert "| new/old |" in printed and cell["outputs"]
+    finally:
+        torch.set_num_threads(threads)
+    assert verdicts[1:] == ["Swap now", "Swap with a transformed gallery"]
+    assert path.stat().st_size < 50_000
