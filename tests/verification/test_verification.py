@@ -375,6 +375,26 @@ def test_the_near_threshold_pairs_are_told_apart_beyond_float32():
             assert (carried.tar, carried.far) == expected[0.25]
 
 
+@pytest.mark.parametrize("edge", [-3, 3])
+def test_a_band_whose_edge_is_within_rounding_of_its_rank_is_not_relied_on(edge, monkeypatch, in_bins_calls):
+    """Impostors 1e-9 apart, on either side of the edge in a float32 whose last bit is not to be trusted."""
+    angles = 0.7 + 1e-9 * torch.arange(40, dtype=torch.float64)
+    reference, labels = torch.stack([angles.cos(), angles.sin()], dim=1), torch.arange(40) % 2
+    monkeypatch.setattr(thresholds, "_SURE", 0)
+    monkeypatch.setattr(thresholds, "_AT_LEAST", 0)
+    monkeypatch.setattr(
+        pair_scores.PairScores,
+        "draw_impostors",
+        lambda self, _: np.full(1000, (math.cos(0.7) - edge * self.float32_error) * pair_scores.GRID),
+    )
+    expected = {far: (math.ceil(20 * far + 1) / 20, far) for far in (0.25, 0.5, 0.75)}
+    for far, point in expected.items():
+        with Jitter():
+            got = verification(torch.tensor([[1.0, 0.0]]).double(), torch.tensor([0]), reference, labels, fars=far)
+        assert points(got) == {far: point}
+    assert len(in_bins_calls) == 3
+
+
 def test_ties_too_many_to_keep_take_the_other_way(monkeypatch, in_bins_calls):
     monkeypatch.setattr(thresholds, "_MOST_KEPT", 1000)
     query = torch.eye(3).repeat(50, 1)
