@@ -16,7 +16,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import (
 )
 from pytorch_metric_learning.utils.inference import FaissKMeans
 
-from .named_metrics import RANK_METRICS, depth, is_ranked, needs_first_positive_alone, places, score, split_name
+from .named_metrics import RANK_METRICS, is_ranked, split_name, without_lone
 from .search import Search, prepare_search
 
 
@@ -206,8 +206,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         metrics = set(self.get_curr_metrics())
         own_metrics = self._own(metrics) if metrics & set(self.requires_knn()) else set()
         ranked = [name for name in metrics if is_ranked(name)]
-        if self.gallery_group is not None and len(ranked) < len(metrics):
-            others = sorted(metrics.difference(ranked))
+        if self.gallery_group is not None and (others := sorted(metrics.difference(ranked))):
             raise ValueError(f"include must name ranking metrics alone with gallery_group, got {others}")
         kwargs: dict[str, Any] = {
             "query": search.query,
@@ -222,7 +221,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         if isinstance(k, int):
             self.determine_k(search.positives.most(), len(search.reference_labels), search.ref_includes_query)  # warns
         if ranked:
-            kwargs["per_query"] = _score(search, ranked, k)
+            kwargs["per_query"] = search.scores(ranked, k)
         if own_metrics:
             scored = search.count_positives() > 0
             kwargs["knn_distances"], rows = search.neighbors(k)
@@ -266,9 +265,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         who = query_ids, reference_ids, query_cameras, reference_cameras, junk
         search = self._search(query, query_labels, reference, reference_labels, ref_includes_query, *who)
         names = [name for name in self.get_function_dict(include, exclude) if is_ranked(name)]
-        found = _score(search, names, self._cut_off(search))
-        lone = found["relevant"] == 0
-        return {name: found[name].double().masked_fill(lone, torch.nan).cpu() for name in names}
+        return without_lone(search.scores(names, self._cut_off(search)), names)
 
     def _own(self, metrics: set[str]) -> set[str]:
         """Return the metrics that a subclass computes itself, from neighbours."""
@@ -287,16 +284,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         )
 
     def _cut_off(self, search: Search) -> int | None:
-        if self.k == "max_bin_count":
-            return int(search.count_positives().max()) or 1
-        return self.k
-
-
-def _score(search: Search, names: Sequence[str], k: int | None) -> dict[str, torch.Tensor]:
-    """Return one number a query and metric, and ``relevant``, each query's positives."""
-    first = needs_first_positive_alone(names)
-    ranks = search.ranks(depth(names, k), places(names, k), first=first)
-    return score(ranks, names, k, len(search.query))
+        return (int(search.count_positives().max()) or 1) if self.k == "max_bin_count" else self.k
 
 
 def _exact_search(*args: Any, **kwargs: Any) -> None:
