@@ -11,7 +11,7 @@ import torch
 
 from .._host import AccuracyCalculator, FaissKMeans, get_label_match_counts, get_unique_labels
 from .._host import common_functions as c_f
-from .named_metrics import RANK_METRICS, depth, is_ranked, needs_first_positive_alone, places, score, split_name
+from .named_metrics import RANK_METRICS, is_ranked, split_name, without_lone
 from .search import Search, prepare_search
 
 
@@ -69,10 +69,10 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         avg_of_avgs: bool = False,
         return_per_class: bool = False,
         k: int | str | None = None,
-        label_comparison_fn: Callable | None = None,
+        label_comparison_fn: Callable[..., Any] | None = None,
         device: str | torch.device | None = None,
-        knn_func: Callable | None = None,
-        kmeans_func: Callable | None = None,
+        knn_func: Callable[..., Any] | None = None,
+        kmeans_func: Callable[..., Any] | None = None,
         *,
         gallery_group: Any = None,
         fit_width: bool = False,
@@ -111,7 +111,9 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         except ValueError as error:
             raise ValueError(f"{error} Or at any k, such as precision_at_20; got {[*include, *exclude]}") from None
 
-    def get_function_dict(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, Callable]:
+    def get_function_dict(
+        self, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    ) -> dict[str, Callable[..., Any]]:
         """Return the functions of the metrics by name, with those at any k that ``include`` names."""
         found = super().get_function_dict(include, exclude)
         at_k = [name for name in include if split_name(name)[1] is not None and name not in {*found, *exclude}]
@@ -201,8 +203,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         metrics = set(self.get_curr_metrics())
         own_metrics = self._own(metrics) if metrics & set(self.requires_knn()) else set()
         ranked = [name for name in metrics if is_ranked(name)]
-        if self.gallery_group is not None and len(ranked) < len(metrics):
-            others = sorted(metrics.difference(ranked))
+        if self.gallery_group is not None and (others := sorted(metrics.difference(ranked))):
             raise ValueError(f"include must name ranking metrics alone with gallery_group, got {others}")
         kwargs: dict[str, Any] = {
             "query": search.query,
@@ -217,7 +218,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         if isinstance(k, int):
             self.determine_k(search.positives.most(), len(search.reference_labels), search.ref_includes_query)  # warns
         if ranked:
-            kwargs["per_query"] = _score(search, ranked, k)
+            kwargs["per_query"] = search.scores(ranked, k)
         if own_metrics:
             scored = search.count_positives() > 0
             kwargs["knn_distances"], rows = search.neighbors(k)
@@ -261,9 +262,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         who = query_ids, reference_ids, query_cameras, reference_cameras, junk
         search = self._search(query, query_labels, reference, reference_labels, ref_includes_query, *who)
         names = [name for name in self.get_function_dict(include, exclude) if is_ranked(name)]
-        found = _score(search, names, self._cut_off(search))
-        lone = found["relevant"] == 0
-        return {name: found[name].double().masked_fill(lone, torch.nan).cpu() for name in names}
+        return without_lone(search.scores(names, self._cut_off(search)), names)
 
     def _own(self, metrics: set[str]) -> set[str]:
         """Return the metrics that a subclass computes itself, from neighbours."""
@@ -282,16 +281,7 @@ class CrossModelAccuracyCalculator(AccuracyCalculator):
         )
 
     def _cut_off(self, search: Search) -> int | None:
-        if self.k == "max_bin_count":
-            return int(search.count_positives().max()) or 1
-        return self.k
-
-
-def _score(search: Search, names: Sequence[str], k: int | None) -> dict[str, torch.Tensor]:
-    """Return one number a query and metric, and ``relevant``, each query's positives."""
-    first = needs_first_positive_alone(names)
-    ranks = search.ranks(depth(names, k), places(names, k), first=first)
-    return score(ranks, names, k, len(search.query))
+        return (int(search.count_positives().max()) or 1) if self.k == "max_bin_count" else self.k
 
 
 def _exact_search(*args: Any, **kwargs: Any) -> None:

@@ -66,7 +66,9 @@ def _is_plain(calculator: CrossModelAccuracyCalculator) -> bool:
     return plain and all(is_ranked(name) for name in names) and calculator.knn_func is _exact_search
 
 
-def _arguments(query: Any, query_labels: Any, gallery: Any, gallery_labels: Any, kwargs: dict[str, Any]) -> tuple:
+def _arguments(
+    query: Any, query_labels: Any, gallery: Any, gallery_labels: Any, kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
     """Return what a search takes, in order."""
     names = ("query_ids", "reference_ids", "query_cameras", "reference_cameras")
     others = (kwargs.get(name) for name in names)

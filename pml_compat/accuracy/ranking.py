@@ -27,7 +27,7 @@ from .places import PlaceBounds, PositiveRanks, unsure_queries
 _CHUNK_ELEMENTS = 4 * 2**20  # scores held at once: 16 MiB
 _COUNTED_ELEMENTS = 2**20  # scores counted at once, with some 20 bytes each
 _MIN_QUERIES = 16  # a matrix product of fewer rows would spend its time reading the gallery
-_FEW_QUERIES = 4  # the least that float64 works at: each time it reads the gallery
+_FEW_QUERIES = 16  # the least that a float64 product is taken of: each time it reads the gallery
 
 
 def query_chunks(n_query: int, n_reference: int) -> Iterator[slice]:
@@ -152,29 +152,31 @@ def sorted_ranks(
     excluded: Sequence[Matches],
 ) -> Iterator[tuple[torch.Tensor, PositiveRanks]]:
     """Rank by sorted float64 distances: slower than counting, and exact to the last tie."""
-    for numbers in queries.split(max(_FEW_QUERIES, _COUNTED_ELEMENTS // (2 * len(gallery)))):
-        distances = gallery.squared_distances(query[numbers])
-        out = mask(list(excluded), numbers, len(gallery))
-        positive = mask([positives], numbers, len(gallery)) & ~out
-        distances.masked_fill_(out, torch.inf)
-        counts = positive.sum(1)
-        own = distances.new_full((len(distances), max(1, int(counts.max()))), torch.inf)
-        valid = torch.arange(own.shape[1], device=own.device) < counts[:, None]
-        own[valid] = distances[positive]
-        own, everyone = _sort_values(own), _sort_values(distances)
-        first = _first_of_tie(everyone, query[numbers].to(everyone.dtype).square().sum(1, keepdim=True))
-        places = torch.searchsorted(everyone, own).clamp_max(len(gallery) - 1)
-        closer = first.gather(1, places).masked_fill_(~valid, len(gallery))
-        yield (
-            numbers,
-            PositiveRanks(
-                valid=valid,
-                closer=closer,
-                within=torch.searchsorted(first, closer, right=True),
-                positives_within=torch.searchsorted(closer, closer, right=True),
-                relevant=counts,
-            ),
-        )
+    size = max(1, _COUNTED_ELEMENTS // (2 * len(gallery)))
+    for part in queries.split(max(_FEW_QUERIES, 4 * size)):
+        products = gallery.squared_distances(query[part])
+        for numbers, distances in zip(part.split(size), products.split(size), strict=True):
+            out = mask(list(excluded), numbers, len(gallery))
+            positive = mask([positives], numbers, len(gallery)) & ~out
+            distances.masked_fill_(out, torch.inf)
+            counts = positive.sum(1)
+            own = distances.new_full((len(distances), max(1, int(counts.max()))), torch.inf)
+            valid = torch.arange(own.shape[1], device=own.device) < counts[:, None]
+            own[valid] = distances[positive]
+            own, everyone = _sort_values(own), _sort_values(distances)
+            first = _first_of_tie(everyone, query[numbers].to(everyone.dtype).square().sum(1, keepdim=True))
+            places = torch.searchsorted(everyone, own).clamp_max(len(gallery) - 1)
+            closer = first.gather(1, places).masked_fill_(~valid, len(gallery))
+            yield (
+                numbers,
+                PositiveRanks(
+                    valid=valid,
+                    closer=closer,
+                    within=torch.searchsorted(first, closer, right=True),
+                    positives_within=torch.searchsorted(closer, closer, right=True),
+                    relevant=counts,
+                ),
+            )
 
 
 def nearest(

@@ -17,6 +17,7 @@ from .gallery import Gallery, joined
 from .items import as_values, codes, item_codes, pair_of_codes
 from .junk import Junk
 from .matches import Compared, EqualCodes, Matches, SamePosition, mask
+from .named_metrics import depth, needs_first_positive_alone, places, score
 from .ranking import PositiveRanks, exact_ranks, listed_ranks, nearest, query_chunks
 
 
@@ -35,7 +36,7 @@ class Search:
     ref_includes_query: bool
     positives: Matches
     excluded: list[Matches]
-    knn_func: Callable | None
+    knn_func: Callable[..., Any] | None
     gallery_group: Any
 
     def chunks(self) -> Iterator[torch.Tensor]:
@@ -69,6 +70,11 @@ class Search:
         for numbers, _, indices, kept, out in self._found(depth):
             relevant = mask([self.positives], numbers, len(self.reference))
             yield numbers, listed_ranks(indices, kept, relevant, out)
+
+    def scores(self, names: Collection[str], k: int | None) -> dict[str, torch.Tensor]:
+        """Return one number a query and ranking metric, and ``relevant``, each query's positives."""
+        ranks = self.ranks(depth(names, k), places(names, k), first=needs_first_positive_alone(names))
+        return score(ranks, names, k, len(self.query))
 
     def neighbors(self, k: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the squared distances and the rows of each query's nearest items, at most k and what every query has.
@@ -121,8 +127,8 @@ def prepare_search(
     junk: Any = None,
     *,
     device: torch.device,
-    label_comparison_fn: Callable,
-    knn_func: Callable | None,
+    label_comparison_fn: Callable[..., Any],
+    knn_func: Callable[..., Any] | None,
     gallery_group: Any,
     fit_width: bool,
 ) -> Search:

@@ -4,6 +4,7 @@ from .._moved import moved
 from .class_centers import ClassCenters
 from .class_weights import class_weights
 from .classifier import FrozenClassifier
+from .credible import credible_mask
 from .embeddings import FrozenEmbeddings
 from .fingerprint import model_fingerprint
 from .fit_centers import fit_centers
@@ -19,6 +20,7 @@ __all__ = [
     "OldEmbeddingDataset",
     "WithinClassWhitening",
     "class_weights",
+    "credible_mask",
     "data_and_label",
     "fit_centers",
     "model_fingerprint",

@@ -150,6 +150,15 @@ class PairScores:
             keys[part] = to_keys(products.sum(1)).cpu().numpy()
         return keys
 
+    def draw_impostors(self, number: int) -> np.ndarray:
+        """Return :func:`to_keys` of the impostors among so many pairs drawn at random, the same ones in each call."""
+        generator = np.random.default_rng(0)
+        rows, columns = (generator.integers(len(side), size=number) for side in (self._query, self._reference))
+        impostor = (columns < self.first[rows]) | (columns >= self.last[rows])
+        if self._ids is not None:
+            impostor &= self._ids[0][rows] != self._ids[1][columns]
+        return self.keys_of((rows * len(self._reference) + columns)[impostor])
+
     def pair_numbers(self, rows: slice, columns: slice, positions: np.ndarray) -> np.ndarray:
         """Return ``row * N + column`` of the flat positions within a block."""
         row, column = np.divmod(positions, columns.stop - columns.start)

@@ -1,9 +1,10 @@
 """Exact thresholds among all impostor scores, in memory that the number of pairs does not set.
 
-A threshold that accepts at most k impostors lies just above the impostor score of rank k + 1. Small ranks are found in
-one float32 pass that keeps the largest scores seen so far, and scores the few pairs that rounding could confuse again
-in float64. Large ranks, and ties too many to keep, take two float64 passes: a histogram, then one of the bins that the
-ranks fall in, down to single steps of the score grid.
+A threshold that accepts at most k impostors lies just above the impostor score of rank k + 1. Pairs drawn at random
+tell a band of scores that holds it, all but surely. One float32 pass counts the scores above each band and keeps the
+few within it; those that rounding could confuse are scored again in float64. The draw sets what that costs, never the
+result: where a band turns out to miss its rank, or to hold too many ties to keep, two float64 passes follow, a
+histogram and one of the bins that the ranks fall in, down to single steps of the score grid.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import torch
 
 from .pair_scores import GRID, PairScores, to_keys
 
-_MOST_KEPT = 2**22  # the largest rank of the one-pass search; its buffers take 24 bytes a rank
-_SPARE = 2**16
+_MOST_KEPT = 2**22  # pairs within the bands; they take 12 bytes each
+_SURE = 5  # standard deviations of a rank among the pairs drawn that a band reaches to either side
+_AT_LEAST = 8  # pairs drawn that it reaches besides, where deviations are not those of a normal distribution
 _BIN = 2**19  # grid steps in a bin of the histogram
 _LOWEST_BIN = GRID // _BIN + 2  # bins below a score of zero; the first holds what is masked out
 
 
-class _TooManyToKeep(Exception):
-    pass
+class _Undecided(Exception):
+    """The bands do not tell the thresholds."""
 
 
 def find_thresholds(
@@ -43,10 +45,9 @@ def find_thresholds(
     ranks = sorted({count for count in allowed if count < pairs.impostors})
     if not ranks and not given:
         return [everything for _ in allowed], []
-    search = _select if max(ranks, default=0) < _MOST_KEPT and _float32_is_float32() else _count_in_bins
     try:
-        found, accepted = search(pairs, ranks, given)
-    except _TooManyToKeep:
+        found, accepted = _count_in_bands(pairs, ranks, given)
+    except _Undecided:
         found, accepted = _count_in_bins(pairs, ranks, given)
     by_rank = dict(zip(ranks, found, strict=True))
     return [by_rank.get(count, everything) for count in allowed], accepted
@@ -60,92 +61,81 @@ def _float32_is_float32() -> bool:
         return False
 
 
-def _select(pairs: PairScores, ranks: list[int], given: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
+def _count_in_bands(
+    pairs: PairScores, ranks: list[int], given: Sequence[int]
+) -> tuple[list[tuple[int, int]], list[int]]:
+    if not _float32_is_float32():
+        raise _Undecided
     error = pairs.float32_error
-    top = _Largest(ranks[-1] + 1, 2 * error) if ranks else None
-    counts = [_AcceptedBy(key / GRID, error) for key in given]
+    bands = [_Band(key / GRID - error, key / GRID + error) for key in given]
+    bands += _bands_of_ranks(pairs, ranks)
     for rows, columns, scores in pairs.impostor_blocks(torch.float32):
-        flat = scores.view(-1)
-        if top is not None:
-            hits = np.flatnonzero((flat > top.bar).cpu().numpy())
-            found = flat[torch.from_numpy(hits).to(flat.device)].cpu().numpy()
-            top.add(found, pairs.pair_numbers(rows, columns, hits))
-        for count in counts:
-            hits = count.add(flat)
-            if len(hits):
-                count.near.append(pairs.pair_numbers(rows, columns, hits))
-    thresholds = [] if top is None else [_resolve(pairs, top, rank, 2 * error) for rank in ranks]
-    accepted = []
-    for count, key in zip(counts, given, strict=True):
-        near = pairs.keys_of(np.concatenate([np.empty(0, np.int64), *count.near]))
-        accepted.append(count.above + int((near >= key).sum()))
-    return thresholds, accepted
+        values = scores.view(-1).cpu().numpy()  # whose comparisons are several times as fast as torch's on a CPU
+        for band in bands:
+            band.add(values, pairs, rows, columns)
+        if sum(band.size for band in bands) > _MOST_KEPT:
+            raise _Undecided
+    accepted = [
+        band.above + int((pairs.keys_of(band.pairs()) >= key).sum()) for band, key in zip(bands, given, strict=False)
+    ]
+    return [_resolve(pairs, band, rank) for band, rank in zip(bands[len(given) :], ranks, strict=True)], accepted
 
 
-class _Largest:
-    """The ``count`` largest of a stream of scores, with all that are within ``margin`` of the smallest of them."""
+class _Band:
+    """How many of a stream of scores are above a band, and those in it: above ``low``, at most ``high``."""
 
-    def __init__(self, count: int, margin: float) -> None:
-        self.bar = -np.inf  # scores up to here are of no interest any more
-        self._count, self._margin, self._size = count, margin, 0
-        self._scores = np.empty(2 * count + _SPARE, np.float32)
-        self._pairs = np.empty(2 * count + _SPARE, np.int64)
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+        self.above = self.size = 0
+        self._scores, self._pairs = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
 
-    @property
+    def add(self, scores: np.ndarray, pairs: PairScores, rows: slice, columns: slice) -> None:
+        """Take in the scores of a block."""
+        above, upwards = scores > self.high, scores > self.low
+        n_above = int(np.count_nonzero(above))
+        within = int(np.count_nonzero(upwards)) - n_above
+        self.above, self.size = self.above + n_above, self.size + within
+        if within:
+            hits = np.flatnonzero(upwards != above)
+            self._scores.append(scores[hits])
+            self._pairs.append(pairs.pair_numbers(rows, columns, hits))
+
     def scores(self) -> np.ndarray:
-        return self._scores[: self._size]
+        return np.concatenate(self._scores)
 
-    @property
     def pairs(self) -> np.ndarray:
-        return self._pairs[: self._size]
-
-    def add(self, scores: np.ndarray, pairs: np.ndarray) -> None:
-        while len(scores):
-            part = slice(0, len(self._scores) - self._size)
-            end = self._size + len(scores[part])
-            self._scores[self._size : end], self._pairs[self._size : end] = scores[part], pairs[part]
-            self._size = end
-            if end < len(self._scores):
-                return
-            self._compact()
-            rest = scores[part.stop :] > self.bar
-            scores, pairs = scores[part.stop :][rest], pairs[part.stop :][rest]
-
-    def _compact(self) -> None:
-        self.bar = float(largest(self.scores, self._count)) - self._margin
-        kept = self.scores > self.bar
-        scores, pairs = self.scores[kept], self.pairs[kept]
-        if len(scores) > 0.75 * len(self._scores):
-            raise _TooManyToKeep
-        self._size = len(scores)
-        self._scores[: self._size], self._pairs[: self._size] = scores, pairs
+        return np.concatenate(self._pairs)
 
 
-class _AcceptedBy:
-    """How many of a stream of scores are above a threshold for certain, and which are too near to it to tell."""
+def _bands_of_ranks(pairs: PairScores, ranks: list[int]) -> list[_Band]:
+    """Return for each rank a band of float32 scores that holds it, all but surely."""
+    if not ranks:
+        return []
+    drawn = np.sort(pairs.draw_impostors(math.ceil(pairs.impostors ** (2 / 3) / 2)) / GRID)
+    from_top = np.concatenate([[np.inf], drawn[::-1], [-np.inf]])  # the drawn score of rank i is at i, from 1
+    bands, kept = [], 0.0
+    for rank in ranks:
+        share = (rank + 1) / pairs.impostors
+        place, reach = share * len(drawn), _SURE * math.sqrt(share * (1 - share) * len(drawn)) + _AT_LEAST
+        high = from_top[max(0, math.floor(place - reach))] + 3 * pairs.float32_error
+        low = from_top[min(len(drawn) + 1, math.ceil(place + reach))] - 3 * pairs.float32_error
+        bands.append(_Band(float(low), float(high)))
+        kept += np.count_nonzero((drawn > low) & (drawn <= high)) / max(1, len(drawn)) * pairs.impostors
+    if kept > _MOST_KEPT:
+        raise _Undecided
+    return bands
 
-    def __init__(self, threshold: float, error: float) -> None:
-        self.above = 0
-        self.near: list[np.ndarray] = []
-        self._certain, self._possible = threshold + error, threshold - error
-        self._room = _MOST_KEPT
 
-    def add(self, scores: torch.Tensor) -> np.ndarray:
-        """Count the scores, and return the positions of those that are too near."""
-        certain, possible = ((scores > bound).cpu().numpy() for bound in (self._certain, self._possible))
-        above, candidates = np.count_nonzero(certain), np.count_nonzero(possible)
-        self.above += int(above)
-        self._room -= int(candidates - above)
-        if self._room < 0:
-            raise _TooManyToKeep
-        return np.flatnonzero(certain != possible) if above < candidates else np.empty(0, np.int64)
-
-
-def _resolve(pairs: PairScores, kept: _Largest, rank: int, margin: float) -> tuple[int, int]:
+def _resolve(pairs: PairScores, band: _Band, rank: int) -> tuple[int, int]:
     """Tell by float64 which of the pairs around a float32 rank is there."""
-    around = float(largest(kept.scores, rank + 1))
-    above = int((kept.scores > around + margin).sum())
-    keys = pairs.keys_of(kept.pairs[np.abs(kept.scores - around) <= margin])
+    margin, scores = 2 * pairs.float32_error, band.scores()
+    if not band.above <= rank < band.above + len(scores):
+        raise _Undecided
+    around = float(largest(scores, rank + 1 - band.above))
+    if around - margin <= band.low or around + margin > band.high:
+        raise _Undecided
+    above = band.above + int((scores > around + margin).sum())
+    keys = pairs.keys_of(band.pairs()[np.abs(scores - around) <= margin])
     refused = largest(keys, rank + 1 - above)
     return int(refused) + 1, above + int((keys > refused).sum())
 

@@ -124,8 +124,9 @@ def verification(
         reference: ``(N, D_reference)`` gallery embeddings of any model; by default the queries, each left out of its
             own pairs.
         reference_labels: ``(N,)``.
-        fars: the false accept rates to measure at, each above 0 and at most 1. A rate of up to 4 million impostor
-            pairs costs one pass over the pairs in float32, beyond that two in float64.
+        fars: the false accept rates to measure at, each above 0 and at most 1. One pass over the pairs in float32
+            serves them all. Two in float64 follow where millions of pairs are near a threshold: ties, or a rate of 0.1
+            of more than a billion pairs.
         thresholds: similarities to measure at besides, named or not; ``thresholds`` of another result, most of all.
         ref_includes_query: row i of ``query`` and row i of ``reference`` are the same item, which is no pair.
         query_ids: ``(Q,)`` item ids, which say the same for galleries in any order.
@@ -134,7 +135,7 @@ def verification(
         fit_width: compare queries of another width by :func:`pml_compat.fit_width`: for a new model that was
             trained so.
     Shape:
-        - memory: never ``(Q, N)``, but tens of MiB beyond the inputs; up to 225 for 4 million impostors to accept
+        - memory: never ``(Q, N)``, but tens of MiB beyond the inputs
     Raises:
         ValueError: NaN, infinite or empty embeddings; lengths that differ; widths that do, without
             ``fit_width``; no genuine or no impostor pair; a rate or

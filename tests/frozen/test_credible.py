@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from pml_compat.frozen import FrozenEmbeddings
+from pml_compat.frozen import FrozenEmbeddings, credible_mask
 from pml_compat.frozen.class_means import class_means
-from pml_compat.frozen.credible import credible_mask
 from tests import reference
 
 

@@ -3,8 +3,7 @@ import pytest
 import torch
 from pytorch_metric_learning import miners
 
-from pml_compat.frozen import FrozenEmbeddings
-from pml_compat.frozen.credible import credible_mask
+from pml_compat.frozen import FrozenEmbeddings, credible_mask
 from pml_compat.miners import CredibleSampleFilter, HardestCrossModelMiner, RegressionMiner
 from tests.miners import naive
 from tests.miners.cases import WIDTH, samples, stored, tuples

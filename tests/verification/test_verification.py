@@ -72,7 +72,7 @@ def settings(module, **values):
 
 
 def in_bins():
-    return settings(thresholds, _MOST_KEPT=0)
+    return settings(thresholds, _float32_is_float32=lambda: False)
 
 
 class Jitter(TorchDispatchMode):
@@ -276,27 +276,55 @@ def test_chunk_sizes_change_nothing(seed, ties, jitter):
                 assert verification(*pairs, **options) == expected
         with settings(pair_scores, **SMALL[2]), in_bins():
             assert verification(*pairs, **options) == expected
-        with settings(thresholds, _SPARE=40):
-            assert verification(*pairs, **options) == expected
+        for reach in (0, 1, 3):  # bands that may miss their ranks
+            with settings(thresholds, _SURE=0, _AT_LEAST=reach):
+                assert verification(*pairs, **options) == expected
+
+
+@pytest.fixture
+def in_bins_calls(monkeypatch):
+    calls, count_in_bins = [], thresholds._count_in_bins
+    monkeypatch.setattr(thresholds, "_count_in_bins", lambda *args: (calls.append(args), count_in_bins(*args))[1])
+    return calls
 
 
 @pytest.mark.parametrize("rising", [True, False])
-@pytest.mark.parametrize("far", [1e-4, 2e-3, 0.02, 0.1])
-def test_the_kept_scores_are_thinned_out_as_larger_ones_come(far, rising, monkeypatch):
-    """Scores that rise from query to query: all are kept at first. That fall: no more than needed is kept."""
-    calls = []
-    compact = thresholds._Largest._compact
-    monkeypatch.setattr(thresholds._Largest, "_compact", lambda self: (calls.append(self), compact(self)))
-    monkeypatch.setattr(thresholds, "_SPARE", 64)
-    monkeypatch.setattr(pair_scores, "_BLOCK", (4, 50))
-    angles = torch.linspace(*((1.5, 0.0) if rising else (0.0, 1.5)), 300, dtype=torch.float64)
-    query = torch.stack([angles.cos(), angles.sin()], dim=1)
-    reference = torch.stack([torch.linspace(0, 0.01, 50).cos(), torch.linspace(0, 0.01, 50).sin()], dim=1).double()
-    labels = torch.arange(300) // 5, torch.arange(50)
+@pytest.mark.parametrize("far", [1e-5, 2e-3, 0.1, 0.5, 0.99, (1e-4, 0.01, 0.3)])
+def test_one_pass_serves_any_rate_and_keeps_few_pairs(far, rising, monkeypatch, in_bins_calls):
+    sides = torch.linspace(*((1.5, 0.5) if rising else (0.5, 1.5)), 400).double(), torch.linspace(0, 0.3, 50).double()
+    query, reference = (torch.stack([angles.cos(), angles.sin()], dim=1) for angles in sides)
+    labels = torch.arange(400) // 8, torch.arange(50)
+    passes, kept = [], []
+    blocks, resolve = pair_scores.PairScores.blocks, thresholds._resolve
+    monkeypatch.setattr(
+        pair_scores.PairScores, "blocks", lambda *args, **own: (passes.append(own), blocks(*args, **own))[1]
+    )
+    monkeypatch.setattr(
+        thresholds, "_resolve", lambda pairs, band, rank: (kept.append(band.size), resolve(pairs, band, rank))[1]
+    )
     result = verification(query, labels[0], reference, labels[1], fars=far)
-    assert points(result) == naive_verification(query, labels[0], reference, labels[1], fars=[far])
-    assert_thresholds_do_what_they_say(result, query, labels[0], reference, labels[1])
-    assert len(calls) > 2 if rising else len(calls) == 1
+    rates = [far] if isinstance(far, float) else far
+    assert points(result) == naive_verification(query, labels[0], reference, labels[1], fars=rates)
+    assert passes == [{}, {"own_label": True}]  # all pairs, then the genuine ones
+    assert not in_bins_calls
+    assert 0 < max(kept) < 0.35 * result.impostor_pairs
+
+
+@pytest.mark.parametrize("reach", [0, 2])
+def test_a_band_that_misses_its_rank_is_noticed(reach, monkeypatch, in_bins_calls):
+    """Pairs drawn from other scores than there are: bands too high, too low, or too narrow for float32."""
+    pairs = data(0, n=(60, 80))
+    expected = naive_verification(*pairs, fars=FARS)
+    monkeypatch.setattr(thresholds, "_SURE", 0)
+    monkeypatch.setattr(thresholds, "_AT_LEAST", reach)
+    for shift in (-0.3, 0.0, 0.3):
+        draw = pair_scores.PairScores.draw_impostors
+        with settings(
+            pair_scores.PairScores,
+            draw_impostors=lambda self, n, draw=draw, shift=shift: draw(self, n) + shift * pair_scores.GRID,
+        ):
+            assert points(verification(*pairs, fars=FARS)) == expected
+    assert len(in_bins_calls) >= 2
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -347,24 +375,40 @@ def test_the_near_threshold_pairs_are_told_apart_beyond_float32():
             assert (carried.tar, carried.far) == expected[0.25]
 
 
-def test_ties_too_many_to_keep_take_the_other_way(monkeypatch):
-    calls = []
-    count_in_bins = thresholds._count_in_bins
-    monkeypatch.setattr(thresholds, "_count_in_bins", lambda *args: (calls.append(args), count_in_bins(*args))[1])
-    monkeypatch.setattr(thresholds, "_SPARE", 64)
+@pytest.mark.parametrize("edge", [-3, 3])
+def test_a_band_whose_edge_is_within_rounding_of_its_rank_is_not_relied_on(edge, monkeypatch, in_bins_calls):
+    """Impostors 1e-9 apart, on either side of the edge in a float32 whose last bit is not to be trusted."""
+    angles = 0.7 + 1e-9 * torch.arange(40, dtype=torch.float64)
+    reference, labels = torch.stack([angles.cos(), angles.sin()], dim=1), torch.arange(40) % 2
+    monkeypatch.setattr(thresholds, "_SURE", 0)
+    monkeypatch.setattr(thresholds, "_AT_LEAST", 0)
+    monkeypatch.setattr(
+        pair_scores.PairScores,
+        "draw_impostors",
+        lambda self, _: np.full(1000, (math.cos(0.7) - edge * self.float32_error) * pair_scores.GRID),
+    )
+    expected = {far: (math.ceil(20 * far + 1) / 20, far) for far in (0.25, 0.5, 0.75)}
+    for far, point in expected.items():
+        with Jitter():
+            got = verification(torch.tensor([[1.0, 0.0]]).double(), torch.tensor([0]), reference, labels, fars=far)
+        assert points(got) == {far: point}
+    assert len(in_bins_calls) == 3
+
+
+def test_ties_too_many_to_keep_take_the_other_way(monkeypatch, in_bins_calls):
+    monkeypatch.setattr(thresholds, "_MOST_KEPT", 1000)
     query = torch.eye(3).repeat(50, 1)
     labels = torch.arange(150) // 2
-    expected = naive_verification(query, labels, query, labels, fars=(0.01, 0.3, 0.4))
-    assert points(verification(query, labels, query, labels, fars=(0.01, 0.3, 0.4))) == expected
-    assert len(calls) == 1
-    monkeypatch.setattr(thresholds, "_SPARE", 2**16)
-    monkeypatch.setattr(thresholds, "_MOST_KEPT", 100)
-    got = verification(query, labels, query, labels, fars=1.0, thresholds=[0.0, 1.0]).at_threshold
+    for far in (0.01, 0.4):  # among the ones, among the zeros
+        expected = naive_verification(query, labels, query, labels, fars=[far])
+        assert points(verification(query, labels, query, labels, fars=far)) == expected
+    assert len(in_bins_calls) == 2
     genuine, impostors = naive_pairs(query, labels, query, labels)
+    got = verification(query, labels, query, labels, fars=1.0, thresholds=[0.0, 1.0]).at_threshold
     assert {t: (point.tar, point.far) for t, point in got.items()} == {
         t: ((genuine >= t).mean(), (impostors >= t).mean()) for t in (0.0, 1.0)
     }
-    assert len(calls) == 2
+    assert len(in_bins_calls) == 3
 
 
 @pytest.mark.parametrize("precision", ["high", "medium", None])
@@ -474,8 +518,8 @@ def test_no_matrix_of_all_pairs_is_ever_made(fars):
             return out
 
     pairs = data(0, n=(3000, 3000), width=4)
-    blocks = settings(pair_scores, _BLOCK=(256, 256), _PREPARED=1)
-    with blocks, settings(thresholds, _SPARE=1024, _MOST_KEPT=10_000), LargestTensor() as largest:
+    blocks = settings(pair_scores, _BLOCK=(256, 256), _PREPARED=1, _GATHERED=2**14)
+    with blocks, settings(thresholds, _MOST_KEPT=50_000), LargestTensor() as largest:
         tracemalloc.start()
         verification(*pairs, fars=fars, thresholds=[0.3])
         _, peak = tracemalloc.get_traced_memory()
