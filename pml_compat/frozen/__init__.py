@@ -26,6 +26,4 @@ __all__ = [
     "model_fingerprint",
 ]
 
-__getattr__ = moved(
-    __name__, {"credible_mask": "pml_compat.frozen.credible", "refine_prototypes": "pml_compat.frozen.prototypes"}
-)
+__getattr__ = moved(__name__, {"refine_prototypes": "pml_compat.frozen.prototypes"})
