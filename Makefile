@@ -29,7 +29,7 @@ demo: install
 	$(BIN)/pml-compat demo
 
 test: install
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
 test-all: install
 	$(BIN)/python -m pytest -q

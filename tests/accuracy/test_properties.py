@@ -35,6 +35,7 @@ def same(got, expected, tolerance=1e-9):
         assert got[name] == pytest.approx(expected[name], abs=tolerance, nan_ok=True), name
 
 
+@pytest.mark.slow
 @settings
 @hypothesis.given(searches(), strategies.sampled_from([None, 1, 5]))
 def test_row_orders_change_nothing(search, k):

@@ -125,6 +125,7 @@ def test_embeddings_have_unit_length(out):
         assert np.linalg.norm(arrays(out)[name], axis=1) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_all_methods_with_their_costs(tmp_path, monkeypatch, capsys):
     short(monkeypatch)
     monkeypatch.setattr(demo_models, "PROTOTYPE_EPOCHS", (1,))
@@ -180,6 +181,7 @@ def test_picture_is_a_png(out):
     assert (out / "compatibility.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_embeddings_again(out, tmp_path, monkeypatch, capsys):
     short(monkeypatch)
     with torch.random.fork_rng():
@@ -341,6 +343,7 @@ def test_the_callers_signal_handler_comes_back(error, monkeypatch):
         signal.signal(signal.SIGTERM, previous)
 
 
+@pytest.mark.slow
 def test_a_plain_kill_leaves_nothing_behind(tmp_path):
     command = [sys.executable, "-m", "pml_compat", "demo", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -75,6 +75,7 @@ def test_drop_in_without_its_upgrade_is_an_ordinary_script(tmp_path):
     assert set(accuracies(python(tmp_path / "script.py"))) == {"new/new"}
 
 
+@pytest.mark.slow
 @importable("record_keeper", "tensorboard")
 def test_pml_trainer():
     printed = python(EXAMPLES / "bct_pml_trainer.py", "--epochs", "8")
@@ -85,6 +86,7 @@ def test_pml_trainer():
     assert not list(EXAMPLES.parent.glob("example_*"))
 
 
+@pytest.mark.slow
 def test_pml_trainer_without_record_keeper():
     assert "pip install record-keeper tensorboard" in without("record_keeper", "bct_pml_trainer.py").splitlines()[-1]
 
