@@ -9,8 +9,8 @@ from pathlib import Path
 from .._extras import import_extra
 from .._files import whole_folder
 from ..report.evaluation_table import summary_table, to_rich
-from ..report.html_page import html_page
 from ..report.markdown_page import markdown_page
+from ..report.page import html_page
 from ..upgrade import Evaluation, evaluate
 from .estimate import print_estimate
 from .inputs import Inputs, load

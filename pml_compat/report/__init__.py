@@ -17,7 +17,7 @@ __getattr__ = moved(
     {
         "RetrievalExample": "pml_compat.report.comparison_plot",
         "cost_table": "pml_compat.report.comparison_table",
-        "html_page": "pml_compat.report.html_page",
+        "html_page": "pml_compat.report.page",
         "method_in_words": "pml_compat.report.comparison_words",
         "to_rich": "pml_compat.report.evaluation_table",
         "Backfill": "pml_compat.upgrade.evaluation",

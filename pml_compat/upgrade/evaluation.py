@@ -193,7 +193,7 @@ class Evaluation:
 
     def to_html(self, path: Any, title: str = "Upgrade report") -> None:
         """Write one HTML page that needs nothing else; needs the ``report`` extra."""
-        from ..report.html_page import html_page
+        from ..report.page import html_page
 
         Path(path).write_text(html_page(self, self.verdict, title), encoding="utf-8")
 

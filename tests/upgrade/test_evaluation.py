@@ -7,7 +7,7 @@ from rich.console import Console
 
 from pml_compat.report.evaluation_plots import draw_flips
 from pml_compat.report.evaluation_table import all_tables, flip_table, gain_table, to_html, to_markdown, to_rich
-from pml_compat.report.html_page import html_page
+from pml_compat.report.page import html_page
 from pml_compat.upgrade import Evaluation
 from pml_compat.upgrade.as_json import without_nan
 from pml_compat.upgrade.evaluation import Backfill
