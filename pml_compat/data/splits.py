@@ -20,9 +20,7 @@ class UpgradeSplit:
         old_train: rows that the old model is trained on.
         new_train: rows that the new model is trained on.
         test: rows that are queries and gallery alike, each left out of its own ranking (``ref_includes_query=True``).
-        old_classes: labels of ``old_train``, each once.
-        new_classes: labels of ``new_train``.
-        test_classes: labels of ``test``.
+        old_classes, new_classes, test_classes: the labels of each of these, each once.
     """
 
     old_train: torch.Tensor
@@ -58,7 +56,7 @@ def extended_data(labels: Any, *, old_share: float = 0.3, test_share: float = 0.
         IJCAI 2022, and Pan et al., "Boundary-Aware Backward-Compatible Representation via Adversarial Learning in Image
         Retrieval", CVPR 2023 (30 % of the data). Their tests are data sets of their own: ``test_share=0``.
     """
-    labels, generator = _labels(labels), _generator(seed)
+    labels, generator = _labels(labels), np.random.default_rng(check_integer(seed, "seed", minimum=0))
     old_share = _share(old_share, "old_share")
     classes, code = np.unique(labels, return_inverse=True)
     train, test = _held_out(classes, code, test_share, generator)
@@ -88,7 +86,7 @@ def extended_classes(labels: Any, *, old_classes: Any = 0.5, test_share: float =
         Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020 (half of the classes); the
         "extended-class" setting of the papers that :func:`extended_data` names (30 %).
     """
-    labels, generator = _labels(labels), _generator(seed)
+    labels, generator = _labels(labels), np.random.default_rng(check_integer(seed, "seed", minimum=0))
     classes, code = np.unique(labels, return_inverse=True)
     turn = generator.permutation(classes)
     old = _take(_wanted(old_classes, "old_classes", classes), "old_classes", turn, "classes of labels")
@@ -124,7 +122,7 @@ def open_classes(
         Learning", CVPR 2020; Meng et al., "Learning Compatible Embeddings", ICCV 2021. Not the "open-class" setting of
         Zhang et al., IJCAI 2022, where the new model is not trained on the old one's classes.
     """
-    labels, generator = _labels(labels), _generator(seed)
+    labels, generator = _labels(labels), np.random.default_rng(check_integer(seed, "seed", minimum=0))
     classes = np.unique(labels)
     turn = generator.permutation(classes)
     old, new = _wanted(old_classes, "old_classes", classes), _wanted(new_classes, "new_classes", classes)
@@ -271,10 +269,8 @@ def _codes(items: Any, length: int) -> np.ndarray:
     if values.shape[:1] != (length,):
         raise ValueError(f"items must have one entry a row of labels: expected {length}, got shape {values.shape}")
     if values.dtype.kind not in ("iuSU" if values.ndim == 1 else "biuf") or values.size == 0:
-        raise ValueError(
-            "items must be (N,) integers or strings, or (N, ...) numbers, "
-            f"got {values.dtype} of shape {values.shape}; convert ids with numpy.asarray(items, dtype=str)"
-        )
+        found = f"got {values.dtype} of shape {values.shape}; convert ids with numpy.asarray(items, dtype=str)"
+        raise ValueError(f"items must be (N,) integers or strings, or (N, ...) numbers, {found}")
     if values.ndim > 1:
         rows = np.ascontiguousarray(values).reshape(length, -1)
         values = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0]
@@ -295,10 +291,6 @@ def _share(value: Any, name: str, *, zero: bool = False) -> float:
     if share > 1 or (zero and share == 1):
         raise ValueError(f"{name} must be a share {'below' if zero else 'of at most'} 1, got {value!r}")
     return share
-
-
-def _generator(seed: int) -> np.random.Generator:
-    return np.random.default_rng(check_integer(seed, "seed", minimum=0))
 
 
 def _refuse(found: np.ndarray, rule: str, what: str = "rows") -> None:
