@@ -90,7 +90,7 @@ def _fill(app, docname, source):
     if docname == "api/index":
         source[0] += _public_names()
     elif docname == "command_line":
-        source[0] += "".join(_help_of(command) for command in ("evaluate", "migrate", "demo"))
+        source[0] += "".join(_help_of(command) for command in ("evaluate", "migrate", "audit", "demo"))
     elif docname == "results":
         source[0] = source[0].replace("<!-- counted: conf.py writes the table here -->", _how_often())
 

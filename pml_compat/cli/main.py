@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from .. import __version__
+from .audit import add_audit
 from .migrate import add_migrate
 
 _OUTCOMES = (
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.set_defaults(run=_demo, failed=1)
     _add_evaluate(commands)
     add_migrate(commands)
+    add_audit(commands)
     options = parser.parse_args(arguments)
     # A plain 'kill' then ends the program as Ctrl-C does, and temporary files go.
     previous = signal.signal(signal.SIGTERM, _interrupt)

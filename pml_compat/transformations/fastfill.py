@@ -33,7 +33,7 @@ class FastFillTransformation(Transformation):
         side_features: width of the side-information; None without.
         hidden_features: width of the two inner layers of ``mix``.
         variance_gradient: whether the variance trains the layers that it shares with ``h``. Without it the prediction
-            reads what ``h`` has learned and cannot spoil it, which on CIFAR-100 it did badly (``docs/open_set.md``).
+            reads what ``h`` has learned and cannot spoil it.
     Shape:
         - embeddings ``(N, old_features)``; side_info ``(N, side_features)``, where there is any
         - output: ``(N, new_features)``; in training a batch of one row gets the running statistics

@@ -1,6 +1,7 @@
 """What an upgrade is worth: measured, compared with today's system, and judged."""
 
 from .._moved import moved
+from .audit import audit
 from .backfill import backfill_curve
 from .bootstrap import bootstrap_update_gain, paired_bootstrap
 from .chain import average_multimodel_accuracy
@@ -15,6 +16,7 @@ from .negative_flips import negative_flips
 __all__ = [
     "Comparison",
     "Evaluation",
+    "audit",
     "average_multimodel_accuracy",
     "backfill_curve",
     "bootstrap_update_gain",
