@@ -26,6 +26,7 @@ from pml_compat.losses import (
     FocalDistillationLoss,
     LCELoss,
     LwFLoss,
+    MatryoshkaLoss,
     MixBCTLoss,
     NCCLLoss,
     PointAlignmentLoss,
@@ -131,6 +132,9 @@ LOSSES: dict[str, Callable[..., torch.nn.Module]] = {
         losses.ProxyAnchorLoss(CLASSES, WIDTH), old_classifier(), 1.0, **kwargs
     ),
     "bct_default": lambda **kwargs: BCTLoss(classification(), old_classifier(), **kwargs),
+    "matryoshka": lambda **kwargs: MatryoshkaLoss(
+        {3: BCTLoss(losses.NormalizedSoftmaxLoss(CLASSES, 3), old_classifier(), 0.5), WIDTH: classification()}, **kwargs
+    ),
     "lce": lambda **kwargs: LCELoss(classification(), measured_centers(WIDTH), 100.0, 1.0, **kwargs),
     "lce_cosine": lambda **kwargs: LCELoss(
         losses.CosFaceLoss(CLASSES, WIDTH), measured_centers(WIDTH), 10.0, 2.0, "cosine", **kwargs

@@ -310,6 +310,21 @@ def mixed_gallery():
     return figure
 
 
+def matryoshka():
+    figure = Drawing(
+        "The first coordinates of a new embedding search the old gallery, all of them the new one", height=170
+    )
+    figure.add("rect", x=20, y=70, width=90, height=26, rx=3, fill=OLD)
+    figure.add("rect", x=110, y=70, width=190, height=26, rx=3, fill=NEW)
+    figure.text(160, 118, "one new embedding of 512 numbers", SOFT)
+    figure.arrow(65, 66, 330, 34, OLD)
+    figure.text(150, 36, "the first 128", OLD)
+    figure.box(334, 12, 96, 44, "old gallery", "128 wide", color=OLD)
+    figure.arrow(300, 83, 330, 128, NEW)
+    figure.box(334, 108, 96, 44, "new gallery", "512 wide", color=NEW)
+    return figure
+
+
 def _between(start, end, distance):
     """Return the point ``distance`` from ``start`` on the way to ``end``."""
     angle = math.atan2(end[1] - start[1], end[0] - start[0])
@@ -343,6 +358,7 @@ FIGURES = (
     query_blend,
     two_stages,
     mixed_gallery,
+    matryoshka,
 )
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from .gathered_loss import GatheredLoss
 from .lce_loss import LCELoss
 from .lce_transformation_loss import LCETransformationLoss
 from .lwf_loss import LwFLoss
+from .matryoshka_loss import MatryoshkaLoss
 from .mixbct_loss import MixBCTLoss
 from .nccl_loss import NCCLLoss
 from .point_alignment_loss import PointAlignmentLoss
@@ -34,6 +35,7 @@ __all__ = [
     "LCELoss",
     "LCETransformationLoss",
     "LwFLoss",
+    "MatryoshkaLoss",
     "MixBCTLoss",
     "NCCLLoss",
     "PointAlignmentLoss",
