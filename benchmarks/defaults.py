@@ -46,6 +46,7 @@ from pml_compat.losses import (
     NCCLLoss,
     PointAlignmentLoss,
     RACTLoss,
+    RAMLLoss,
     UniBCTLoss,
     shorten_class_weights,
 )
@@ -132,6 +133,7 @@ METHODS = {
     "CrossModel(SupCon)": beside(lambda old: CrossModelLoss(pml_losses.SupConLoss())),
     "RACT": beside(lambda old: RACTLoss()),
     "PointAlignment": beside(lambda old: PointAlignmentLoss()),
+    "RAML": beside(lambda old: RAMLLoss()),
     "LwF": beside(lambda old: LwFLoss(FrozenClassifier.from_centers(old.centers()))),
     "FocalDistillation": beside(lambda old: FocalDistillationLoss(old.centers())),
     "NCCL": Training(lambda task, old: NCCLLoss(task, embedding_size=old.width), "stored"),

@@ -31,6 +31,7 @@ from pml_compat.losses import (
     NCCLLoss,
     PointAlignmentLoss,
     RACTLoss,
+    RAMLLoss,
     UniBCTLoss,
 )
 from pml_compat.miners import HardestCrossModelMiner
@@ -169,6 +170,7 @@ ALIGNED: dict[str, Callable[..., torch.nn.Module]] = {
         FrozenClassifier.from_layer(torch.nn.Linear(WIDTH, 3)), temperature=2.0, old_temperature=0.5, **kwargs
     ),
     "point_alignment": PointAlignmentLoss,
+    "raml": RAMLLoss,
     "point_alignment_weakened": lambda **kwargs: PointAlignmentLoss(10.0, threshold=0.2, squared=False, **kwargs),
 }
 

@@ -230,6 +230,19 @@ def point_alignment_losses(new_emb, old_emb, weight, threshold, squared, normali
     return losses
 
 
+def raml_terms(new_emb, old_emb, cross_weight, self_weight):
+    new, old = ([unit(row) for row in rows] for rows in (new_emb, old_emb))
+    dot = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))  # noqa: E731
+    n = len(new)
+    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+    mean = lambda values: sum(values) / max(1, len(values))  # noqa: E731
+    return {
+        "point_loss": mean([(1 - dot(new[i], old[i])) ** 2 for i in range(n)]),
+        "cross_loss": cross_weight * mean([(dot(new[i], old[j]) - dot(old[i], old[j])) ** 2 for i, j in pairs]),
+        "self_loss": self_weight * mean([(dot(new[i], new[j]) - dot(old[i], old[j])) ** 2 for i, j in pairs]),
+    }
+
+
 def softmax(logits):
     top = max(logits)
     exponentials = [math.exp(z - top) for z in logits]

@@ -19,6 +19,7 @@ from .mixbct_loss import MixBCTLoss
 from .nccl_loss import NCCLLoss
 from .point_alignment_loss import PointAlignmentLoss
 from .ract_loss import RACTLoss
+from .raml_loss import RAMLLoss
 from .unibct_loss import UniBCTLoss
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "NCCLLoss",
     "PointAlignmentLoss",
     "RACTLoss",
+    "RAMLLoss",
     "UniBCTLoss",
     "shorten_class_weights",
 ]
