@@ -28,6 +28,7 @@ from pytorch_metric_learning.utils import common_functions as common_functions
 from pytorch_metric_learning.utils.common_functions import indices_tuple_not_supported as indices_tuple_not_supported
 from pytorch_metric_learning.utils.common_functions import to_device as to_device
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper as DistributedLossWrapper
+from pytorch_metric_learning.utils.loss_and_miner_utils import convert_to_weights as convert_to_weights
 
 if TYPE_CHECKING:
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator as AccuracyCalculator

@@ -20,6 +20,7 @@ from pml_compat.losses import (
     BT2Loss,
     CompatibleHeadLoss,
     CompatibleLoss,
+    CoReSLoss,
     CrossModelLoss,
     FastFillLoss,
     FCTLoss,
@@ -133,6 +134,7 @@ LOSSES: dict[str, Callable[..., torch.nn.Module]] = {
         losses.ProxyAnchorLoss(CLASSES, WIDTH), old_classifier(), 1.0, **kwargs
     ),
     "bct_default": lambda **kwargs: BCTLoss(classification(), old_classifier(), **kwargs),
+    "cores": lambda **kwargs: CoReSLoss(WIDTH + 1, **kwargs),
     "matryoshka": lambda **kwargs: MatryoshkaLoss(
         {3: BCTLoss(losses.NormalizedSoftmaxLoss(CLASSES, 3), old_classifier(), 0.5), WIDTH: classification()}, **kwargs
     ),

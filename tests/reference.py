@@ -243,6 +243,13 @@ def raml_terms(new_emb, old_emb, cross_weight, self_weight):
     }
 
 
+def simplex(count):
+    n = count - 1
+    corners = [[float(i == j) for j in range(n)] for i in range(n)] + [[(1 - math.sqrt(1 + n)) / n] * n]
+    middle = [sum(column) / count for column in zip(*corners, strict=True)]
+    return [unit([x - m for x, m in zip(corner, middle, strict=True)]) for corner in corners]
+
+
 def softmax(logits):
     top = max(logits)
     exponentials = [math.exp(z - top) for z in logits]

@@ -181,16 +181,17 @@ def test_train_and_eval_mode_give_the_same(name):
 def test_old_tensors_are_buffers_and_follow_to(name):
     loss_func = build(name)
     frozen = {key for key, _ in loss_func.named_buffers()}
-    assert any(is_old(key) for key in frozen)
-    assert not any(is_old(key) for key, _ in loss_func.named_parameters())
+    assert any(is_fixed(key) for key in frozen)
+    assert not any(is_fixed(key) for key, _ in loss_func.named_parameters())
     loss_func.to("meta")
-    tensors = {key: tensor for key, tensor in loss_func.state_dict().items() if not key.endswith("_extra_state")}
+    everything = {**loss_func.state_dict(), **dict(loss_func.named_buffers())}
+    tensors = {key: tensor for key, tensor in everything.items() if not key.endswith("_extra_state")}
     assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
 
 
-def is_old(key):
-    """Tell whether a tensor is the old system's, in the loss itself or in one that it holds."""
-    return any(part.startswith("old_") for part in key.split("."))
+def is_fixed(key):
+    """Tell whether a tensor is the old system's, in the loss or in one that it holds, or fixed from the start."""
+    return any(part.startswith(("old_", "simplex")) for part in key.split("."))
 
 
 @every_loss
@@ -280,7 +281,7 @@ def test_one_step_of_a_pml_trainer(name):
     trainer.train()
     assert not model.weight.equal(before[0]["weight"])
     for key, tensor in loss_func.state_dict().items():
-        stays = name not in BALANCED if "balance." in key else is_old(key) or key.endswith("_extra_state")
+        stays = name not in BALANCED if "balance." in key else is_fixed(key) or key.endswith("_extra_state")
         assert stays == tensor.equal(before[1][key])
 
 

@@ -310,6 +310,20 @@ def mixed_gallery():
     return figure
 
 
+def cores():
+    figure = Drawing("Old and new classes lie at the corners of one fixed simplex, and one corner is free", height=200)
+    corners = [_polar((220, 108), 78, degrees) for degrees in (90, 210, 330)]
+    for one, other in ((0, 1), (1, 2), (2, 0)):
+        figure.line(*corners[one], *corners[other], SOFT, dashed=True)
+    for corner in corners[:2]:
+        figure.cloud(*corner, OLD, count=7, spread=13)
+        figure.cloud(*corner, NEW, count=7, spread=13, seed=1)
+    figure.ring(*corners[2], 20)
+    figure.text(corners[2][0] + 30, corners[2][1] + 5, "free", SOFT, "start")
+    _legend(figure, 190, (OLD, "old model"), (NEW, "new model"))
+    return figure
+
+
 def matryoshka():
     figure = Drawing(
         "The first coordinates of a new embedding search the old gallery, all of them the new one", height=170
@@ -359,6 +373,7 @@ FIGURES = (
     two_stages,
     mixed_gallery,
     matryoshka,
+    cores,
 )
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from .bt2_loss import BT2Loss
 from .class_weight_length import shorten_class_weights
 from .compatible_head_loss import CompatibleHeadLoss
 from .compatible_loss import CompatibleLoss
+from .cores_loss import CoReSLoss
 from .cross_model_loss import CrossModelLoss
 from .fastfill_loss import FastFillLoss
 from .fct_loss import FCTLoss
@@ -26,6 +27,7 @@ __all__ = [
     "AdvBCTLoss",
     "BCTLoss",
     "BT2Loss",
+    "CoReSLoss",
     "CompatibleHeadLoss",
     "CompatibleLoss",
     "CrossModelLoss",

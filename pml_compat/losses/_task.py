@@ -92,7 +92,7 @@ class TaskAndTermsLoss(NamedTermsLoss):
     ) -> None:
         """Check the values of embeddings and labels."""
         if labels is not None or self.num_classes is not None:
-            _check_range(check_labels(labels), self.num_classes)
+            check_label_range(check_labels(labels), self.num_classes)
         super().check_given(embeddings, labels, indices_tuple, ref_emb, ref_labels, **others)
         if takes_directions(self.loss):
             count_rows(self, _has_direction(embeddings, embeddings.dtype), "directions")
@@ -245,7 +245,7 @@ def _count_classes(loss: torch.nn.Module) -> int | None:
         return None
 
 
-def _check_range(labels: torch.Tensor, num_classes: int | None) -> None:
+def check_label_range(labels: torch.Tensor, num_classes: int | None) -> None:
     """On a GPU a label past the classes would end the process in a device-side assertion."""
 
     def judge(low: float, high: float) -> None:
