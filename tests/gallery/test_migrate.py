@@ -231,7 +231,7 @@ def test_qdrant_killed_and_gone_on(kills, tmp_path):
     transformation = linear()
 
     def run():
-        migrate(old, new, transformation, batch_size=20, progress=False)
+        migrate(old, new, transformation, batch_size=20 if kills > 2 else 60, progress=False)
 
     def check():
         store = open_store(new)

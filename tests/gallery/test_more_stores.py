@@ -197,7 +197,7 @@ def search(kind, folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_item_is_carried_over_searched_and_rolled_back(kind, outcome):
-    assert outcome(kind, carried) is True
+    assert outcome(kind, carried)
 
 
 def between(folder):
@@ -247,7 +247,7 @@ def text_keys(kind, folder):
 
 @needs("milvus")
 def test_milvus_keys_of_any_text(outcome):
-    assert outcome("milvus", text_keys) is True
+    assert outcome("milvus", text_keys)
 
 
 def embedded_anew(kind, folder):
@@ -276,7 +276,7 @@ def embedded_anew(kind, folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_backfill(kind, outcome):
-    assert outcome(kind, embedded_anew) is True
+    assert outcome(kind, embedded_anew)
 
 
 def written_meanwhile(kind, folder):
@@ -299,7 +299,7 @@ def written_meanwhile(kind, folder):
 
 @needs("milvus")
 def test_milvus_in_service(outcome):
-    assert outcome("milvus", written_meanwhile) is True
+    assert outcome("milvus", written_meanwhile)
 
 
 def unfinished_collections(kind, folder):
@@ -314,7 +314,7 @@ def unfinished_collections(kind, folder):
 
 @needs("milvus")
 def test_milvus_collections_that_were_never_finished_are_made_anew(outcome):
-    assert outcome("milvus", unfinished_collections) is True
+    assert outcome("milvus", unfinished_collections)
 
 
 def timed(old, new):
@@ -436,12 +436,12 @@ def other_columns(kind, folder):
 
 @needs("lance")
 def test_columns_of_any_kind_go_along(outcome):
-    assert outcome("lance", other_columns) is True
+    assert outcome("lance", other_columns)
 
 
 @needs("lance")
 def test_a_lance_run_that_broke_off_at_a_step(outcome):
-    assert outcome("lance", broken_off) is True
+    assert outcome("lance", broken_off)
 
 
 def said(address, **given):

@@ -189,8 +189,10 @@ def test_saved_loaded_and_exported(name, tmp_path):
     save_numpy(transformation, tmp_path / "map.npz")
     found = NumpyTransformation(tmp_path / "map.npz")(*(part.numpy() for part in rows))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    export_transformation(transformation, tmp_path / "map.pt2")
-    torch.testing.assert_close(torch.export.load(tmp_path / "map.pt2").module()(*rows), expected, rtol=1e-4, atol=1e-4)
+    if name in ("fct_side", "fastfill", "residual"):  # one of each kind: a program takes long to trace
+        export_transformation(transformation, tmp_path / "map.pt2")
+        program = torch.export.load(tmp_path / "map.pt2").module()
+        torch.testing.assert_close(program(*rows), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(transformation.folded()(*rows), expected, rtol=1e-4, atol=1e-4)
     chain = TransformationChain(transformation, LinearTransformation(transformation.out_features, 2)).eval()
     torch.testing.assert_close(chain(*rows), expected[:, :2])
