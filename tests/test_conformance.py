@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -13,6 +14,7 @@ from pytorch_metric_learning.utils import distributed as pml_distributed
 from pml_compat.losses import AdvBCTLoss, BCTLoss, UniBCTLoss
 from pml_compat.trainers import CompatibleMetricLossOnly, IndexedDataset
 from tests.cases import ALIGNED, BALANCED, CLASSES, LOSSES, PAIRED, RANDOM, WIDTH, batch, build, references
+from tests.processes import run_ranks
 from tests.reads import Reads
 
 every_loss = pytest.mark.parametrize("name", [*LOSSES, *ALIGNED, *PAIRED])
@@ -22,15 +24,13 @@ every_loss_of_labels = pytest.mark.parametrize("name", LOSSES)
 
 REDUCERS = {
     "default": lambda: None,
-    "mean": reducers.MeanReducer,
-    "sum": reducers.SumReducer,
-    "avg_non_zero": reducers.AvgNonZeroReducer,
     "divisor": reducers.DivisorReducer,
     "threshold": lambda: reducers.ThresholdReducer(low=0),
     "class_weighted": lambda: reducers.ClassWeightedReducer(torch.ones(CLASSES)),
     "multiple": lambda: reducers.MultipleReducers({"task_loss": reducers.MeanReducer()}, reducers.SumReducer()),
 }
 
+ALIKE = [reducers.MeanReducer, reducers.SumReducer, reducers.AvgNonZeroReducer]  # of the losses alone
 
 # What a user changes of a loss as training goes on.
 SCHEDULES = {
@@ -53,6 +53,11 @@ def step(loss_func, *arguments, **kwargs):
 @pytest.mark.parametrize("reducer", REDUCERS)
 def test_reducers(name, reducer):
     step(build(name, reducer=REDUCERS[reducer]()), **references(name))
+
+
+@pytest.mark.parametrize(("name", "reducer"), list(zip([*LOSSES, *ALIGNED, *PAIRED], itertools.cycle(ALIKE))))
+def test_reducers_that_ask_for_the_same(name, reducer):
+    step(build(name, reducer=reducer()), **references(name))
 
 
 @every_loss
@@ -163,13 +168,13 @@ def test_old_embeddings_get_no_gradient_and_must_be_given(name):
 
 
 @every_loss
-@pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
-def test_copies(name, duplicate, called):
+def test_copies(name, duplicate):
+    """Of a loss as it was made, and of one that was called."""
     loss_func = build(name)
-    if called:
-        step(loss_func, **references(name))
-    assert step(duplicate(loss_func), **references(name)) == step(loss_func, **references(name))
+    for _ in range(2):
+        twin = duplicate(loss_func)
+        assert step(twin, **references(name)) == step(loss_func, **references(name))
 
 
 @every_loss_without_a_draw
@@ -328,16 +333,13 @@ def run_rank(rank, world_size, rendezvous, results):
 
 @pytest.fixture(scope="module", params=[1, 2])
 def ranks(request, tmp_path_factory):
-    rendezvous = f"file://{tmp_path_factory.mktemp('rendezvous') / 'file'}"
+    folder = tmp_path_factory.mktemp("ranks")
     if request.param == 1:
         threads, results = torch.get_num_threads(), {}
-        run_rank(0, 1, rendezvous, results)
+        run_rank(0, 1, f"file://{folder / 'rendezvous'}", results)
         torch.set_num_threads(threads)
         return 1, results
-    with torch.multiprocessing.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(run_rank, (request.param, rendezvous, results), nprocs=request.param)
-        return request.param, dict(results)
+    return request.param, run_ranks(run_rank, request.param, folder)
 
 
 @every_loss_without_a_draw

@@ -9,6 +9,7 @@ import pytest
 import pml_compat
 
 ROOT = Path(pml_compat.__file__).parents[1]
+TRAIN = ("pml_compat.frozen", "pml_compat.losses", "pml_compat.miners")
 # Imports the packages where nothing optional is installed, and tells which files asked for it.
 # PML asks for faiss itself, and scikit-learn for rich.
 PROGRAM = """
@@ -21,12 +22,12 @@ class Nothing:
             frame = sys._getframe()
             while "importlib" in frame.f_code.co_filename or frame.f_locals.get("self") is self:
                 frame = frame.f_back
-            self.asked.append(frame.f_code.co_filename)
+            self.asked.append((frame.f_code.co_filename, name))
             raise ModuleNotFoundError(name, name=name)
 
 sys.meta_path.insert(0, Nothing())
 seen = {}
-for name in ("pml_compat", "pml_compat.frozen", "pml_compat.losses", "pml_compat.accuracy"):
+for name in ("pml_compat", "pml_compat.frozen", "pml_compat.losses", "pml_compat.miners", "pml_compat.accuracy"):
     Nothing.asked.clear()
     importlib.import_module(name)
     seen[name] = {"asked": [*Nothing.asked], "loaded": sorted(sys.modules)}
@@ -46,10 +47,18 @@ def test_the_package_alone_loads_nothing_heavy(imports):
     assert imports["pml_compat"]["asked"] == []
 
 
-@pytest.mark.parametrize("name", ["pml_compat.frozen", "pml_compat.losses", "pml_compat.accuracy"])
+@pytest.mark.parametrize("name", [*TRAIN, "pml_compat.accuracy"])
 def test_subpackages_ask_for_no_optional_package(imports, name):
     assert name in imports[name]["loaded"]
-    assert [file for file in imports[name]["asked"] if Path(file).is_relative_to(ROOT / "pml_compat")] == []
+    assert [file for file, _ in imports[name]["asked"] if Path(file).is_relative_to(ROOT / "pml_compat")] == []
+
+
+def test_who_trains_does_not_wait_for_what_measures(imports):
+    host, loaded = "pytorch_metric_learning", set(imports[TRAIN[-1]]["loaded"])
+    assert "pml_compat._host" in loaded
+    assert not {"sklearn", f"{host}.utils.accuracy_calculator", f"{host}.trainers"} & loaded
+    assert all("faiss" not in [asked for _, asked in imports[name]["asked"]] for name in TRAIN)
+    assert "sklearn" in imports["pml_compat.accuracy"]["loaded"]  # it would be seen
 
 
 def test_version_is_the_newest_in_the_changelog():

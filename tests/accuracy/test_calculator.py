@@ -18,6 +18,7 @@ from pml_compat import fit_width
 from pml_compat.accuracy import CrossModelAccuracyCalculator, gallery, ranking
 from pml_compat.accuracy.calculator import RANK_METRICS
 from tests.accuracy import naive_metrics
+from tests.pairwise import pairwise
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,6 +158,7 @@ def test_k_does_not_cut_off_the_cmc():
 # PML
 
 
+@pairwise
 @pytest.mark.parametrize("options", [{}, {"avg_of_avgs": True}, {"return_per_class": True}], ids=str)
 @pytest.mark.parametrize("k", [None, 10, "max_bin_count"])
 @pytest.mark.parametrize("seed", range(2))

@@ -5,6 +5,7 @@ import torch
 
 from pml_compat.accuracy import CrossModelAccuracyCalculator, first_positive, ranking
 from pml_compat.accuracy.calculator import RANK_METRICS
+from tests.pairwise import pairwise
 
 NAMES = ("precision_at_1", "cmc_top_1", "cmc_top_3", "cmc_top_40", "mean_reciprocal_rank")
 
@@ -35,6 +36,7 @@ def sample(kind, seed=0):
     return query, labels, reference, gallery_labels
 
 
+@pairwise
 @pytest.mark.parametrize("k", [None, 2])
 @pytest.mark.parametrize("options", [{}, {"ref_includes_query": True}])
 @pytest.mark.parametrize("kind", ["plain", "integers", "copies", "double", "huge"])

@@ -1,7 +1,5 @@
 """A gallery in parts: every process of a group gets what one process gets of the whole."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ import torch.distributed as dist
 
 from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.accuracy.calculator import RANK_METRICS
+from tests.processes import run_ranks
 
 CASES = ("plain", "same_items", "ids", "cameras", "copies", "k", "text_ids", "first", "first_of_copies", "junk")
 
@@ -44,9 +43,9 @@ def accuracy(name, group=None, part=slice(None)):
     return calculator.get_accuracy(query, query_labels, rows[part], **own, **options)
 
 
-def run_rank(rank, rendezvous, results):
-    os.environ["OMP_NUM_THREADS"] = "1"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+def run_rank(rank, world_size, rendezvous, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     part = slice(0, 23) if rank == 0 else slice(23, 70)
     group = dist.group.WORLD
     found = {name: accuracy(name, group, part) for name in CASES}
@@ -65,11 +64,7 @@ def run_rank(rank, rendezvous, results):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    rendezvous = f"file://{tmp_path_factory.mktemp('gallery') / 'rendezvous'}"
-    with torch.multiprocessing.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(run_rank, (rendezvous, results), nprocs=2)
-        return dict(results)
+    return run_ranks(run_rank, 2, tmp_path_factory.mktemp("gallery"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,6 +10,7 @@ from sklearn.metrics import ndcg_score
 
 from pml_compat.accuracy import CrossModelAccuracyCalculator
 from tests.accuracy import naive_metrics
+from tests.pairwise import pairwise
 
 FAMILIES = tuple(naive_metrics.AT_K)
 
@@ -41,6 +42,7 @@ def test_naive_parity(family, k):
     assert got == {name: naive(family, k, *data, same_items=True)}
 
 
+@pairwise
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("k", [1, 2, 4, 6])
 @pytest.mark.parametrize("seed", range(4))

@@ -1,11 +1,14 @@
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cifar100"
@@ -31,27 +34,26 @@ def run(script, *arguments):
     return done.stdout
 
 
-def test_crops_are_parts_of_their_image():
-    code = """
-import torch
-from data import crop
-torch.manual_seed(0)
-columns = torch.arange(32).expand(400, 32, 32)
-images = torch.stack([columns, columns.transpose(1, 2)], dim=1)  # of where each pixel was
-found = crop(images, flip=False)
-assert found.shape == (400, 2, 32, 32) and 0 <= found.min() and found.max() <= 31
-assert (found[:, 0].diff(dim=2) >= 0).all() and (found[:, 1].diff(dim=1) >= 0).all()  # not mirrored
-first, last = found[:, :, 0, 0], found[:, :, 31, 31]
-width, height = ((last - first) / 31).unbind(1)
-assert 0.24 < (width * height).min() < 0.3 and (width * height).max() > 0.9
-assert 0.74 < (width / height).min() < 0.8 and 1.25 < (width / height).max() < 1.34
-for side in range(2):  # from everywhere
-    assert first[:, side].min() < 1 and first[:, side].max() > 12 and last[:, side].min() < 19
-flipped = crop(images)[:, 0]
-assert 150 < (flipped[:, 0, 31] < flipped[:, 0, 0]).sum() < 250
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def example():
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLE / "data.py")))
+
+
+def test_crops_are_parts_of_their_image(example):
+    torch.manual_seed(0)
+    columns = torch.arange(32).expand(400, 32, 32)
+    images = torch.stack([columns, columns.transpose(1, 2)], dim=1)  # of where each pixel was
+    found = example.crop(images, flip=False)
+    assert found.shape == (400, 2, 32, 32) and found.min() >= 0 and found.max() <= 31
+    assert (found[:, 0].diff(dim=2) >= 0).all() and (found[:, 1].diff(dim=1) >= 0).all()  # not mirrored
+    first, last = found[:, :, 0, 0], found[:, :, 31, 31]
+    width, height = ((last - first) / 31).unbind(1)
+    assert 0.24 < (width * height).min() < 0.3 and (width * height).max() > 0.9
+    assert 0.74 < (width / height).min() < 0.8 and 1.25 < (width / height).max() < 1.34
+    for side in range(2):  # from everywhere
+        assert first[:, side].min() < 1 and first[:, side].max() > 12 and last[:, side].min() < 19
+    flipped = example.crop(images)[:, 0]
+    assert 150 < (flipped[:, 0, 31] < flipped[:, 0, 0]).sum() < 250
 
 
 @pytest.mark.slow
@@ -105,14 +107,8 @@ def test_open_protocol_calibrates_mixed_galleries(data, tmp_path):
             assert mixed == pytest.approx(one[pair]["mean_average_precision"], abs=1e-4)
 
 
-def test_settings_are_chosen_on_classes_that_are_never_tested():
-    code = """
-from data import *
-print(*SEARCH_CLASSES)
-splits = (open_split(torch.arange(200) % 100, seed) for seed in range(5))
-print(*(label for split in splits for label in split.test_classes.tolist()))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    kept, tested = (set(line.split()) for line in done.stdout.splitlines())
+def test_settings_are_chosen_on_classes_that_are_never_tested(example):
+    kept = {int(label) for label in example.SEARCH_CLASSES}
+    splits = (example.open_split(torch.arange(200) % 100, seed) for seed in range(5))
+    tested = {label for split in splits for label in split.test_classes.tolist()}
     assert len(tested) > 50 and len(kept) == 16 and not tested & kept

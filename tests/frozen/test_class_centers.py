@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from pml_compat.frozen import ClassCenters
 from tests import reference
+from tests.pairwise import pairwise
 
 
 def data(seed=0, n=60, d=5, classes=4, dtype=torch.float64):
@@ -15,6 +16,7 @@ def data(seed=0, n=60, d=5, classes=4, dtype=torch.float64):
     return torch.randn(n, d, generator=generator, dtype=dtype) + labels[:, None] / 4, labels
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("boundary", ["max", "iqr"])

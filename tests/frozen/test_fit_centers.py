@@ -8,6 +8,7 @@ from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
 from pml_compat.frozen import ClassCenters, FrozenClassifier, FrozenEmbeddings, fit_centers
 from pml_compat.losses import BCTLoss, LCELoss
 from tests import reference
+from tests.pairwise import pairwise
 
 
 def data(seed=0, n=120, d=5, classes=4, dtype=torch.float64):
@@ -30,6 +31,7 @@ def loss_of(centers, embeddings, labels, scale=16.0):
 # Values.
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("scale", [4.0, 16.0])
 @pytest.mark.parametrize("lr", [1e-2, 0.1])

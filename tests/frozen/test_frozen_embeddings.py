@@ -3,35 +3,30 @@ import io
 import json
 import pickle
 import shutil
-import subprocess
-import sys
+import signal
+import time
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import pml_compat
 from pml_compat.frozen import ClassCenters, FrozenEmbeddings, FrozenModel, model_fingerprint
 from pml_compat.transformations import FCTTransformation, LinearTransformation, fit_transformation
+from tests.processes import context
 
-ROOT = Path(pml_compat.__file__).parents[1]
 N, D, S = 50, 4, 3
 # Writes two batches, says so, and waits for its end in the middle of the third.
-ENDLESS_WRITE = """
-import sys, time
-import torch
-from pml_compat.frozen import FrozenEmbeddings
 
-def batches():
-    for i in range(2):
-        yield torch.ones(100, 4), torch.arange(100 * i, 100 * i + 100), torch.ones(100, 3)
-    print("two are written", flush=True)
-    time.sleep(60)
 
-FrozenEmbeddings.write(sys.argv[1], batches())
-"""
+def endless_write(path, two_are_written):
+    def batches():
+        for i in range(2):
+            yield torch.ones(100, 4), torch.arange(100 * i, 100 * i + 100), torch.ones(100, 3)
+        two_are_written.set()
+        time.sleep(60)
+
+    FrozenEmbeddings.write(path, batches())
 
 
 def data(seed=0, dtype=torch.float32):
@@ -260,13 +255,15 @@ def test_interrupted_write_leaves_nothing(error, tmp_path):
 
 def test_killed_write_is_no_whole_one(tmp_path):
     path = tmp_path / "old"
-    process = subprocess.Popen(
-        [sys.executable, "-c", ENDLESS_WRITE, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    with process:
-        said = process.stdout.readline()
+    two_are_written = context().Event()
+    process = context().Process(target=endless_write, args=(path, two_are_written))
+    process.start()
+    try:
+        assert two_are_written.wait(60)
+    finally:
         process.kill()
-    assert said == "two are written\n" and process.returncode != 0
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not path.exists()
     (leftover,) = tmp_path.iterdir()
     assert (leftover / "embeddings.npy").stat().st_size > 100 * 4 * 4

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.frozen import FrozenEmbeddings, OldEmbeddingDataset, data_and_label
+from tests.processes import METHOD
 
 N, D = 12, 3
 
@@ -80,7 +81,7 @@ def test_one_lookup_a_batch():
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of fork, from Python 3.12 on
-@pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])  # a spawned one imports torch
+@pytest.mark.parametrize(("start", "workers"), [("fork", 2), (METHOD, 1)])  # a spawned one imports torch
 def test_dataloader_workers(start, workers, tmp_path):
     store = FrozenEmbeddings.write(tmp_path / "old", [(embeddings(), torch.arange(N) + 50)])
     dataset = OldEmbeddingDataset(samples(), store, ids=torch.arange(N) + 50)

@@ -6,6 +6,7 @@ import torch
 
 from pml_compat.frozen import ClassCenters, FrozenEmbeddings, prototypes
 from pml_compat.frozen.prototypes import refine_prototypes
+from tests.pairwise import pairwise
 from tests.reference import unit
 
 
@@ -41,6 +42,7 @@ def naive(old, new, labels, **options):
     return {y: unit(naive_mean(old[labels == y], new[labels == y], **options)) for y in sorted(set(labels.tolist()))}
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("smoothing", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("temperature", [0.05, 1.0])

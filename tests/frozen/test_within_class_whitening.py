@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from pml_compat.frozen import WithinClassWhitening, within_class_whitening
 from tests import reference
+from tests.pairwise import pairwise
 
 HALF = [torch.float16, torch.bfloat16]
 
@@ -30,6 +31,7 @@ def build(dtype=torch.float64, **kwargs):
 # Values.
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("shrinkage", [1e-3, 0.1, 2.0])
 @pytest.mark.parametrize("labelled", [True, False])

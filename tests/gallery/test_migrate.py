@@ -198,22 +198,23 @@ def killed_runs(run, kills, longest):
 @pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(kind, kills, tmp_path):
     transformation, reached = linear(), 0
+    batch_size = 10 if kills > 2 else 40  # a file is synced at each
     for name in ("calm", "killed"):
         (tmp_path / name).mkdir()
     old, expected = FILES[kind](tmp_path / "calm")
     start = time.perf_counter()
-    migrate(old, expected, transformation, batch_size=10, progress=False)
+    migrate(old, expected, transformation, batch_size=batch_size, progress=False)
     longest = time.perf_counter() - start
     rounds = 0
     while reached < kills:
         folder = tmp_path / "killed" / str(rounds)
         folder.mkdir()
         old, new = FILES[kind](folder)
-        run = lambda: migrate(old, new, transformation, batch_size=10, progress=False)  # noqa: E731, B023
+        run = lambda: migrate(old, new, transformation, batch_size=batch_size, progress=False)  # noqa: E731, B023
         got = killed_runs(run, min(4, kills - reached), longest)
         reached += got
         longest *= 1 if got else 0.7  # the first run was slower than those after it
-        migrate(old, new, transformation, batch_size=10, progress=False)  # also after the last kill, if that was late
+        run()  # also after the last kill, if that was late
         assert content(new) == content(expected)
         left = [path for path in os.listdir(folder) if "partial" in path or path.startswith(".")]
         assert not left
@@ -230,7 +231,7 @@ def test_qdrant_killed_and_gone_on(kills, tmp_path):
     transformation = linear()
 
     def run():
-        migrate(old, new, transformation, batch_size=20, progress=False)
+        migrate(old, new, transformation, batch_size=20 if kills > 2 else 60, progress=False)
 
     def check():
         store = open_store(new)

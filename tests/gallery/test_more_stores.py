@@ -196,8 +196,8 @@ def search(kind, folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_item_is_carried_over_searched_and_rolled_back(kind, tmp_path):
-    assert in_child(carried, kind, tmp_path)
+def test_every_item_is_carried_over_searched_and_rolled_back(kind, outcome):
+    assert outcome(kind, carried)
 
 
 def between(folder):
@@ -234,7 +234,7 @@ def test_from_one_kind_to_another(tmp_path):
     assert in_child(between, tmp_path)
 
 
-def text_keys(folder):
+def text_keys(kind, folder):
     keys = sorted({f'{mark}{number}"é\\' for number in range(100) for mark in ("a", "'", "B", "日")})
     write_milvus(folder, keys)
     old, new = places("milvus", folder)
@@ -246,8 +246,8 @@ def text_keys(folder):
 
 
 @needs("milvus")
-def test_milvus_keys_of_any_text(tmp_path):
-    assert in_child(text_keys, tmp_path)
+def test_milvus_keys_of_any_text(outcome):
+    assert outcome("milvus", text_keys)
 
 
 def embedded_anew(kind, folder):
@@ -275,11 +275,11 @@ def embedded_anew(kind, folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_backfill(kind, tmp_path):
-    assert in_child(embedded_anew, kind, tmp_path)
+def test_a_backfill(kind, outcome):
+    assert outcome(kind, embedded_anew)
 
 
-def written_meanwhile(folder):
+def written_meanwhile(kind, folder):
     """An item that the user's service has written to both is left as it is; one in the old alone is caught up with."""
     WRITE["milvus"](folder)
     old, new = places("milvus", folder)
@@ -298,22 +298,23 @@ def written_meanwhile(folder):
 
 
 @needs("milvus")
-def test_milvus_in_service(tmp_path):
-    assert in_child(written_meanwhile, tmp_path)
+def test_milvus_in_service(outcome):
+    assert outcome("milvus", written_meanwhile)
 
 
-def unfinished_collections(folder):
+def unfinished_collections(kind, folder):
     """Milvus Lite was killed while it made a collection: its folder is there, and it does not know it."""
     np.save(folder / "old.npy", VECTORS)
     for name in ("pml_compat_manifests", "new"):
         (folder / "a.db" / "collections" / name).mkdir(parents=True)
     new = f"milvus://{folder}/a.db/new"
     assert run(str(folder / "old.npy"), new)["status"] == "finished" and len(open_store(new)) == ROWS
+    return True
 
 
 @needs("milvus")
-def test_milvus_collections_that_were_never_finished_are_made_anew(tmp_path):
-    in_child(unfinished_collections, tmp_path)
+def test_milvus_collections_that_were_never_finished_are_made_anew(outcome):
+    assert outcome("milvus", unfinished_collections)
 
 
 def timed(old, new):
@@ -365,7 +366,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(kind, kills, tmp_pat
         assert rounds < 10 * kills
 
 
-def broken_off(folder):
+def broken_off(kind, folder):
     """End a run by an exception at each of its steps, and go on."""
     from pml_compat.gallery.stores import lance
 
@@ -410,7 +411,7 @@ def broken_off(folder):
     return True
 
 
-def other_columns(folder):
+def other_columns(kind, folder):
     """Carry over columns of all sorts, from a dataset with rows deleted, without ids."""
     import lance
     import pyarrow
@@ -434,13 +435,13 @@ def other_columns(folder):
 
 
 @needs("lance")
-def test_columns_of_any_kind_go_along(tmp_path):
-    assert in_child(other_columns, tmp_path)
+def test_columns_of_any_kind_go_along(outcome):
+    assert outcome("lance", other_columns)
 
 
 @needs("lance")
-def test_a_lance_run_that_broke_off_at_a_step(tmp_path):
-    assert in_child(broken_off, tmp_path)
+def test_a_lance_run_that_broke_off_at_a_step(outcome):
+    assert outcome("lance", broken_off)
 
 
 def said(address, **given):
@@ -453,7 +454,7 @@ def said(address, **given):
     return "nothing"
 
 
-def foreign_lance(folder):
+def foreign_lance(kind, folder):
     import lance
     import pyarrow
 
@@ -496,7 +497,7 @@ def foreign_lance(folder):
     return cases, found
 
 
-def foreign_lancedb(folder):
+def foreign_lancedb(kind, folder):
     import lancedb
 
     lancedb.connect(str(folder / "db")).create_table("whole", table())
@@ -518,7 +519,7 @@ def foreign_lancedb(folder):
     return cases, found
 
 
-def foreign_milvus(folder):
+def foreign_milvus(kind, folder):
     from pymilvus import DataType, MilvusClient
 
     write_milvus(folder)
@@ -557,10 +558,46 @@ def foreign_milvus(folder):
     return cases, found
 
 
+FOREIGN = {"lance": foreign_lance, "lancedb": foreign_lancedb, "milvus": foreign_milvus}
+# What is done with a kind in one child process, each in a folder of its own: its packages take seconds to import.
+DONE = {
+    "lance": (carried, embedded_anew, other_columns, broken_off, foreign_lance),
+    "lancedb": (carried, embedded_anew, foreign_lancedb),
+    "milvus": (carried, embedded_anew, text_keys, written_meanwhile, unfinished_collections, foreign_milvus),
+}
+
+
+def do_all(kind, folder):
+    """Return what each function returns, or as text what it raises."""
+    found = {}
+    for function in DONE[kind]:
+        own = folder / function.__name__
+        own.mkdir()
+        try:
+            found[function.__name__] = function(kind, own)
+        except BaseException:
+            found[function.__name__] = traceback.format_exc()
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """What a function returns for a kind."""
+    known = {}
+
+    def of(kind, function):
+        if kind not in known:
+            known[kind] = in_child(do_all, kind, tmp_path_factory.mktemp(kind))
+        found = known[kind][function.__name__]
+        assert not isinstance(found, str), found
+        return found
+
+    return of
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_foreign_or_broken_store_is_refused(kind, tmp_path):
-    foreign = {"lance": foreign_lance, "lancedb": foreign_lancedb, "milvus": foreign_milvus}[kind]
-    cases, found = in_child(foreign, tmp_path)
+def test_a_foreign_or_broken_store_is_refused(kind, outcome):
+    cases, found = outcome(kind, FOREIGN[kind])
     wrong = {place: found[place] for place, message in cases.items() if message not in found[place]}
     assert not wrong
 

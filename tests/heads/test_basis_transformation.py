@@ -9,6 +9,7 @@ import torch
 from pml_compat import fit_width
 from pml_compat.heads import BasisTransformation
 from tests import reference
+from tests.pairwise import pairwise
 
 # (new_features, old_features, extra_features): the old part ends within the free part, holds all, holds none of it
 WIDTHS = [(7, 5, 2), (4, 6, 2), (6, 3, 3), (3, 1, 1)]
@@ -38,6 +39,7 @@ def naive(basis, u):
     return [torch.tensor(np.array(part)) for part in zip(*rows, strict=True)]
 
 
+@pairwise
 @every_width
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("scale", [0.5, 2.0, 3.0])

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from pml_compat.frozen import FrozenModel, WithinClassWhitening
 from pml_compat.heads import CompatibleHead
 from tests import reference
+from tests.pairwise import pairwise
 
 IN, OLD, FREE, HIDDEN = 6, 5, 4, 7
 HALF = [torch.float16, torch.bfloat16]
@@ -66,6 +67,7 @@ def whitened_rows(head, rows):
 # Values.
 
 
+@pairwise
 @every_free
 @every_space
 @every_number
@@ -111,6 +113,7 @@ def test_two_parts_by_hand():
     torch.testing.assert_close(head.compatible_parts(z), (z[:, :2], z[:, 2:4]))
 
 
+@pairwise
 @every_space
 @every_number
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
@@ -217,6 +220,7 @@ def gradients(part, training, **kwargs):
     return u.grad, [parameter.grad for parameter in head.compatible.parameters()], z
 
 
+@pairwise
 @every_free
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("share", [None, 0.0, 0.25, 1.0])

@@ -11,6 +11,7 @@ from pml_compat.frozen import FrozenEmbeddings
 from pml_compat.losses import AdvBCTLoss, CompatibleLoss
 from pml_compat.losses.advbct_loss import reverse_gradient
 from tests import reference
+from tests.pairwise import pairwise
 
 WIDTH = 5
 
@@ -50,6 +51,7 @@ def expected_rows(loss_func, seed, threshold, progress):
     return adversarial, reference.advbct_boundary(new, labels, balls, elasticity, threshold)
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("threshold", "progress"), [(1.0, 0.0), (0.0, 0.3), (0.5, 0.75)])
 @pytest.mark.parametrize("normalize", [False, True])
@@ -262,6 +264,7 @@ def test_only_the_terms_with_a_weight_are_computed():
     assert loss == 0 and new.grad.equal(torch.zeros_like(new))
 
 
+@pairwise
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("loss_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

@@ -5,6 +5,7 @@ from pytorch_metric_learning import distances, losses, miners, reducers, regular
 from pml_compat.frozen import ClassCenters, FrozenClassifier
 from pml_compat.losses import BCTLoss
 from tests import reference
+from tests.pairwise import pairwise
 
 OLD, NEW = 6, 9  # widths
 every_form = pytest.mark.parametrize("weight", [None, 1.0])  # drawn onto directions, measured; the paper's
@@ -41,6 +42,7 @@ def naive(embeddings, labels, classifier, kind, weight, task_value):
     )
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("width", [OLD, NEW, 4])  # equal, first coordinates, zero padding
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -167,6 +169,7 @@ def test_same_labels_object_or_clone_and_any_integer_type():
         torch.testing.assert_close(loss_func(embeddings, other), expected)
 
 
+@pairwise
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [False, True])
 @every_form

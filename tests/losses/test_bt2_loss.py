@@ -12,6 +12,7 @@ from pml_compat.heads import BasisTransformation
 from pml_compat.losses import BT2Loss, GatheredLoss
 from pml_compat.trainers import CompatibleMetricLossOnly
 from tests import reference
+from tests.pairwise import pairwise
 
 NEW, OLD, EXTRA, CLASSES = 7, 5, 3, 6
 KNOWN = [4, 0, 2]  # labels with a centre
@@ -77,6 +78,7 @@ def mean(values):
 # Values.
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("weights", [(1.0, 10.0, 5.0), (0.5, 1.0, 0.0), (0.0, 2.0, 3.0), (2.0, 0.0, 1.0)])
 @pytest.mark.parametrize("scale", [1.0, 16.0])

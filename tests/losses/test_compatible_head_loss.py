@@ -20,6 +20,7 @@ from pml_compat.losses import (
 )
 from pml_compat.trainers import CompatibleMetricLossOnly
 from tests import reference
+from tests.pairwise import pairwise
 
 IN, OLD, FREE, CLASSES = 6, 5, 4, 6
 TERMS = ["task_loss", "point_loss", "contrast_loss"]
@@ -73,6 +74,7 @@ def mean(values):
 # Values.
 
 
+@pairwise
 @every_space
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("weights", [None, (0.5, 0.0), (0.0, 3.0), (2.0, 0.7)])
@@ -330,6 +332,7 @@ def test_finite_gradient_at_zero_and_at_equal_rows(dtype, case, whitened):
 # Dtypes, ownership, PML's machinery.
 
 
+@pairwise
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
 @every_space

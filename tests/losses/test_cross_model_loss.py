@@ -11,6 +11,8 @@ from pml_compat.frozen import ClassCenters, FrozenClassifier
 from pml_compat.losses import BCTLoss, CompatibleLoss, CrossModelLoss
 from pml_compat.miners import BoundaryViolationMiner, CredibleSampleFilter, HardestCrossModelMiner, RegressionMiner
 from tests import reference
+from tests.pairwise import pairwise
+from tests.processes import run_ranks
 
 WIDTH = 4
 LABELS = torch.tensor([0, 1, 2, 0, 1, 3])
@@ -84,6 +86,7 @@ def naive(name, anchors, labels, references, reference_labels):
     return mean_of_positive(values)
 
 
+@pairwise
 @pytest.mark.parametrize("name", NAIVE)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
@@ -172,6 +175,7 @@ def test_finite_gradient_at_corners(name, case):
     assert torch.isfinite(loss) and torch.isfinite(new.grad).all()
 
 
+@pairwise
 @every_pair_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
@@ -478,25 +482,24 @@ def run_rank(rank, world_size, rendezvous, results):
     efficient = DistributedLossWrapper(CrossModelLoss(losses.ContrastiveLoss()), efficient=True)
     with pytest.raises(ValueError, match="leave efficient off"):
         efficient(own, labels, ref_emb=old.chunk(world_size)[rank])
+    found = {}
     for name, miner in (("all", None), ("hardest", HardestCrossModelMiner())):
         for given in (None, labels, labels.clone()):
             loss_func = DistributedLossWrapper(CrossModelLoss(losses.ContrastiveLoss(), miner))
             loss = loss_func(own, labels, ref_emb=old.chunk(world_size)[rank], ref_labels=given)
-            results.setdefault(name, []).append(loss.item() / world_size)
-    torch.save(results, f"{rendezvous[7:]}.{rank}")
+            found.setdefault(name, []).append(loss.item() / world_size)
+    results[rank] = found
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_find_the_positives_that_one_finds(tmp_path):
-    file = tmp_path / "rendezvous"
-    torch.multiprocessing.spawn(run_rank, (2, f"file://{file}", {}), nprocs=2)
+    results = run_ranks(run_rank, 2, tmp_path)
     new, old = samples()
     for rank in range(2):
-        results = torch.load(f"{file}.{rank}", weights_only=True)
         for name, miner in (("all", None), ("hardest", HardestCrossModelMiner())):
             expected = CrossModelLoss(losses.ContrastiveLoss(), miner)(new, torch.arange(6), ref_emb=old).item()
-            assert results[name] == pytest.approx([expected] * 3)
+            assert results[rank][name] == pytest.approx([expected] * 3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

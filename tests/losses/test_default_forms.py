@@ -17,6 +17,7 @@ from pml_compat.frozen.prototypes import refine_prototypes
 from pml_compat.losses import BCTLoss, CompatibleLoss, FCTLoss, LCELoss, MixBCTLoss, NCCLLoss, UniBCTLoss
 from pml_compat.transformations import LinearTransformation
 from tests import reference
+from tests.pairwise import pairwise
 
 OLD, NEW, CLASSES = 5, 7, 6
 EXACT = 1e-6  # what is measured is float32
@@ -69,6 +70,7 @@ def naive_draw(embeddings, labels, classifier):
     return reference.direction_losses(fitted, labels.tolist(), directions)
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("width", [OLD, NEW, 3])  # equal, first coordinates, zeros appended
 @pytest.mark.parametrize("kind", ["linear", "centres"])

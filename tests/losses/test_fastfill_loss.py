@@ -7,6 +7,7 @@ from pytorch_metric_learning import distances, losses, reducers
 from pml_compat.frozen import FrozenClassifier
 from pml_compat.losses import FastFillLoss, FCTLoss
 from tests import reference
+from tests.pairwise import pairwise
 
 DISTANCES = {"given": lambda: None, "unit": lambda: distances.LpDistance(p=2, power=2)}
 every_distance = pytest.mark.parametrize("kind", DISTANCES)
@@ -53,6 +54,7 @@ def test_matches_naive_loop(kind, seed):
     torch.testing.assert_close(found["likelihood_loss"]["losses"], torch.tensor(expected, dtype=torch.float64))
 
 
+@pairwise
 @every_distance
 @pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
 @pytest.mark.parametrize("head", ["linear", "cosine"])
@@ -182,6 +184,7 @@ def test_finite_gradient_where_a_distance_has_a_corner(kind, dtype, case, bound)
 # --- inputs
 
 
+@pairwise
 @every_distance
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])

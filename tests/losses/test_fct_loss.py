@@ -6,6 +6,7 @@ from pytorch_metric_learning import distances, reducers
 
 from pml_compat.losses import FCTLoss
 from tests import reference
+from tests.pairwise import pairwise
 
 DISTANCES = {
     "squared": lambda: None,
@@ -50,6 +51,7 @@ def test_by_hand(kind, rows):
 LABELS = torch.tensor([3, 1, 3, 2, 1, 3, 0])
 
 
+@pairwise
 @every_distance
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("weight", "temperature"), [(0.1, 0.1), (2.0, 0.5)])
@@ -170,6 +172,7 @@ def test_finite_gradient_where_a_distance_has_a_corner(kind, dtype, case):
         torch.testing.assert_close(mapped.grad[2], torch.zeros_like(mapped.grad[2]), rtol=0, atol=1e-3)
 
 
+@pairwise
 @every_distance
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])

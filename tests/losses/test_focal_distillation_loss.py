@@ -9,6 +9,7 @@ from pytorch_metric_learning import reducers
 from pml_compat.frozen import ClassCenters, FrozenClassifier
 from pml_compat.losses import CompatibleLoss, FocalDistillationLoss
 from tests import reference
+from tests.pairwise import pairwise
 
 WIDTH, LABELS = 5, torch.tensor([7, 3, 3, 0, 7, 9, 0, 3, 7])  # no classifier here knows label 9
 KNOWN = torch.tensor([3, 7, 0])
@@ -210,6 +211,7 @@ def test_finite_gradient_at_zero_rows(case, zero, dtype):
     assert torch.isfinite(loss) and torch.isfinite(new_emb.grad).all()
 
 
+@pairwise
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])

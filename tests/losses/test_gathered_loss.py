@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pml_compat.losses import CompatibleLoss, FastFillLoss, FCTLoss, FocalDistillationLoss, GatheredLoss
 from tests.cases import ALIGNED, LOSSES, PAIRED, WIDTH, batch, build, references
+from tests.processes import run_ranks
 
 ROWS = 16
 # Row counts of the ranks: a last batch that does not divide, and one that leaves a rank without any.
@@ -205,9 +206,9 @@ def run_world(rank, world_size, group):
     return found
 
 
-def run_rank(rank, rendezvous, results):
+def run_rank(rank, world_size, rendezvous, results):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=3)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     two = dist.new_group([0, 1])  # by all ranks
     if rank < 2:
         results[2, rank] = run_world(rank, 2, two)
@@ -219,11 +220,7 @@ def run_rank(rank, rendezvous, results):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """One start of three processes, for all tests; two of them are a group of their own as well."""
-    rendezvous = f"file://{tmp_path_factory.mktemp('gathered') / 'rendezvous'}"
-    with torch.multiprocessing.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(run_rank, (rendezvous, results), nprocs=3)
-        return dict(results)
+    return run_ranks(run_rank, 3, tmp_path_factory.mktemp("gathered"))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from pml_compat.transformations import (
     load_transformation,
 )
 from tests import reference
+from tests.pairwise import pairwise
 
 OLD, NEW, CLASSES = 5, 7, 6
 every_form = pytest.mark.parametrize("weights", [(None, None), (100.0, 1.0)])  # drawn onto directions; the paper's
@@ -128,6 +129,7 @@ def check_against_naive(mode, map_kind, name, kind, align, weight, seed, old_lab
     assert loss.item() == pytest.approx(sum(expected), rel=exact)
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("mode", MAPS)
 @pytest.mark.parametrize("map_kind", ["linear", "orthogonal", "residual"])
@@ -136,6 +138,7 @@ def test_matches_naive_loop(seed, mode, map_kind, kind):
     check_against_naive(mode, map_kind, "arcface", kind, 100.0, 1.0, seed)
 
 
+@pairwise
 @pytest.mark.parametrize("align", [0.0, 1.0, 30.0])
 @pytest.mark.parametrize("weight", [0.0, 2.5])
 @pytest.mark.parametrize("mode", MAPS)
@@ -432,6 +435,7 @@ def test_the_users_centres_stay_as_they_are():
     assert old.centers.equal(before[0]) and old.centers.stride() == before[1]
 
 
+@pairwise
 @pytest.mark.parametrize("mode", MAPS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("autocast", [False, True])

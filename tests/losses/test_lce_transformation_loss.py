@@ -9,6 +9,7 @@ from pml_compat.transformations import LinearTransformation, ResidualBottleneckT
 from tests import reference
 from tests.losses.test_lce_loss import NEW as TARGET
 from tests.losses.test_lce_loss import OLD, centers
+from tests.pairwise import pairwise
 
 
 def transformation(seed=0):
@@ -25,6 +26,7 @@ def stored(seed=0, n=12, labels=6):
     return embeddings, torch.randint(labels, (n,), generator=generator)
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["angle", "cosine"])
 @pytest.mark.parametrize(("align", "weight"), [(100.0, 1.0), (0.0, 2.0), (3.0, 0.0)])

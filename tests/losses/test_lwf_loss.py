@@ -8,6 +8,7 @@ from pytorch_metric_learning import reducers
 from pml_compat.frozen import FrozenClassifier
 from pml_compat.losses import CompatibleLoss, LwFLoss
 from tests import reference
+from tests.pairwise import pairwise
 
 OLD_WIDTH, CLASSES = 6, 4
 KINDS = ["linear", "cosine"]
@@ -38,6 +39,7 @@ def pairs(seed=0, n=7, width=OLD_WIDTH):
     return new_emb.requires_grad_(), torch.randn(n, OLD_WIDTH, generator=generator, dtype=torch.float64)
 
 
+@pairwise
 @every_kind
 @pytest.mark.parametrize("temperatures", TEMPERATURES)
 @pytest.mark.parametrize("width", [OLD_WIDTH, 9, 3])
@@ -86,6 +88,7 @@ def test_is_least_at_the_old_embedding(kind):
     torch.testing.assert_close(new_emb.grad, torch.zeros_like(new_emb), rtol=0, atol=1e-12)
 
 
+@pairwise
 @every_kind
 @pytest.mark.parametrize("temperatures", TEMPERATURES)
 @pytest.mark.parametrize("width", [OLD_WIDTH, 9, 3])
@@ -130,6 +133,7 @@ def test_finite_gradient(kind, dtype, case):
     assert torch.isfinite(loss) and torch.isfinite(new_emb.grad).all()
 
 
+@pairwise
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])

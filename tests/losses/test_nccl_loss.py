@@ -9,6 +9,7 @@ from pytorch_metric_learning import distances, losses, miners, reducers, regular
 
 from pml_compat.frozen import class_weights
 from pml_compat.losses import NCCLLoss
+from tests.pairwise import pairwise
 from tests.reference import fit_width, unit
 
 OLD, NEW, CLASSES = 5, 7, 4
@@ -72,6 +73,7 @@ class NaiveQueue:
         return np.mean(feature), np.mean(logit)
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("old", "new"), [(5, 5), (5, 7), (5, 3)])
 @pytest.mark.parametrize("temperature", [0.1, 1.0])

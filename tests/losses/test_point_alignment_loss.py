@@ -4,6 +4,7 @@ from pytorch_metric_learning import distances, reducers
 
 from pml_compat.losses import PointAlignmentLoss
 from tests import reference
+from tests.pairwise import pairwise
 
 FORMS = {
     "squared": {},
@@ -33,6 +34,7 @@ def naive(form, unit, new_emb, old_emb):
     return reference.point_alignment_losses(new_emb.detach().numpy(), old_emb.numpy(), **options, normalize=unit)
 
 
+@pairwise
 @every_form
 @both_lengths
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -110,6 +112,7 @@ def test_finite_gradient_where_the_distance_has_a_corner(form, unit, dtype, case
         assert new_emb.grad[2].abs().max() < 1e-3
 
 
+@pairwise
 @every_form
 @both_lengths
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from pml_compat.losses import CompatibleLoss, RACTLoss
 from tests import reference
+from tests.pairwise import pairwise
 
 FORMS = {
     "contrastive": {"temperature": 0.1},
@@ -36,6 +37,7 @@ def naive(new_emb, old_emb, labels, form):
     return reference.ract_losses(new_emb.detach().numpy(), old_emb.numpy(), labels.tolist(), **options)
 
 
+@pairwise
 @every_form
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("labels", [LABELS, torch.arange(6), torch.tensor([0, 0, 0, 0, 9])])
@@ -166,6 +168,7 @@ def test_nothing_to_tell_apart_is_a_zero_with_a_gradient(form, labels):
     assert loss.item() == 0 and new_emb.grad.equal(torch.zeros_like(new_emb))
 
 
+@pairwise
 @every_form
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])

@@ -29,6 +29,7 @@ from pml_compat.losses import (
     UniBCTLoss,
 )
 from tests.cases import ALIGNED, LOSSES, PAIRED, batch, build, references
+from tests.processes import run_ranks
 
 N, WIDTH, OLD_WIDTH, CLASSES = 16, 8, 5, 16
 
@@ -106,10 +107,10 @@ def test_a_grad_scaler_takes_float16_steps():
     assert torch.isfinite(embeddings.grad).all()
 
 
-def train_in_ddp(rank, rendezvous, results):
+def train_in_ddp(rank, world_size, rendezvous, results):
     """Three steps of AdvBCT on two ranks, the second without a known class on either."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     torch.manual_seed(0)
     known = [2, 0, 4]
     loss_func = AdvBCTLoss(torch.randn(3, WIDTH) / 8, torch.rand(3), known)
@@ -135,10 +136,8 @@ def train_in_ddp(rank, rendezvous, results):
 @pytest.mark.slow
 def test_a_batch_without_a_known_class_trains_on_in_ddp(tmp_path):
     """Where a parameter gets no gradient DDP waits for it, and fails at the next step."""
-    with torch.multiprocessing.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(train_in_ddp, (f"file://{tmp_path / 'rendezvous'}", results), nprocs=2)
-        (moved, first), (_, second) = results[0], results[1]
+    results = run_ranks(train_in_ddp, 2, tmp_path)
+    (moved, first), (_, second) = results[0], results[1]
     assert moved == [True, True, True]
     assert all((one == two).all() for one, two in zip(first, second, strict=True))
 

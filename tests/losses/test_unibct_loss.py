@@ -10,6 +10,7 @@ from pml_compat.frozen import ClassCenters
 from pml_compat.frozen.prototypes import refine_prototypes
 from pml_compat.losses import UniBCTLoss
 from tests import reference
+from tests.pairwise import pairwise
 
 OLD, NEW, CLASSES = 5, 8, 6
 every_form = pytest.mark.parametrize("weight", [None, 1.0])  # drawn onto directions, measured; the paper's
@@ -54,6 +55,7 @@ def naive_influence(embeddings, labels, centers, scale, margin):
     return sum(found) / len(found)
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("width", [OLD, NEW, 3])
 @pytest.mark.parametrize(("scale", "margin"), [(16.0, 0.0), (30.0, 0.3), (1.0, 0.1)])
@@ -189,6 +191,7 @@ def test_the_prototypes_are_no_parameters_and_get_no_gradient(weight):
     assert old.grad is None and new.grad is None and not loss_func.old_classifier.rows.requires_grad
 
 
+@pairwise
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [False, True])
 @every_form

@@ -6,8 +6,10 @@ from pml_compat.miners import BoundaryViolationMiner
 from tests.miners import naive
 from tests.miners.cases import DISTANCES, WIDTH, samples, stored, tuples
 from tests.miners.test_cross_model_miner import circle
+from tests.pairwise import pairwise
 
 
+@pairwise
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("margin", [0.0, 0.1, 0.2])
 @pytest.mark.parametrize("k", [2, None])

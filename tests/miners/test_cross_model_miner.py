@@ -4,8 +4,10 @@ import torch
 from pml_compat.miners import HardestCrossModelMiner
 from tests.miners import naive
 from tests.miners.cases import DISTANCES, samples, stored, tuples
+from tests.pairwise import pairwise
 
 
+@pairwise
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("k", [1, 3, None])
 @pytest.mark.parametrize("bank", [False, True])

@@ -7,6 +7,7 @@ from pytorch_metric_learning import distances, losses
 from pytorch_metric_learning.miners import BaseMiner
 
 from tests.miners.cases import MINERS, WIDTH, samples
+from tests.pairwise import pairwise
 from tests.reads import Reads
 
 every_miner = pytest.mark.parametrize("name", MINERS)
@@ -60,6 +61,7 @@ def test_inputs_are_not_changed_and_no_gradient_is_made(name):
     assert new.grad is None and old.grad is None
 
 
+@pairwise
 @every_miner
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

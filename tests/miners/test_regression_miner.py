@@ -5,8 +5,10 @@ from pml_compat.miners import RegressionMiner
 from tests.miners import naive
 from tests.miners.cases import DISTANCES, samples, tuples
 from tests.miners.test_cross_model_miner import circle
+from tests.pairwise import pairwise
 
 
+@pairwise
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("most", [1, 4, None])
 @pytest.mark.parametrize("block", [1, 100, 2**22])

@@ -12,6 +12,7 @@ from pml_compat.serving import NumpyQueryBlend, QueryBlend, alignability, blend_
 from pml_compat.serving.rotation import interpolate
 from pml_compat.transformations import OrthogonalTransformation
 from tests import reference
+from tests.pairwise import pairwise
 
 WIDTHS = [(8, 8), (8, 12), (8, 5)]  # of the old and the new model
 
@@ -148,6 +149,7 @@ def test_a_turned_model_with_less_noise_is_blended_in_and_finds_more(widths, lab
     assert precision(blend.query_rows(old, new), labels, old) > precision(old, labels, old) + 0.03
 
 
+@pairwise
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("width", "noise"), [(4, 0.3), (32, 0.3)])  # in 32 the old model finds all

@@ -7,6 +7,7 @@ from pml_compat.accuracy import CrossModelAccuracyCalculator
 from pml_compat.frozen import FrozenEmbeddings
 from pml_compat.serving import depth_for_gain, two_stage, two_stage_accuracy
 from tests import reference
+from tests.pairwise import pairwise
 
 BOTH = ("precision_at_1", "mean_average_precision")
 
@@ -57,6 +58,7 @@ def naive(old_queries, new_queries, old_gallery, new_gallery, query_labels, gall
     return named(sum(first) / len(first), sum(average) / len(average), len(embedded) / len(old_gallery))
 
 
+@pairwise
 @pytest.mark.parametrize("same_items", [False, True])
 @pytest.mark.parametrize("widths", [(5, 7), (6, 6), (8, 3)])
 @pytest.mark.parametrize("seed", [0, 1, 2])

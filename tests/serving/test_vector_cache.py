@@ -1,7 +1,5 @@
 import os
 import sqlite3
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 import torch
 
 from pml_compat.serving.vector_cache import VectorCache
+from tests.processes import exit_code
 
 ROWS = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 
@@ -274,17 +273,16 @@ def test_a_new_file_may_be_opened_by_several_at_once(tmp_path):
             assert cache.ids() == [0, 1, 2, 3]
 
 
+def add_and_crash(path):
+    cache = VectorCache(path, fingerprint="one")
+    cache.add(range(50), np.arange(100).reshape(50, 2))
+    cache.add(["last"], [[7.0, 8.0]])
+    os._exit(3)
+
+
 def test_a_crash_loses_nothing(tmp_path):
     path = tmp_path / "cache.db"
-    code = (
-        "import os, sys; import numpy as np; from pml_compat.serving.vector_cache import VectorCache\n"
-        "cache = VectorCache(sys.argv[1], fingerprint='one')\n"
-        "cache.add(range(50), np.arange(100).reshape(50, 2))\n"
-        "cache.add(['last'], [[7.0, 8.0]])\n"
-        "os._exit(3)\n"
-    )
-    child = subprocess.run([sys.executable, "-c", code, os.fspath(path)], timeout=120)
-    assert child.returncode == 3
+    assert exit_code(add_and_crash, path) == 3
     with VectorCache(path, fingerprint="one") as cache:
         found = kept(cache)
     assert found == {i: [2.0 * i, 2.0 * i + 1] for i in range(50)} | {"last": [7.0, 8.0]}

@@ -1,13 +1,8 @@
-"""A small training that appends each step's loss to a file, and may be killed; run again, it goes on.
-
-python interrupted.py FOLDER [KILLED_AT_STEP]
-"""
+"""A small training that appends each step's loss to a file, and may be killed; run again, it goes on."""
 
 import os
 import random
 import signal
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,7 +71,3 @@ def main(folder, killed_at=None):
                     save_checkpoint(checkpoint, **parts, step=step)
                 if step == killed_at:
                     os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

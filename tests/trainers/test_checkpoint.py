@@ -1,8 +1,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,9 @@ from pml_compat.frozen import FrozenModel
 from pml_compat.losses import CompatibleLoss, FCTLoss
 from pml_compat.trainers import CompatibleMetricLossOnly, ResumableSampler, load_checkpoint, save_checkpoint
 from pml_compat.trainers.checkpoint import Progress
+from tests.processes import exit_code
 from tests.trainers import interrupted
 
-ROOT = Path(__file__).parents[2]
 EVERY_RANDOM = {
     "torch": lambda: torch.rand(()).item(),
     "numpy": lambda: np.random.rand(),  # noqa: NPY002
@@ -73,13 +71,6 @@ def assert_same(one, other):
 # Killed, and started again
 
 
-def in_a_process(folder, *killed_at):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, interrupted.__file__, str(folder), *map(str, killed_at)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == (-signal.SIGKILL if killed_at else 0), done.stderr
-
-
 def curve(folder):
     return [tuple(line.split()) for line in (folder / "curve").read_text().splitlines()]
 
@@ -94,9 +85,9 @@ def test_killed_in_the_middle_of_an_epoch_it_goes_on_bit_for_bit(tmp_path):
     expected = curve(whole)
     assert [number for number, _ in expected] == [str(number) for number in range(1, 29)]
     assert len({value for _, value in expected}) == 28
-    in_a_process(killed, 11)  # in epoch 2 of 4, two steps after a checkpoint
+    assert exit_code(interrupted.main, killed, 11) == -signal.SIGKILL  # in epoch 2 of 4, two steps after a checkpoint
     assert curve(killed) == expected[:11]
-    in_a_process(killed)
+    assert exit_code(interrupted.main, killed) == 0
     assert curve(killed)[11:] == expected[9:]
     assert {path.name for path in killed.iterdir()} == {"curve", "last.pt"}
 

@@ -7,6 +7,7 @@ import torch
 
 from pml_compat.transformations import LinearTransformation
 from pml_compat.transformations import apply as apply_module
+from tests.pairwise import pairwise
 from tests.transformations.cases import TRANSFORMATIONS, batch, build
 
 every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -81,6 +82,7 @@ def test_folded_gives_the_same(name):
     torch.testing.assert_close(folded(source, side_info), expected)
 
 
+@pairwise
 @pytest.mark.parametrize("name", ["fct_side", "linear"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("kind", ["tensor", "array", "read-only map", "slices of tensors", "slices of arrays"])
@@ -196,6 +198,7 @@ def test_an_interrupted_pass_leaves_an_earlier_file(kind, older, tmp_path):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@pairwise
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("array", ["source", "side_info"])

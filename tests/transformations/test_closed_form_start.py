@@ -189,8 +189,10 @@ def test_saved_loaded_and_exported(name, tmp_path):
     save_numpy(transformation, tmp_path / "map.npz")
     found = NumpyTransformation(tmp_path / "map.npz")(*(part.numpy() for part in rows))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    export_transformation(transformation, tmp_path / "map.pt2")
-    torch.testing.assert_close(torch.export.load(tmp_path / "map.pt2").module()(*rows), expected, rtol=1e-4, atol=1e-4)
+    if name in ("fct_side", "fastfill", "residual"):  # one of each kind: a program takes long to trace
+        export_transformation(transformation, tmp_path / "map.pt2")
+        program = torch.export.load(tmp_path / "map.pt2").module()
+        torch.testing.assert_close(program(*rows), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(transformation.folded()(*rows), expected, rtol=1e-4, atol=1e-4)
     chain = TransformationChain(transformation, LinearTransformation(transformation.out_features, 2)).eval()
     torch.testing.assert_close(chain(*rows), expected[:, :2])
@@ -224,8 +226,7 @@ def test_an_exact_linear_map_stays_as_it_is(name, n):
     assert_closed_form(transformation(source, side), source, target, side)
 
 
-@every_map
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("name", "seed"), [(name, number % 3) for number, name in enumerate(MAPS)])
 def test_a_target_that_has_nothing_to_do_with_the_source(name, seed):
     source, target, side = data(name, 60, seed)
     torch.manual_seed(seed)
@@ -250,7 +251,7 @@ def test_a_trained_map_that_gets_no_better_stays_as_it_was(name):
 
 @pytest.mark.parametrize("name", ["fct", "fct_side", "residual"])
 def test_what_a_linear_map_cannot_is_learned_and_kept(name):
-    transformation, (source, target, side), history = fitted(name, 600, epochs=60)
+    transformation, (source, target, side), history = fitted(name, 400, epochs=30)
     assert history["best_epoch"] >= 0
     assert history["validation_score"][1 + history["best_epoch"]] == max(history["validation_score"])
     error = (transformation(source, side) - target).square().mean()
@@ -334,8 +335,9 @@ def run(path=None, name="fct_side", **kwargs):
     return transformation, history
 
 
-@pytest.mark.parametrize("name", ["fct_side", "fastfill", "residual"])
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(
+    ("name", "labelled"), [("fct_side", False), ("fct_side", True), ("fastfill", True), ("residual", False)]
+)
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(name, labelled, tmp_path, monkeypatch):
     options = {"name": name, "labels": torch.arange(200) % 25 if labelled else None}
     whole, history = run(**options)

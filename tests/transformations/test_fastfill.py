@@ -19,6 +19,7 @@ from pml_compat.transformations.fastfill import gaussian_losses
 from pml_compat.transformations.serving import save_numpy
 from pml_compat.upgrade import backfill_curve
 from tests import reference
+from tests.pairwise import pairwise
 from tests.transformations.cases import batch, build
 
 every_fastfill = pytest.mark.parametrize("name", ["fastfill", "fastfill_side"])
@@ -31,6 +32,7 @@ def given(rows, dtype):
 # --- the layers
 
 
+@pairwise
 @every_fastfill
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("training", [False, True])
@@ -172,6 +174,7 @@ def test_in_a_chain():
 # --- a whole gallery
 
 
+@pairwise
 @every_fastfill
 @pytest.mark.parametrize("batch_size", [1, 4, 8192])
 @pytest.mark.parametrize("training", [False, True])

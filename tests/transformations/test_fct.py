@@ -5,11 +5,13 @@ import torch
 from pml_compat.transformations import FCTTransformation, TransformationChain, load_transformation
 from pml_compat.transformations.batch_norm import BatchNorm, fold_batch_norm
 from tests import reference
+from tests.pairwise import pairwise
 from tests.transformations.cases import batch, build
 
 every_fct = pytest.mark.parametrize("name", ["fct", "fct_side"])
 
 
+@pairwise
 @every_fct
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("training", [False, True])

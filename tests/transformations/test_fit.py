@@ -3,10 +3,7 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +20,8 @@ from pml_compat.transformations import (
     TransformationChain,
     fit_transformation,
 )
-
-ROOT = Path(__file__).parents[2]
+from tests.pairwise import pairwise
+from tests.processes import exit_code
 
 
 def fit(transformation, *arguments, **kwargs):
@@ -415,10 +412,7 @@ def kill():
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_killed_run_ends_as_the_uninterrupted_one(uninterrupted, tmp_path):
     path = tmp_path / "fit.safetensors"
-    program = "from tests.transformations.test_fit import Stopping, kill, run_everything; "
-    program += f"run_everything(Stopping(18, kill), {str(path)!r})"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert exit_code(run_everything, Stopping(18, kill), path) == -signal.SIGKILL
     loss = Stopping()
     transformation, history = run_everything(loss, path, seed=9)
     assert loss.calls == 15  # three epochs of six
@@ -728,6 +722,7 @@ def test_views_that_do_not_match(name):
     refused(rf"{name} must be \(N, {WIDTHS[name]}\), got shape \(20, 1\)", arrays)
 
 
+@pairwise
 @pytest.mark.parametrize("name", ARRAYS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("validation", [0.0, 0.5])

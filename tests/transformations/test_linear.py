@@ -7,6 +7,7 @@ from pml_compat.transformations import pairs as pairs_module
 from pml_compat.transformations.closed_form import measured_ridge, ridge_solution
 from pml_compat.transformations.pairs import pair_moments
 from tests import reference
+from tests.pairwise import pairwise
 
 
 def pairs(seed, n=40, d_in=5, d_out=3):
@@ -14,6 +15,7 @@ def pairs(seed, n=40, d_in=5, d_out=3):
     return generator.normal(size=(n, d_in)) + 2.0, generator.normal(size=(n, d_out)) - 1.0
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("ridge", [0.0, 1e-6, 0.3])
 @pytest.mark.parametrize("bias", [True, False])

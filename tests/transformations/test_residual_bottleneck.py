@@ -4,9 +4,11 @@ import torch
 
 from pml_compat.transformations import ResidualBottleneckTransformation
 from tests import reference
+from tests.pairwise import pairwise
 from tests.transformations.cases import build
 
 
+@pairwise
 @pytest.mark.parametrize("name", ["residual_bottleneck", "residual_bottleneck_wider"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("training", [False, True])

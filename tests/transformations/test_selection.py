@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pml_compat.transformations.selection import hold_out, is_better, retrieval_scores
+from tests.pairwise import pairwise
 
 
 def generator(seed=0):
@@ -37,6 +38,7 @@ def test_too_few_rows_to_judge_by(n, labels):
     assert training.equal(torch.arange(n)) and len(judged) == 0
 
 
+@pairwise
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("n", [4, 30])
