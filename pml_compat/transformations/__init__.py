@@ -7,17 +7,21 @@ from .fastfill import FastFillTransformation
 from .fct import FCTTransformation
 from .fit import fit_transformation
 from .linear import LinearTransformation
+from .low_rank import LowRankTransformation
 from .numpy_form import NumpyTransformation
 from .orthogonal import OrthogonalTransformation
 from .residual_bottleneck import ResidualBottleneckTransformation
+from .scaled_orthogonal import ScaledOrthogonalTransformation
 
 __all__ = [
     "FCTTransformation",
     "FastFillTransformation",
     "LinearTransformation",
+    "LowRankTransformation",
     "NumpyTransformation",
     "OrthogonalTransformation",
     "ResidualBottleneckTransformation",
+    "ScaledOrthogonalTransformation",
     "Transformation",
     "TransformationChain",
     "fit_transformation",
