@@ -2,6 +2,7 @@
 
 from .._moved import moved
 from .base import Transformation, load_transformation
+from .best import fit_best
 from .chain import TransformationChain
 from .fastfill import FastFillTransformation
 from .fct import FCTTransformation
@@ -24,6 +25,7 @@ __all__ = [
     "ScaledOrthogonalTransformation",
     "Transformation",
     "TransformationChain",
+    "fit_best",
     "fit_transformation",
     "load_transformation",
 ]
