@@ -45,7 +45,7 @@ def measured(runs: Runs, labelled: bool) -> dict[str, tuple[list[float], str]]:
     best = fit_best(source, target, labels, seed=runs.seed, progress=False)
     seconds = time.process_time() - start
     tried = best.tried
-    chosen = max(tried, key=lambda name: list(tried[name].values())[:2])
+    chosen = tried.best
     found = {
         "old/old": (measure(old, old, test_labels), ""),
         "new/new": (measure(new, new, test_labels), ""),

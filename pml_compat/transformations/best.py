@@ -21,7 +21,7 @@ from .low_rank import LowRankTransformation
 from .orthogonal import OrthogonalTransformation
 from .residual_bottleneck import ResidualBottleneckTransformation
 from .scaled_orthogonal import ScaledOrthogonalTransformation
-from .selection import hold_out
+from .selection import hold_out, is_better
 
 _MOST_ROWS = 2**15  # that a map is tried on; the best is fitted to all
 _RANKS = (2, 4, 8)  # parts of the narrower width
@@ -29,18 +29,21 @@ _UNCHANGED = "unchanged"
 _DECIMALS = 6  # of cosines: copies of a row tie, however their products were rounded
 
 Arrays = dict[str, Any]
+Scores = tuple[torch.Tensor, torch.Tensor]
 
 
 class Tried(dict[str, dict[str, float]]):
-    """What each map reached, by its name; printed, a table."""
+    """What each map reached, by its name; printed, a table with the ``best`` in bold."""
+
+    best = "rotation"
 
     def __str__(self) -> str:
-        rows = [
-            f"| {name} | {100 * found['precision_at_1']:.1f} | {100 * found['mean_average_precision']:.1f} "
-            f"| {found['seconds']:.1f} |"
-            for name, found in self.items()
-        ]
-        return "\n".join(["| map | P@1 | mAP | seconds |", "| --- | ---: | ---: | ---: |", *rows])
+        lines = ["| map | P@1 | mAP | seconds |", "| --- | ---: | ---: | ---: |"]
+        for name, found in self.items():
+            percent = [f"{100 * found[key]:.1f}" for key in ("precision_at_1", "mean_average_precision")]
+            shown = f"**{name}**" if name == self.best else name
+            lines.append(f"| {shown} | {' | '.join(percent)} | {found['seconds']:.1f} |")
+        return "\n".join(lines)
 
 
 def fit_best(
@@ -52,15 +55,16 @@ def fit_best(
     of a half, a quarter and an eighth of the rank) and the trained maps (residual bottleneck; FCT, with inner layers of
     8 times the new width, 2,048 at most). Each is fitted to the same rows, 32,768 at most, and judged on a tenth that
     none has seen, 2,000 at most: of the classes, where ``labels`` has 20 and more, else of the rows. What counts is
-    what new embeddings find by cosine, as queries, among the mapped rows: the P@1, then the mAP; of equal maps the
-    first. After one that finds everything no other is tried.
+    what new embeddings find by cosine, as queries, among the mapped rows: the best P@1, and of maps within two standard
+    errors of it the best mAP; of equal ones the first. After a map that finds everything no other is tried.
 
     The closed forms take seconds together. A trained map takes 500 steps on up to 1,024 rows each, as
     :func:`fit_transformation` trains it: half a minute to minutes on a CPU, by the widths. The best of all, where it is
     a trained one, is trained once more, on 500 steps or ten passes over all rows.
 
     What each map reached is kept in the attribute ``tried``: under each name a dict of ``precision_at_1``,
-    ``mean_average_precision`` and ``seconds``; ``print`` shows a table. It is not saved with the transformation.
+    ``mean_average_precision`` and ``seconds``; ``tried.best`` is the name that was chosen, and ``print(tried)`` shows
+    a table. It is not saved with the transformation.
 
     *Queries* that go into an old space are another matter: :class:`pml_compat.serving.QueryBlend`.
 
@@ -102,20 +106,22 @@ def fit_best(
     if len(judged):
         seen, unseen = ({name: stored_rows(rows, i, name) for name, rows in arrays.items()} for i in (training, judged))
         known, own = (None, None) if labels is None else (labels[training], labels[judged])
+        scores: dict[str, Scores] = {}
         with tqdm(maps, desc="fit_best", unit="map", disable=not progress) as bar:
             for name in bar:
                 bar.set_postfix_str(name)
                 start = time.perf_counter()
-                precision, average = _judge(fitted(name, maps, seen, known, seed), unseen, own)
+                scores[name] = _judge(fitted(name, maps, seen, known, seed), unseen, own)
                 seconds = time.perf_counter() - start
+                precision, average = (float(values.mean()) for values in scores[name])
                 tried[name] = {"precision_at_1": precision, "mean_average_precision": average, "seconds": seconds}
                 if precision == average == 1:  # none of the others can be better
                     break
+        tried.best = choose(scores)
     else:
         message = f"source must have 20 rows or more to compare maps by, got {len(source)}: a rotation is fitted"
         warnings.warn(message, stacklevel=2)
-    best = max(tried, key=lambda name: list(tried[name].values())[:2], default="rotation")
-    transformation = fitted(best, maps, arrays, labels, seed)
+    transformation = fitted(tried.best, maps, arrays, labels, seed)
     cast(Any, transformation).tried = tried
     return transformation
 
@@ -161,17 +167,18 @@ def _split(rows: int, labels: torch.Tensor | None, seed: int) -> tuple[torch.Ten
 
 
 @torch.no_grad()
-def _judge(transformation: Transformation, arrays: Arrays, labels: torch.Tensor | None) -> tuple[float, float]:
+def _judge(transformation: Transformation, arrays: Arrays, labels: torch.Tensor | None) -> Scores:
     device = next(transformation.parameters()).device
     source, target = (arrays[name].float().to(device) for name in ("source", "target"))
     side_info = arrays["side_info"].to(device) if transformation.side_features else None
     return retrieval(target, transformation(source, side_info), None if labels is None else labels.to(device))
 
 
-def retrieval(target: torch.Tensor, mapped: torch.Tensor, labels: torch.Tensor | None) -> tuple[float, float]:
-    r"""Return P@1 and mAP of new rows, as queries by cosine over the mapped ones.
+def retrieval(target: torch.Tensor, mapped: torch.Tensor, labels: torch.Tensor | None) -> Scores:
+    """Return P@1 and average precision of each new row that has an answer, as a query by cosine over the mapped ones.
 
-    Where several rows are nearest, each counts for its share; mAP takes rows of one cosine together, as sklearn does.
+    Where several rows are nearest, each counts for its share; the average precision takes rows of one cosine together,
+    as sklearn does.
 
     Args:
         target: ``(N, D)``, the new model's rows.
@@ -185,11 +192,21 @@ def retrieval(target: torch.Tensor, mapped: torch.Tensor, labels: torch.Tensor |
         right = (labels[:, None] == labels) & ~own
         cosines = cosines.masked_fill(own, -torch.inf)
     nearest = cosines == cosines.amax(1, keepdim=True)
-    precision = (nearest & right).sum(1) / nearest.sum(1)
+    precision = (nearest & right).sum(1).double() / nearest.sum(1)
     falling, order = cosines.sort(dim=1, descending=True)
     right = right.gather(1, order)
     as_near = torch.searchsorted(-falling, -falling, right=True)  # how many rows are as near as each, or nearer
-    found = right.cumsum(1).gather(1, as_near - 1) / as_near
+    found = right.cumsum(1).gather(1, as_near - 1).double() / as_near
     average = (found * right).sum(1) / right.sum(1).clamp(min=1)
     asked = right.any(1)
-    return float(precision[asked].mean()), float(average[asked].mean())
+    return precision[asked], average[asked]
+
+
+def choose(scores: dict[str, Scores]) -> str:
+    """Return the map of the best mAP among those with the best P@1, or none surely worse; the first of equals.
+
+    Surely: by more than two standard errors of the difference, query by query.
+    """
+    highest, _ = max(scores.values(), key=lambda found: float(found[0].mean()))
+    close = [name for name, (precision, _) in scores.items() if not is_better(highest, precision)]
+    return max(close, key=lambda name: float(scores[name][1].mean()))
