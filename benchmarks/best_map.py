@@ -53,7 +53,7 @@ def measured(runs: Runs, labelled: bool) -> dict[str, tuple[list[float], str]]:
     }
     arrays, maps = {"source": source, "target": target}, candidates(source.shape[1], target.shape[1], None)
     for name in maps:
-        transformation = best if name == chosen else fitted(name, maps, arrays, labels, runs.seed)
+        transformation = best if name == chosen else fitted(name, maps, arrays, runs.seed)
         held_out = percent([tried[name][key] for key in ("precision_at_1", "mean_average_precision")])
         found[name] = (on_test_images(transformation), f"held out {held_out}")
     return found
