@@ -59,8 +59,8 @@ def fit_best(
     errors of it the best mAP; of equal ones the first. After a map that finds everything no other is tried.
 
     The closed forms take seconds together. A trained map takes 500 steps on up to 1,024 rows each, as
-    :func:`fit_transformation` trains it without a validation of its own: half a minute to minutes on a CPU, by the
-    widths. Where a trained map is the best it is trained once more, 500 steps or ten passes over all rows.
+    :func:`fit_transformation` trains it without a validation of its own: seconds to minutes on a CPU, by the widths.
+    Where a trained map is the best it is trained once more, 500 steps or ten passes over all rows.
 
     What each map reached is kept in the attribute ``tried``: under each name a dict of ``precision_at_1``,
     ``mean_average_precision`` and ``seconds``; ``tried.best`` is the name that was chosen, and ``print(tried)`` shows
