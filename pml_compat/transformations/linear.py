@@ -9,6 +9,7 @@ import torch
 from .._checks import check_number
 from .base import Transformation
 from .closed_form import ridge_solution
+from .lambda_orthogonal import lambda_orthogonal_solution
 from .pairs import pair_moments
 
 
@@ -35,7 +36,8 @@ class LinearTransformation(Transformation):
         True
 
     Reference:
-        The closed form is ridge regression on paired embeddings, as drift adapters use it.
+        The closed form is ridge regression on paired embeddings, as drift adapters use it. ``deviation`` is after
+        "Lambda-orthogonality regularization", arXiv:2509.16664, 2025.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -50,7 +52,9 @@ class LinearTransformation(Transformation):
         return self.linear(embeddings)
 
     @torch.no_grad()
-    def fit(self, source: Any, target: Any, ridge: float | None = None) -> LinearTransformation:
+    def fit(
+        self, source: Any, target: Any, ridge: float | None = None, *, deviation: float | None = None
+    ) -> LinearTransformation:
         r"""Fit by least squares with a ridge penalty, in place; return ``self``.
 
         .. math:: W^\top = (X_c^\top X_c + \alpha N I)^{-1} X_c^\top Y_c, \qquad b = \bar y - W \bar x
@@ -63,14 +67,25 @@ class LinearTransformation(Transformation):
             target: ``(N, out_features)``, row i of the same item as row i of ``source``.
             ridge: ``alpha``, 0 or more, in squared units of ``source``; more shrinks the map where pairs are few or
                 noisy. None: what generalised cross-validation over the pairs says, at any scale of the embeddings.
+            deviation: in place of a ridge, how far ``W`` may be from a rotation before it costs: lambda, which the
+                Frobenius norm of :math:`W^\top W - I` is held to, 0 or more. For rows of length 1 whose angles have to
+                be kept, nearly; 0 is all but a rotation, and :class:`OrthogonalTransformation` is one.
         Raises:
-            ValueError: lengths or widths that differ, NaN or infinity; ``ridge`` 0 and ``source`` without full rank.
+            ValueError: lengths or widths that differ, NaN or infinity; ``ridge`` 0 and ``source`` without full rank;
+                ``ridge`` and ``deviation`` together.
         """
         if ridge is not None:
             ridge = check_number(ridge, "ridge", minimum=0)
+        if deviation is not None:
+            deviation = check_number(deviation, "deviation", minimum=0)
+            if ridge is not None:
+                raise ValueError(f"deviation must be None where ridge is given, got {deviation:g} and ridge {ridge:g}")
         weight, bias = self.linear.weight, self.linear.bias
         moments = pair_moments(source, target, self.in_features, self.out_features, weight.device)
-        solution, offset = ridge_solution(moments, ridge, centred=bias is not None)
+        if deviation is None:
+            solution, offset = ridge_solution(moments, ridge, centred=bias is not None)
+        else:
+            solution, offset = lambda_orthogonal_solution(moments, deviation, centred=bias is not None)
         weight.copy_(solution.t())
         if bias is not None:
             bias.copy_(offset)

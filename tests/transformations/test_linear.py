@@ -120,7 +120,7 @@ def test_the_default_is_close_to_the_best_ridge_on_fresh_rows(n):
     (source, target), (fresh, wanted) = noisy_pairs(n, 30)
 
     def error(ridge):
-        mapped = LinearTransformation(30, 6).double().fit(source, target, ridge)(torch.tensor(fresh))
+        mapped = LinearTransformation(30, 6).double().fit(source, target, ridge)(torch.tensor(fresh)).detach()
         return float((mapped - torch.tensor(wanted)).square().mean())
 
     best = min(error(ridge) for ridge in 10.0 ** np.arange(-6, 3))
