@@ -667,25 +667,27 @@ def test_an_index_that_cannot_be_made_is_refused_before_anything_is_written(fact
     assert sorted(os.listdir(tmp_path)) == ["old.parquet"]
 
 
-def write_meanwhile(address, vector, name):
-    """Write one item, 1, into a live store by its own program, as the user's service does."""
+def write_meanwhile(address, vector, number):
+    """Write an item into a live store by its own program, as the user's service does."""
     if address.startswith("qdrant"):
         from qdrant_client import models
 
         from pml_compat.gallery.stores.qdrant import connect
 
         client, collection, _ = connect(address)
-        client.upsert(collection, points=[models.PointStruct(id=1, vector=vector.tolist(), payload={"name": name})])
+        client.upsert(collection, points=[models.PointStruct(id=number, vector=vector.tolist())])
         return
     from pml_compat.gallery.stores.postgres import connect
 
     connection, table, column = connect(address)
-    own = ("name", name) if table == "items" else ("payload", json.dumps({"name": name}))
     connection.execute(
-        f"INSERT INTO {table} (id, {own[0]}, {column}) VALUES (1, %s, %s) "
+        f"INSERT INTO {table} (id, {column}) VALUES (%s, %s) "
         f"ON CONFLICT (id) DO UPDATE SET {column} = EXCLUDED.{column}",
-        [own[1], vector],
+        [number, vector],
     )
+
+
+BEHIND, AHEAD = 1, 10**6
 
 
 @pytest.mark.parametrize("kind", ["qdrant", "items#embedding_v2", "items_v2#embedding"])
@@ -705,21 +707,22 @@ def test_a_service_goes_on_writing(kind, to_both, tmp_path, request, monkeypatch
 
         def apply(self, *given, **more):
             batches.append(1)
-            if len(batches) == 3:  # its id is the lowest: a run that reads in the order of ids is past it
-                write_meanwhile(old, mine, "late")
-                if to_both:
-                    write_meanwhile(new, own, "late")
+            if len(batches) == 3:  # a run that reads in the order of ids is past the one, and comes to the other
+                for number in (BEHIND, AHEAD):
+                    write_meanwhile(old, mine, number)
+                    if to_both:
+                        write_meanwhile(new, own, number)
             return apply_to(self, *given, **more)
 
         monkeypatch.setattr(LinearTransformation, "apply_to", apply)
         first = migrate(old, new, transformation, batch_size=100, progress=False)
-        assert first["status"] == "finished" and len(batches) == 6
+        assert first["status"] == "finished" and first["done"] == ROWS + 1 and len(batches) == 7
         again = migrate(old, new, transformation, batch_size=100, progress=False)
-        assert len(batches) == (6 if to_both else 7) and again["done"] == (ROWS if to_both else ROWS + 1)
+        assert len(batches) == (7 if to_both else 8) and again["done"] == (ROWS + 1 if to_both else ROWS + 2)
         store = open_store(new)
-        assert len(store) == ROWS + 1
+        assert len(store) == ROWS + 2
         expected = own if to_both else apply_to(transformation, mine[None], progress=False)[0]
-        np.testing.assert_allclose(store.fetch(np.array([1]))[0], expected, rtol=1e-5)
+        np.testing.assert_allclose(store.fetch(np.array([BEHIND, AHEAD])), [expected, expected], rtol=1e-5)
         np.testing.assert_allclose(store.fetch(IDS), mapped(transformation), rtol=1e-5, atol=1e-6)
         rollback(new)
 
