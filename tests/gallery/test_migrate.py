@@ -761,3 +761,33 @@ def test_a_plan_tells_what_a_sample_shows(tmp_path, capsys, monkeypatch):
     ):
         assert main([*command, *wrong]) == 3
         assert message in capsys.readouterr().err
+
+
+def test_items_that_are_deleted_from_both_meanwhile_are_no_error(tmp_path, monkeypatch):
+    old, new = write_qdrant(tmp_path)
+    gone = IDS[:100].tolist()
+
+    def run(both):
+        from pml_compat.gallery.stores.qdrant import connect
+
+        apply_to, batches = LinearTransformation.apply_to, []
+
+        def apply(self, *given, **more):
+            batches.append(1)
+            if len(batches) == 4:
+                for address in (old, new) if both else (new,):
+                    client, collection, _ = connect(address)
+                    client.delete(collection, points_selector=gone)
+            return apply_to(self, *given, **more)
+
+        monkeypatch.setattr(LinearTransformation, "apply_to", apply)
+        if both:
+            assert migrate(old, new, linear(), batch_size=100, progress=False)["status"] == "finished"
+            assert len(open_store(new)) == len(open_store(old)) == ROWS - 100
+            return
+        with pytest.raises(RuntimeError, match="lacks .*, which was written"):
+            migrate(old, new, linear(), batch_size=100, progress=False)
+        rollback(new)
+
+    killed_runs(lambda: run(False), 0, 0)
+    killed_runs(lambda: run(True), 0, 0)
