@@ -785,7 +785,7 @@ def test_items_that_are_deleted_from_both_meanwhile_are_no_error(tmp_path, monke
             assert migrate(old, new, linear(), batch_size=100, progress=False)["status"] == "finished"
             assert len(open_store(new)) == len(open_store(old)) == ROWS - 100
             return
-        with pytest.raises(RuntimeError, match="lacks .*, which was written"):
+        with pytest.raises(RuntimeError, match=r"lacks .*, which was written"):
             migrate(old, new, linear(), batch_size=100, progress=False)
         rollback(new)
 
