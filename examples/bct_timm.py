@@ -17,12 +17,14 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import cross_entropy, interpolate, normalize
 
-from pml_compat._extras import import_extra
 from pml_compat.frozen import ClassCenters, FrozenClassifier, FrozenModel
 from pml_compat.losses import BCTLoss
 from pml_compat.upgrade import compatibility_matrix
 
-timm = import_extra("timm", "timm")
+try:
+    import timm
+except ImportError as error:
+    raise ImportError('timm is not installed; run: pip install "pml-compat[timm]"') from error
 
 SEED = 0
 OLD_BACKBONE, OLD_WIDTH = "convnext_atto", 64
