@@ -53,19 +53,6 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Shape", "Reference"]
-nitpick_ignore_regex = [("py:.*", r"(torch|pytorch_metric_learning|collections|numpy)\..*")]  # no network, no links
-# What PML calls inside its losses, the same in each.
-_PLUMBING = (
-    "check_given, compute_loss, forward, get_default_distance, get_default_reducer, look_at_labels, needs_labels, "
-    "needs_ref_emb, training"
-)
-autodoc_default_options = {"members": True, "member-order": "bysource", "exclude-members": _PLUMBING}
-autodoc_typehints = "none"  # the docstrings say what each argument is, with its range
-autosummary_generate = False
-napoleon_numpy_docstring = False
-napoleon_use_ivar = True
-napoleon_use_rtype = False
-napoleon_custom_sections = ["Shape", "Reference"]
 nitpick_ignore_regex = [
     # Links to these would need a network.
     ("py:.*", r"(torch|pytorch_metric_learning|collections|numpy)\..*"),

@@ -47,7 +47,8 @@ def migrate(
     Memory is set by ``batch_size``.
 
     A database (Qdrant, PostgreSQL, Milvus) may stay in service: who writes an item meanwhile writes it to both, and
-    what stands in the new store is left as it is. A call after the end carries over what only the old one has.
+    what stands in the new store is left as it is. A call after the end, where the old one has more items than the new
+    one, carries over what only the old one has.
 
     Args:
         old: address of the gallery; see :func:`pml_compat.gallery.open_store`.

@@ -125,8 +125,7 @@ def verification(
             own pairs.
         reference_labels: ``(N,)``.
         fars: the false accept rates to measure at, each above 0 and at most 1. One pass over the pairs in float32
-            serves them all. Two in float64 follow where millions of pairs are near a threshold: ties, or a rate of 0.1
-            of more than a billion pairs.
+            serves them all. Two in float64 follow where millions of pairs are near a threshold, as with many ties.
         thresholds: similarities to measure at besides, named or not; ``thresholds`` of another result, most of all.
         ref_includes_query: row i of ``query`` and row i of ``reference`` are the same item, which is no pair.
         query_ids: ``(Q,)`` item ids, which say the same for galleries in any order.

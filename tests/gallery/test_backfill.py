@@ -205,3 +205,13 @@ def test_an_id_that_is_not_there_costs_no_embedding(kind, tmp_path):
     migrate(old, new, linear(), progress=False)
     with pytest.raises(ValueError, match=r"order must name items of .*, it lacks 5"):
         backfill(new, lambda ids: pytest.fail("asked"), budget=2, order=np.array([3, 5]), progress=False)
+
+
+def test_files_that_hold_none_of_the_items_are_left_alone(tmp_path):
+    old, new = FILES["parquet folder"](tmp_path)
+    migrate(old, new, linear(), batch_size=100, progress=False)
+    before = content(new)
+    backfill(new, own_vectors, budget=30, order=IDS[:30], progress=False)
+    assert replaced(new) == set(IDS[:30].tolist())
+    changed = [name for name, data in content(new).items() if data != before[name]]
+    assert 0 < len(changed) < len(before)

@@ -67,11 +67,20 @@ class ParquetStore(Store):
                 f"{self.address} must have vectors of one width, {self.width} in the first row, got "
                 f"{vectors.shape[1]} in row {start}"
             )
-        ids = np.arange(start, start + len(table))
-        if self.id_column is not None:
-            ids = table[self.id_column].to_numpy()
-            ids = ids.astype(str) if ids.dtype == object else ids
-        return Batch(ids, vectors, table, after, self.left_out)
+        return Batch(self._ids(table, start), vectors, table, after, self.left_out)
+
+    def _ids(self, table: Any, start: int) -> np.ndarray:
+        if self.id_column is None:
+            return np.arange(start, start + len(table))
+        ids = table[self.id_column].to_numpy()
+        return ids.astype(str) if ids.dtype == object else ids
+
+    def ids_of(self, number: int) -> np.ndarray:
+        """Return the ids of a file, of which nothing else is read."""
+        start = sum(self.sizes[:number])
+        if self.id_column is None:
+            return np.arange(start, start + self.sizes[number])
+        return self._ids(self.parquet.read_table(self.files[number], columns=[self.id_column]), start)
 
     def cursors(self, size: int) -> list[list[int]]:
         """Return where each batch of this size begins, without reading any."""
@@ -163,9 +172,12 @@ class ParquetWriter(Writer):
         return self.work / f"part-{number:06d}.parquet"
 
     def replace(self, ids: np.ndarray, vectors: np.ndarray, manifest: Manifest) -> None:
-        """Write the files anew, each whole or not at all, with other vectors for some rows; keep the manifest."""
-        store, overlay, row = ParquetStore(str(self.path)), Overlay(ids, vectors), 0
-        for path in store.files:
+        """Write the files with these rows anew, each whole or not at all; keep the manifest."""
+        store, overlay = ParquetStore(str(self.path)), Overlay(ids, vectors)
+        for number, path in enumerate(store.files):
+            row = sum(store.sizes[:number])
+            if not np.isin(store.ids_of(number), overlay.ids).any():
+                continue
             with (
                 self.parquet.ParquetFile(path) as old,
                 whole_file(path) as temporary,
