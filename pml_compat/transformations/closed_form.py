@@ -27,7 +27,7 @@ def ridge_solution(
     """
     gram, cross, energy = moments.source_source, moments.source_target, moments.target_energy
     if not centred:
-        gram = gram + moments.rows * torch.outer(moments.source_mean, moments.source_mean)
+        gram = moments.raw_source_source()
         cross = moments.raw_source_target()
         energy = energy + moments.rows * float(moments.target_mean.square().sum())
     if ridge is None:

@@ -34,8 +34,7 @@ def lambda_orthogonal_solution(
     """
     gram, cross, energy = moments.source_source, moments.source_target, moments.target_energy
     if not centred:
-        gram = gram + moments.rows * torch.outer(moments.source_mean, moments.source_mean)
-        cross = moments.raw_source_target()
+        gram, cross = moments.raw_source_source(), moments.raw_source_target()
         energy += moments.rows * float(moments.target_mean.square().sum())
     gram, cross = (sums / energy if energy > 0 else sums for sums in (gram, cross))
     left, _, right = torch.linalg.svd(cross, full_matrices=False)

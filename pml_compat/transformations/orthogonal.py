@@ -71,8 +71,7 @@ class OrthogonalTransformation(Transformation):
             ValueError: lengths or widths that differ, NaN or infinity.
         """
         moments = pair_moments(source, target, self.in_features, self.out_features, self.base.device)
-        left, _, right = torch.linalg.svd(moments.raw_source_target(), full_matrices=False)
-        self.base.copy_(left @ right)
+        self.base.copy_(moments.rotation())
         self.generator.zero_()
         return self
 

@@ -40,6 +40,15 @@ class PairMoments:
         """Return the sum of outer products about 0 instead of about the means."""
         return self.source_target + self.rows * torch.outer(self.source_mean, self.target_mean)
 
+    def raw_source_source(self) -> torch.Tensor:
+        """Return the same of the source with itself."""
+        return self.source_source + self.rows * torch.outer(self.source_mean, self.source_mean)
+
+    def rotation(self) -> torch.Tensor:
+        """Return the ``(D_source, D_target)`` semi-orthogonal map that best takes source to target (Procrustes)."""
+        left, _, right = torch.linalg.svd(self.raw_source_target(), full_matrices=False)
+        return left @ right
+
 
 def pair_moments(source: Any, target: Any, in_features: int, out_features: int, device: torch.device) -> PairMoments:
     """Read row-aligned ``source`` and ``target`` (tensors, arrays, memory maps) once, in blocks, and sum in float64.

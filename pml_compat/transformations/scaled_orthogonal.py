@@ -62,10 +62,7 @@ class ScaledOrthogonalTransformation(Transformation):
             ValueError: lengths or widths that differ, NaN or infinity.
         """
         moments = pair_moments(source, target, self.in_features, self.out_features, self.scale.device)
-        cross = moments.raw_source_target()
-        gram = moments.source_source + moments.rows * torch.outer(moments.source_mean, moments.source_mean)
-        left, _, right = torch.linalg.svd(cross, full_matrices=False)
-        rotation = left @ right
+        cross, gram, rotation = moments.raw_source_target(), moments.raw_source_source(), moments.rotation()
         shared, own = (rotation * cross).sum(0), (rotation * (gram @ rotation)).sum(0)
         self.rotation.base.copy_(rotation)
         self.rotation.generator.zero_()
