@@ -35,6 +35,7 @@ from pml_compat.frozen import ClassCenters, FrozenClassifier, FrozenModel
 from pml_compat.heads import CompatibleHead
 from pml_compat.losses import (
     AdvBCTLoss,
+    BCAlignerLoss,
     BCTLoss,
     CompatibleHeadLoss,
     CompatibleLoss,
@@ -128,6 +129,9 @@ METHODS = {
         ),
         needs_class_weights=True,
     ),
+    "BC-Aligner": Training(
+        lambda task, old: BCAlignerLoss(task, LinearTransformation(old.width, old.width, bias=False)), "stored"
+    ),
     "UniBCT": Training(lambda task, old: UniBCTLoss(task, old.centers())),
     "MixBCT": Training(lambda task, old: MixBCTLoss(task), "stored", True),
     "CrossModel(SupCon)": beside(lambda old: CrossModelLoss(pml_losses.SupConLoss())),
@@ -139,6 +143,7 @@ METHODS = {
     "NCCL": Training(lambda task, old: NCCLLoss(task, embedding_size=old.width), "stored"),
     "AdvBCT": beside(lambda old: AdvBCTLoss.from_embeddings(old.embeddings, old.new_labels)),
 }
+MAPPED_BACK = ("LCE, backward", "BC-Aligner")
 HEAD = "CompatibleHead"
 MAPS = ("linear map", "FCT", "FCT, side-information")
 BLENDS = ("rotated query", "blended query", "blended query, no labels")
@@ -266,7 +271,7 @@ class Runs:
         new = protocol.embed(network, problem.test_images)
         self._keep(method, protocol.embed(network, problem.images), new)
         with torch.no_grad():
-            return loss.backward_transformation(new) if method == "LCE, backward" else new, new
+            return loss.backward_transformation(new) if method in MAPPED_BACK else new, new
 
     def blended(self, method: str) -> torch.Tensor:
         """Return the test images as queries of both base models; everything is chosen on training images."""

@@ -16,6 +16,7 @@ from pml_compat.frozen import ClassCenters, FrozenClassifier, WithinClassWhiteni
 from pml_compat.heads import BasisTransformation, CompatibleHead
 from pml_compat.losses import (
     AdvBCTLoss,
+    BCAlignerLoss,
     BCTLoss,
     BT2Loss,
     CompatibleHeadLoss,
@@ -25,6 +26,7 @@ from pml_compat.losses import (
     FastFillLoss,
     FCTLoss,
     FocalDistillationLoss,
+    HOCLoss,
     LCELoss,
     LwFLoss,
     MatryoshkaLoss,
@@ -36,7 +38,7 @@ from pml_compat.losses import (
     UniBCTLoss,
 )
 from pml_compat.miners import HardestCrossModelMiner
-from pml_compat.transformations import LinearTransformation
+from pml_compat.transformations import LinearTransformation, TransformationChain
 
 WIDTH, OLD_WIDTH, CLASSES = 8, 6, 5
 
@@ -118,6 +120,13 @@ def nccl(loss: torch.nn.Module, **kwargs: object) -> NCCLLoss:
     return loss_func
 
 
+def random_map() -> LinearTransformation:
+    """Another for each seed."""
+    made = LinearTransformation(WIDTH, WIDTH, bias=False)
+    torch.nn.init.orthogonal_(made.linear.weight)
+    return made
+
+
 LOSSES: dict[str, Callable[..., torch.nn.Module]] = {
     "bct": lambda **kwargs: BCTLoss(classification(), old_classifier(), 0.5, **kwargs),
     "bct_arcface": lambda **kwargs: BCTLoss(
@@ -179,6 +188,14 @@ ALIGNED: dict[str, Callable[..., torch.nn.Module]] = {
 PAIRED: dict[str, Callable[..., torch.nn.Module]] = {
     "compatible": lambda **kwargs: CompatibleLoss(classification(), FCTLoss(), 0.5, **kwargs),
     "compatible_default": lambda **kwargs: CompatibleLoss(classification(), FCTLoss(), **kwargs),
+    "bc_aligner": lambda **kwargs: BCAlignerLoss(
+        classification(), random_map(), 16.0, TransformationChain(random_map(), random_map()), **kwargs
+    ),
+    "bc_aligner_default": lambda **kwargs: BCAlignerLoss(classification(), random_map(), **kwargs),
+    "bc_aligner_pairs_default": lambda **kwargs: BCAlignerLoss(
+        losses.ContrastiveLoss(), random_map(), previous_maps=random_map(), **kwargs
+    ),
+    "hoc": lambda **kwargs: HOCLoss(WIDTH + 1, **kwargs),
     "advbct": lambda **kwargs: halfway(
         AdvBCTLoss(torch.randn(3, WIDTH) / 8, torch.rand(3), [2, 0, 4], threshold=0.4, normalize=False, **kwargs)
     ),

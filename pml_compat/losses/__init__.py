@@ -1,6 +1,7 @@
 """Losses for compatible training, each a PML ``BaseMetricLossFunction``; one paper a file."""
 
 from .advbct_loss import AdvBCTLoss
+from .bc_aligner_loss import BCAlignerLoss
 from .bct_loss import BCTLoss
 from .bt2_loss import BT2Loss
 from .class_weight_length import shorten_class_weights
@@ -12,6 +13,7 @@ from .fastfill_loss import FastFillLoss
 from .fct_loss import FCTLoss
 from .focal_distillation_loss import FocalDistillationLoss
 from .gathered_loss import GatheredLoss
+from .hoc_loss import HOCLoss
 from .lce_loss import LCELoss
 from .lce_transformation_loss import LCETransformationLoss
 from .lwf_loss import LwFLoss
@@ -25,6 +27,7 @@ from .unibct_loss import UniBCTLoss
 
 __all__ = [
     "AdvBCTLoss",
+    "BCAlignerLoss",
     "BCTLoss",
     "BT2Loss",
     "CoReSLoss",
@@ -35,6 +38,7 @@ __all__ = [
     "FastFillLoss",
     "FocalDistillationLoss",
     "GatheredLoss",
+    "HOCLoss",
     "LCELoss",
     "LCETransformationLoss",
     "LwFLoss",
