@@ -132,6 +132,9 @@ METHODS = {
     "BC-Aligner": Training(
         lambda task, old: BCAlignerLoss(task, LinearTransformation(old.width, old.width, bias=False)), "stored"
     ),
+    "BC-Aligner, rotation": Training(
+        lambda task, old: BCAlignerLoss(task, OrthogonalTransformation(old.width, old.width)), "stored"
+    ),
     "UniBCT": Training(lambda task, old: UniBCTLoss(task, old.centers())),
     "MixBCT": Training(lambda task, old: MixBCTLoss(task), "stored", True),
     "CrossModel(SupCon)": beside(lambda old: CrossModelLoss(pml_losses.SupConLoss())),
@@ -143,7 +146,7 @@ METHODS = {
     "NCCL": Training(lambda task, old: NCCLLoss(task, embedding_size=old.width), "stored"),
     "AdvBCT": beside(lambda old: AdvBCTLoss.from_embeddings(old.embeddings, old.new_labels)),
 }
-MAPPED_BACK = ("LCE, backward", "BC-Aligner")
+MAPPED_BACK = ("LCE, backward", "BC-Aligner", "BC-Aligner, rotation")
 HEAD = "CompatibleHead"
 MAPS = ("linear map", "FCT", "FCT, side-information")
 BLENDS = ("rotated query", "blended query", "blended query, no labels")

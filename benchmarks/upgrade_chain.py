@@ -35,7 +35,13 @@ from upgrades import PROTOCOLS
 
 from pml_compat.frozen import ClassCenters
 from pml_compat.losses import BCAlignerLoss, BCTLoss, CoReSLoss, HOCLoss, shorten_class_weights
-from pml_compat.transformations import LinearTransformation, Transformation, TransformationChain, load_transformation
+from pml_compat.transformations import (
+    LinearTransformation,
+    OrthogonalTransformation,
+    Transformation,
+    TransformationChain,
+    load_transformation,
+)
 from pml_compat.upgrade import average_multimodel_accuracy, compatibility_matrix
 from pml_compat.upgrade.chain import average_compatibility
 
@@ -96,10 +102,12 @@ def simplex(step: Step) -> torch.nn.Module:
     return CoReSLoss(step.total)
 
 
-def aligned(step: Step, weight: float | None = None) -> torch.nn.Module:
-    to_previous = LinearTransformation(step.width, step.width, bias=False)
-    maps = TransformationChain(*step.maps) if step.maps else None
-    return BCAlignerLoss(step.task, to_previous, weight, maps)
+def aligned(step: Step) -> torch.nn.Module:
+    return aligned_by(step, LinearTransformation(step.width, step.width, bias=False))
+
+
+def aligned_by(step: Step, to_previous: Transformation) -> torch.nn.Module:
+    return BCAlignerLoss(step.task, to_previous, previous_maps=TransformationChain(*step.maps) if step.maps else None)
 
 
 METHODS = {
@@ -108,6 +116,9 @@ METHODS = {
     "CoReS": Method(simplex, simplex, stationary=True),
     "HOC": Method(lambda step: HOCLoss(step.total), simplex, stationary=True, reads=True),
     "BC-Aligner": Method(aligned, reads=True),
+    "BC-Aligner, rotation": Method(
+        lambda step: aligned_by(step, OrthogonalTransformation(step.width, step.width)), reads=True
+    ),
     "fine-tuned": Method(alone, fine_tuned=True),
     "fine-tuned CoReS": Method(simplex, simplex, stationary=True, fine_tuned=True),
     "fine-tuned HOC": Method(lambda step: HOCLoss(step.total), simplex, stationary=True, reads=True, fine_tuned=True),

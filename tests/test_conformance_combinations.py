@@ -10,6 +10,7 @@ from pytorch_metric_learning.utils import distributed as pml_distributed
 
 from pml_compat.frozen import ClassCenters
 from pml_compat.losses import (
+    BCAlignerLoss,
     BCTLoss,
     CompatibleLoss,
     GatheredLoss,
@@ -20,6 +21,7 @@ from pml_compat.losses import (
     UniBCTLoss,
 )
 from pml_compat.losses._task import TaskAndTermsLoss
+from pml_compat.transformations import LinearTransformation
 from tests.cases import ALIGNED, CLASSES, LOSSES, PAIRED, WIDTH, batch, build, old_classifier, references
 
 NAMES = [*LOSSES, *ALIGNED, *PAIRED]
@@ -104,6 +106,7 @@ AROUND = {
     "unibct": (lambda task: UniBCTLoss(task, centers(6), 0.5), ()),
     "compatible": (lambda task: CompatibleLoss(task, PointAlignmentLoss(), 0.5), ("ref_emb",)),
     "nccl": (lambda task: NCCLLoss(task, 40, embedding_size=WIDTH, feature_weight=1.0), ("ref_emb",)),
+    "bc_aligner": (lambda task: BCAlignerLoss(task, LinearTransformation(WIDTH, WIDTH), 0.5), ("ref_emb",)),
     "mixbct": (lambda task: MixBCTLoss(task, share=0.0, draw_weight=0.5), ("ref_emb",)),
 }
 TASKS = {

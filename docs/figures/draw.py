@@ -339,6 +339,20 @@ def matryoshka():
     return figure
 
 
+def chain():
+    figure = Drawing("Only the newest embeddings are stored; maps bring them back to each older version", height=170)
+    versions = [(18, "version 1", OLD, True), (170, "version 2", OLD, True), (322, "version 3", NEW, False)]
+    for x, name, color, dashed in versions:
+        figure.box(x, 66, 100, 44, *((name,) if dashed else (name, "stored")), color=color, dashed=dashed)
+    for x, name in ((322, "B\u2083"), (170, "B\u2082")):
+        figure.arrow(x - 4, 88, x - 48, 88, NEW)
+        figure.text(x - 26, 78, name, NEW)
+    figure.text(144, 142, "served by maps, no vector kept", SOFT)
+    figure.text(372, 142, "new model", SOFT)
+    figure.text(220, 34, "who uses an older version gets it by the maps", INK)
+    return figure
+
+
 def _between(start, end, distance):
     """Return the point ``distance`` from ``start`` on the way to ``end``."""
     angle = math.atan2(end[1] - start[1], end[0] - start[0])
@@ -374,6 +388,7 @@ FIGURES = (
     mixed_gallery,
     matryoshka,
     cores,
+    chain,
 )
 
 if __name__ == "__main__":

@@ -26,12 +26,7 @@ from .class_weight_length import CLASS_WEIGHT_LENGTH
 from .old_rows import check_old_rows
 from .transformation_widths import check_widths
 
-_LINEAR = (
-    LinearTransformation,
-    LowRankTransformation,
-    OrthogonalTransformation,
-    ScaledOrthogonalTransformation,
-)
+_LINEAR = (LinearTransformation, LowRankTransformation, OrthogonalTransformation, ScaledOrthogonalTransformation)
 
 
 class BCAlignerLoss(TaskAndTermsLoss):
@@ -49,7 +44,8 @@ class BCAlignerLoss(TaskAndTermsLoss):
     Args:
         loss: the task loss, any PML loss; it keeps its own reducer, and its parameters are in ``parameters()``.
         backward_transformation: ``B_k``, from the new width to that of the version before, whichever is wider; the
-            paper's is ``LinearTransformation(d_new, d_old, bias=False)``. Its parameters are in ``parameters()``.
+            paper's is ``LinearTransformation(d_new, d_old, bias=False)``; ``OrthogonalTransformation(d_new, d_old)``
+            keeps the angles of what is mapped, as queries need. Its parameters are in ``parameters()``.
         weight: ``lambda``, 0 or more, for the paper's squared error (its code: 16); None: the default.
         previous_maps: the older maps, from version k - 1 down: one, or a ``TransformationChain`` of them, newest first;
             linear. Copied, as buffers; None for the version before alone.
@@ -100,7 +96,7 @@ class BCAlignerLoss(TaskAndTermsLoss):
             raise ValueError(
                 "backward_transformation must be given: LinearTransformation(d_new, d_old, bias=False), got None"
             )
-        old_width = getattr(backward_transformation, "out_features", 0)  # what it is no transformation without
+        old_width = getattr(backward_transformation, "out_features", 0)  # check_widths refuses what has none
         check_widths(None, backward_transformation, old_width, _task_width(loss))
         self.backward_transformation = backward_transformation
         matrices, offsets = _composed(previous_maps, old_width)

@@ -1,4 +1,4 @@
-"""BCT, LCE, UniBCT, MixBCT and NCCL without a weight: onto directions, as strongly as the task loss draws.
+"""BCT, LCE, UniBCT, MixBCT, NCCL and others without a weight: onto directions, as strongly as the task loss draws.
 
 The multiplier is read from ``loss.balance`` here; test_gradient_balance.py holds it against its formula.
 """
@@ -14,7 +14,16 @@ from torch.nn.functional import normalize
 
 from pml_compat.frozen import ClassCenters, FrozenClassifier, class_weights
 from pml_compat.frozen.prototypes import refine_prototypes
-from pml_compat.losses import BCTLoss, CompatibleLoss, FCTLoss, LCELoss, MixBCTLoss, NCCLLoss, UniBCTLoss
+from pml_compat.losses import (
+    BCAlignerLoss,
+    BCTLoss,
+    CompatibleLoss,
+    FCTLoss,
+    LCELoss,
+    MixBCTLoss,
+    NCCLLoss,
+    UniBCTLoss,
+)
 from pml_compat.transformations import LinearTransformation
 from tests import reference
 from tests.pairwise import pairwise
@@ -472,6 +481,14 @@ FORMS = {
     "lce_backward": lambda: (lce("backward", dtype=torch.float32), False),
     "unibct": lambda: (UniBCTLoss(task(dtype=torch.float32), centers(dtype=torch.float32)), False),
     "mixbct": lambda: (mixbct(dtype=torch.float32), True),
+    "bc_aligner": lambda: (
+        BCAlignerLoss(
+            task(dtype=torch.float32),
+            LinearTransformation(NEW, NEW, bias=False),
+            previous_maps=LinearTransformation(NEW, OLD, bias=False),
+        ),
+        True,
+    ),
     "mixbct_pairs": lambda: (mixbct(losses.ContrastiveLoss()), True),
 }
 
