@@ -1,16 +1,17 @@
 """Ranks by counting in compiled loops: the engine of the metrics on a CPU, where numba is installed (extra ``fast``).
 
-A tile of scores is counted right after its product, while it is in the cache. The positives of a query are thresholds
-among its wrong items (:mod:`pml_compat.accuracy.counting_kernel`), so that nothing of the size of the gallery is kept.
+A tile of scores is counted right after its product, by the thread that multiplied, while it is in the cache: each
+thread has queries of its own. The positives of a query are thresholds among its wrong items
+(:mod:`pml_compat.accuracy.counting_kernel`), so that nothing of the size of the gallery is kept.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,16 @@ import torch
 from .gallery import Gallery
 from .matches import Matches, joined_runs
 from .places import CHANGE, FIRST_PLACES, PositiveRanks
+from .threads import in_threads, thread_count
 
 _WORTH_IT = 2**22  # scores; numba takes longer to load than torch to count fewer
-_ROWS = 256  # queries of a tile
-_FEWEST_ROWS = 64  # a product of fewer would spend its time reading the gallery
-_COLUMNS = 8192  # gallery rows of a tile: 8 MiB of scores
+_TILE_ROWS = 128  # queries of a product
+_COLUMNS = 8192  # gallery rows of a product: 4 MiB of scores a thread
+_ROWS = 512  # queries of a block
+_FEWEST_ROWS = 32  # a product of fewer would spend its time reading the gallery
+_BLOCKS = 4  # of a thread, at the least: none waits long for another
 _ALIGNED = 16  # columns of a tile are a multiple, a cache line: a product of other widths is far slower
-_BYTES = 24 * 2**20  # of the queries' tables and counts
+_BYTES = 16 * 2**20  # of the queries' tables and counts
 _BYTES_A_POSITIVE = 64
 _BUCKETS = 2**11, 2**15  # the fewest and the most of a query
 _BUCKETS_A_POSITIVE = 4
@@ -58,23 +62,6 @@ def _loops() -> tuple[Any, Any]:
     return found
 
 
-class Threads:
-    """As many threads as torch uses, for loops that do not hold Python's lock."""
-
-    def __init__(self) -> None:
-        self.count = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(max(1, self.count - 1))
-
-    def spread(self, work: Callable[[slice], None], rows: int) -> None:
-        """Call ``work`` with a part of the rows in each thread."""
-        ends = [rows * number // self.count for number in range(self.count + 1)]
-        parts = [slice(start, stop) for start, stop in itertools.pairwise(ends) if start < stop]
-        others = [self._pool.submit(work, part) for part in parts[1:]]
-        work(parts[0])
-        for one in others:
-            one.result()
-
-
 class QueryBlock:
     """Some queries: what is right for each, what is not in its ranking, and how far rounding reaches.
 
@@ -96,37 +83,32 @@ class QueryBlock:
     def __len__(self) -> int:
         return len(self.query)
 
-    def runs(self, rows: slice) -> tuple[np.ndarray, ...]:
-        """Return positives and excluded items of some of the queries."""
-        return tuple(
-            part if place % 3 == 0 else part[rows] for place, part in enumerate(self.positives + self.excluded)
-        )
-
-    def own_scores(self, gallery: Gallery, threads: Threads) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def own_scores(self, gallery: Gallery) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return ``(q, P)`` scores of the positives in the ranking, their rows, and ``(q,)`` how many there are."""
         own = np.empty((len(self), self.width), dtype=np.float32)
         items, size = np.empty(own.shape, dtype=np.int32), np.empty(len(self), dtype=np.int32)
-        rows32 = gallery.rows32.numpy()
         half_norms = np.empty(0, dtype=np.float32) if gallery.half_norms is None else gallery.half_norms.numpy()
-        query, loops = self.query.numpy(), _loops()[1]
-
-        def work(rows: slice) -> None:
-            loops.own_scores(query[rows], rows32, half_norms, *self.runs(rows), own[rows], items[rows], size[rows])
-
-        threads.spread(work, len(self))
+        rows = self.query.numpy(), gallery.rows32.numpy(), half_norms
+        _loops()[1].own_scores(*rows, *self.positives, *self.excluded, own, items, size)
         return own, items, size
+
+    def rows(self, part: slice) -> tuple[np.ndarray, ...]:
+        """Return positives and excluded items of some of the queries."""
+        return tuple(
+            array if place % 3 == 0 else array[part] for place, array in enumerate(self.positives + self.excluded)
+        )
 
 
 def tiles(
     query: torch.Tensor, gallery: Gallery, start: int, stop: int, buffer: torch.Tensor
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield tiles of gallery rows from ``start`` to ``stop``: the first row's number, and ``(q, n)`` scores."""
+) -> Iterator[tuple[slice, int, np.ndarray]]:
+    """Yield tiles of gallery rows from ``start`` to ``stop``: which queries, the first row's number, and the scores."""
     parts = math.ceil((stop - start) / _COLUMNS)
-    size = math.ceil((stop - start) / max(parts, 1) / _ALIGNED) * _ALIGNED
-    for first in range(start, stop, max(size, 1)):
-        last = min(first + size, stop)
-        scores = buffer[: len(query) * (last - first)].view(len(query), -1)
-        yield first, gallery.scores(query, scores, slice(first, last)).numpy()
+    size = max(1, math.ceil((stop - start) / max(parts, 1) / _ALIGNED) * _ALIGNED)
+    for top, first in itertools.product(range(0, len(query), _TILE_ROWS), range(start, stop, size)):
+        rows, last = slice(top, min(top + _TILE_ROWS, len(query))), min(first + size, stop)
+        scores = buffer[: (rows.stop - top) * (last - first)].view(-1, last - first)
+        yield rows, first, gallery.scores(query[rows], scores, slice(first, last)).numpy()
 
 
 class Thresholds:
@@ -136,70 +118,42 @@ class Thresholds:
         block: the queries.
         own: ``(q, P)`` float32, ascending in the first ``size`` of each row.
         size: ``(q,)`` int32.
-        threads: what counts.
     """
 
-    def __init__(self, block: QueryBlock, own: np.ndarray, size: np.ndarray, threads: Threads) -> None:
-        self.block, self.own, self.size, self.threads = block, own, size, threads
+    def __init__(self, block: QueryBlock, own: np.ndarray, size: np.ndarray) -> None:
+        self.block, self.own, self.size = block, own, size
         self.loops = _loops()[0]
         n_query, width = own.shape
         buckets = min(max(_BUCKETS[0], 1 << (_BUCKETS_A_POSITIVE * width - 1).bit_length()), _BUCKETS[1])
         lanes = self.loops.LANES
-        self.low, self.scale = np.empty((2, n_query), dtype=np.float32)
-        self.table = np.empty((n_query, buckets + 2 * lanes), dtype=np.uint16)
+        low, scale = np.empty((2, n_query), dtype=np.float32)
+        table = np.empty((n_query, buckets + 2 * lanes), dtype=np.uint16)
         self.counts = np.zeros((n_query, 2 * (width + 2 * lanes)), dtype=np.int32)
         self.shifts = np.zeros((n_query, 3, width + 1), dtype=np.int32)
-
-        def work(rows: slice) -> None:
-            self.loops.make_tables(*self._own(rows), self.low[rows], self.scale[rows], self.table[rows])
-
-        threads.spread(work, n_query)
-
-    def _own(self, rows: slice) -> tuple[np.ndarray, ...]:
-        block = self.block
-        return self.own[rows], self.size[rows], block.tolerance[rows], block.largest[rows]
+        self.tables = own, size, block.tolerance, block.largest, low, scale, table
+        self.loops.make_tables(*self.tables)
 
     def count(self, gallery: Gallery, start: int, stop: int, buffer: torch.Tensor) -> None:
         """Count the gallery's rows from ``start`` to ``stop``."""
-        for column, scores in tiles(self.block.query, gallery, start, stop, buffer):
-            self.threads.spread(partial(self._count, scores, column), len(self.own))
-
-    def _count(self, scores: np.ndarray, column: int, rows: slice) -> None:
-        self.loops.count_scores(
-            scores[rows],
-            column,
-            *self.block.runs(rows),
-            *self._own(rows),
-            self.low[rows],
-            self.scale[rows],
-            self.table[rows],
-            self.counts[rows],
-            self.shifts[rows],
-        )
+        for rows, column, scores in tiles(self.block.query, gallery, start, stop, buffer):
+            tables = (array[rows] for array in (*self.tables, self.counts, self.shifts))
+            self.loops.count_scores(scores, column, *self.block.rows(rows), *tables)
 
     def wrong(self) -> np.ndarray:
         """Return ``(q, 4, P)`` wrong items before each threshold, and begin to count anew."""
         out = np.empty((len(self.own), 4, self.own.shape[1]), dtype=np.int32)
-        self.threads.spread(
-            lambda rows: self.loops.sum_counts(self.size[rows], self.counts[rows], self.shifts[rows], out[rows]),
-            len(self.own),
-        )
+        self.loops.sum_counts(self.size, self.counts, self.shifts, out)
         return out
 
 
 def find_places(
-    own: np.ndarray, size: np.ndarray, tolerance: np.ndarray, wrong: np.ndarray, cuts: Sequence[int], threads: Threads
+    own: np.ndarray, size: np.ndarray, tolerance: np.ndarray, wrong: np.ndarray, cuts: Sequence[int]
 ) -> tuple[PositiveRanks, torch.Tensor]:
     """Return the ranks of positives, and for which queries the rounding of scores could show in a metric."""
     closer, within, positives_within = np.empty((3, *own.shape), dtype=np.int32)
-    unsure, loops = np.empty(len(own), dtype=bool), _loops()[1]
-    places = np.array(cuts, dtype=np.int64)
-
-    def work(rows: slice) -> None:
-        given = own[rows], size[rows], tolerance[rows], wrong[rows], places, FIRST_PLACES, CHANGE
-        loops.find_places(*given, closer[rows], within[rows], positives_within[rows], unsure[rows])
-
-    threads.spread(work, len(own))
+    unsure, places = np.empty(len(own), dtype=bool), np.array(cuts, dtype=np.int64)
+    given = own, size, tolerance, wrong, places, FIRST_PLACES, CHANGE
+    _loops()[1].find_places(*given, closer, within, positives_within, unsure)
     relevant = torch.from_numpy(size).long()
     ranks = PositiveRanks(
         valid=torch.arange(own.shape[1]) < relevant[:, None],
@@ -216,35 +170,9 @@ def choose_thresholds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return ``(q, P)`` thresholds of a gallery whose first rows are new, and ``(q, 4, P)`` the wrong items before."""
     own = np.full(items.shape, np.inf, dtype=np.float32)
-    chosen, loops = np.zeros((len(items), 4, items.shape[1]), dtype=np.int32), _loops()[1]
-
-    def work(rows: slice) -> None:
-        given = thresholds.own[rows], order[rows], items[rows], size[rows], replaced, wrong[rows]
-        loops.choose_thresholds(*given, own[rows], chosen[rows])
-
-    thresholds.threads.spread(work, len(items))
+    chosen = np.zeros((len(items), 4, items.shape[1]), dtype=np.int32)
+    _loops()[1].choose_thresholds(thresholds.own, order, items, size, replaced, wrong, own, chosen)
     return own, chosen
-
-
-def blocks(
-    query: torch.Tensor,
-    size: torch.Tensor,
-    tolerance: torch.Tensor,
-    numbers: torch.Tensor,
-    n_reference: int,
-    positives: Matches,
-    excluded: Sequence[Matches],
-    thresholds: int = 1,
-) -> Iterator[tuple[torch.Tensor, QueryBlock]]:
-    """Yield some of the queries' numbers after the other, and what is counted for them.
-
-    So many that their tables fit, with as many thresholds of each positive.
-    """
-    most = thresholds * (int(positives.most()) or n_reference)
-    bytes_a_query = _BYTES_A_POSITIVE * most + 2 * min(_BUCKETS_A_POSITIVE * most, _BUCKETS[1])
-    for part in numbers.split(min(_ROWS, max(_FEWEST_ROWS, _BYTES // bytes_a_query))):
-        right, out = _arrays(positives.runs(part)), _arrays(joined_runs(excluded, part, n_reference))
-        yield part, QueryBlock(query[part], size[part, 0], tolerance[part, 0], right, out)
 
 
 def _arrays(runs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Runs:
@@ -253,44 +181,87 @@ def _arrays(runs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Runs:
 
 
 class CompiledCounting:
-    """Ranks by counting float32 scores; what ``ranking`` asks of its counting."""
+    """Ranks by counting float32 scores; what ``ranking`` asks of its counting.
 
-    def __init__(self, query: torch.Tensor, gallery: Gallery, size: torch.Tensor, tolerance: torch.Tensor) -> None:
+    Args:
+        query: ``(Q, D)`` float32.
+        gallery: what is searched.
+        size: ``(Q, 1)``, the largest absolute value of a score.
+        tolerance: ``(Q, 1)``, how far rounding reaches.
+        thresholds: of each positive.
+    """
+
+    def __init__(
+        self, query: torch.Tensor, gallery: Gallery, size: torch.Tensor, tolerance: torch.Tensor, thresholds: int = 1
+    ) -> None:
         self.query, self.gallery = query.contiguous(), gallery
-        self.size, self.tolerance = size, tolerance
-        self.threads = Threads()
-        self.buffer = query.new_empty(_ROWS * min(_COLUMNS, len(gallery)))
+        self.size, self.tolerance, self.thresholds = size, tolerance, thresholds
+        self.threads = thread_count()
+        self._own = threading.local()
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """This thread's place for a tile of scores."""
+        if not hasattr(self._own, "buffer"):  # made once: new memory costs more than the work in it
+            self._own.buffer = torch.empty(_TILE_ROWS * min(_COLUMNS, len(self.gallery)))
+        return self._own.buffer
 
     def chunks(self, positives: Matches) -> list[torch.Tensor]:
-        """Return all queries' numbers, in the parts that are counted at once."""
-        return list(positives.neighbours(len(self.query)).split(_ROWS))
+        """Return all queries' numbers: some by which to judge, and the others."""
+        numbers = positives.neighbours(len(self.query))
+        return [part for part in numbers.tensor_split([self.threads * _ROWS]) if len(part)]
+
+    def over_blocks(
+        self,
+        work: Callable[[QueryBlock], Any],
+        numbers: torch.Tensor,
+        positives: Matches,
+        excluded: Sequence[Matches],
+    ) -> Iterator[tuple[torch.Tensor, Any]]:
+        """Yield some of the queries' numbers after the other, and what ``work`` gives for them, from all threads."""
+        parts = numbers.split(self._block_rows(len(numbers), positives))
+        made = (self._block(part, positives, excluded) for part in parts)
+        yield from zip(parts, in_threads(work, made, self.threads), strict=True)
+
+    def _block_rows(self, queries: int, positives: Matches) -> int:
+        """Return how many queries a thread takes: as many as all have work for, and the tables fit."""
+        most = self.thresholds * (int(positives.most()) or len(self.gallery))
+        bytes_a_query = _BYTES_A_POSITIVE * most + 2 * min(_BUCKETS_A_POSITIVE * most, _BUCKETS[1])
+        fit = max(_FEWEST_ROWS, _BYTES // self.threads // bytes_a_query)
+        blocks = 1 if self.threads == 1 else _BLOCKS * self.threads
+        return min(_ROWS, fit, max(_FEWEST_ROWS, math.ceil(queries / blocks)))
+
+    def _block(self, part: torch.Tensor, positives: Matches, excluded: Sequence[Matches]) -> QueryBlock:
+        right = _arrays(positives.runs(part)), _arrays(joined_runs(excluded, part, len(self.gallery)))
+        return QueryBlock(self.query[part], self.size[part, 0], self.tolerance[part, 0], *right)
 
     def ranks(
         self, numbers: torch.Tensor, positives: Matches, excluded: Sequence[Matches], cuts: Sequence[int]
     ) -> Iterator[tuple[torch.Tensor, PositiveRanks, torch.Tensor]]:
         """Yield some of the queries, their ranks, and for which the rounding of scores could show in a metric."""
-        size = len(self.gallery)
-        for part, block in blocks(self.query, self.size, self.tolerance, numbers, size, positives, excluded):
-            own, _, found = block.own_scores(self.gallery, self.threads)
+
+        def work(block: QueryBlock) -> tuple[PositiveRanks, torch.Tensor]:
+            own, _, found = block.own_scores(self.gallery)
             own.sort(axis=1)
-            thresholds = Thresholds(block, own, found, self.threads)
-            thresholds.count(self.gallery, 0, size, self.buffer)
-            yield part, *find_places(own, found, block.tolerance, thresholds.wrong(), cuts, self.threads)
+            thresholds = Thresholds(block, own, found)
+            thresholds.count(self.gallery, 0, len(self.gallery), self.buffer)
+            return find_places(own, found, block.tolerance, thresholds.wrong(), cuts)
+
+        for part, found in self.over_blocks(work, numbers, positives, excluded):
+            yield part, *found
 
     def nearest(
         self, numbers: torch.Tensor, positives: Matches, excluded: Sequence[Matches]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield some of the queries, the scores of their nearest positive and wrong item, and how many are right."""
-        size = len(self.gallery)
-        for part, block in blocks(self.query, self.size, self.tolerance, numbers, size, positives, excluded):
-            own, _, found = block.own_scores(self.gallery, self.threads)
+
+        def work(block: QueryBlock) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            own, _, found = block.own_scores(self.gallery)
             wrong = np.full(len(block), np.inf, dtype=np.float32)
+            for rows, column, scores in tiles(block.query, self.gallery, 0, len(self.gallery), self.buffer):
+                _loops()[0].remove_right(scores, column, *block.rows(rows))
+                np.minimum(wrong[rows], scores.min(axis=1), out=wrong[rows])
+            return torch.from_numpy(own.min(axis=1)), torch.from_numpy(wrong), torch.from_numpy(found).long()
 
-            def work(scores: np.ndarray, column: int, rows: slice, block: Any = block, wrong: Any = wrong) -> None:
-                _loops()[0].remove_right(scores[rows], column, *block.runs(rows))
-                np.minimum(wrong[rows], scores[rows].min(axis=1), out=wrong[rows])
-
-            for column, scores in tiles(block.query, self.gallery, 0, size, self.buffer):
-                self.threads.spread(partial(work, scores, column), len(block))
-            right, relevant = torch.from_numpy(own.min(axis=1)), torch.from_numpy(found).long()
-            yield part, right, torch.from_numpy(wrong), relevant
+        for part, found in self.over_blocks(work, numbers, positives, excluded):
+            yield part, *found

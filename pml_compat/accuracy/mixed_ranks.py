@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from .compiled import CompiledCounting, Thresholds, blocks, can_compile, choose_thresholds, find_places
+from .compiled import CompiledCounting, QueryBlock, Thresholds, can_compile, choose_thresholds, find_places
 from .gallery import Gallery, galleries_to_mix
 from .matches import Matches
 from .places import PositiveRanks
@@ -47,26 +47,31 @@ def mixed_ranks(
     """
     galleries = galleries_to_mix(old, new)
     plain = Counting(query, galleries[0])
-    counting = CompiledCounting(plain.query, galleries[0], plain.size, plain.tolerance)
-    left: list[list[torch.Tensor]] = [[] for _ in replaced]
-    given = plain.query, plain.size, plain.tolerance, positives.neighbours(len(query)), len(old), positives, excluded
-    for part, block in blocks(*given, thresholds=2):
-        own, items, size = block.own_scores(galleries[0], counting.threads)
-        own = np.concatenate([own, block.own_scores(galleries[1], counting.threads)[0]], axis=1)
-        order = own.argsort(axis=1)
-        thresholds = Thresholds(block, np.take_along_axis(own, order, axis=1), 2 * size, counting.threads)
+    counting = CompiledCounting(plain.query, galleries[0], plain.size, plain.tolerance, thresholds=2)
+    stretches = list(itertools.pairwise([0, *replaced, len(old)]))
 
-        def count(gallery: Gallery, start: int, stop: int, thresholds: Thresholds = thresholds) -> np.ndarray:
+    def work(block: QueryBlock) -> list[tuple[PositiveRanks, torch.Tensor]]:
+        own, items, size = block.own_scores(galleries[0])
+        own = np.concatenate([own, block.own_scores(galleries[1])[0]], axis=1)
+        order = own.argsort(axis=1)
+        thresholds = Thresholds(block, np.take_along_axis(own, order, axis=1), 2 * size)
+
+        def count(gallery: Gallery, start: int, stop: int) -> np.ndarray:
             thresholds.count(gallery, start, stop, counting.buffer)
             return thresholds.wrong()
 
-        stretches = list(itertools.pairwise([0, *replaced, len(old)]))
         wrong_old = [count(galleries[0], start, stop) for start, stop in stretches]
         wrong = np.sum(wrong_old, axis=0, dtype=np.int32)
+        found = []
         for step, until in enumerate(replaced):
             wrong += count(galleries[1], *stretches[step]) - wrong_old[step]
             chosen = choose_thresholds(thresholds, order, items, size, until, wrong)
-            ranks, unsure = find_places(chosen[0], size, block.tolerance, chosen[1], cuts, counting.threads)
+            found.append(find_places(chosen[0], size, block.tolerance, chosen[1], cuts))
+        return found
+
+    left: list[list[torch.Tensor]] = [[] for _ in replaced]
+    for part, found in counting.over_blocks(work, positives.neighbours(len(query)), positives, excluded):
+        for step, (ranks, unsure) in enumerate(found):
             if not bool(unsure.all()):
                 yield step, part[~unsure], ranks.of(~unsure)
             left[step].append(part[unsure])

@@ -24,6 +24,7 @@ from .scaled_orthogonal import ScaledOrthogonalTransformation
 from .selection import hold_out, is_better
 
 _MOST_ROWS = 2**15  # that a map is tried on; the best is fitted to all
+_STANDARD_ERRORS = 2.0  # by which a map is surely worse in P@1
 _RANKS = (2, 4, 8)  # parts of the narrower width
 _UNCHANGED = "unchanged"
 _DECIMALS = 6  # of cosines: copies of a row tie, however their products were rounded
@@ -209,5 +210,5 @@ def choose(scores: dict[str, Scores]) -> str:
     Surely: by more than two standard errors of the difference, query by query.
     """
     highest, _ = max(scores.values(), key=lambda found: float(found[0].mean()))
-    close = [name for name, (precision, _) in scores.items() if not is_better(highest, precision)]
+    close = [name for name, (precision, _) in scores.items() if not is_better(highest, precision, _STANDARD_ERRORS)]
     return max(close, key=lambda name: float(scores[name][1].mean()))

@@ -63,7 +63,7 @@ def fit_transformation(
         target: ``(N, out_features)``, row i of the same item as row i of ``source``; a list of as many views, or one
             for all of them. None where ``loss`` needs none.
         side_info: ``(N, side_features)``, stored with ``source``; as ``target``. None where there is none.
-        labels: ``(N,)``, for a ``loss`` that uses them, and to judge held-out rows by.
+        labels: ``(N,)``, for a ``loss`` that uses them, and to judge held-out classes by.
         loss: a PML loss, called as ``loss(mapped, labels, ref_emb=target)`` with what is there, and with ``log_var``
             where the transformation has ``with_log_variance``; its parameters are trained too. None: for maps that
             start at the closed form the squared error and the cosines to the new rows' neighbourhoods (the paper's is
@@ -79,8 +79,9 @@ def fit_transformation(
         validation: fraction of the samples in [0, 1) that is held out; if above 0, the state of the epoch with the
             lowest validation loss is kept, or the closed form. None: for maps that start at it a tenth is held out, of
             the classes where ``labels`` has 20 and more and ``loss`` is None, else of the rows; the epoch is kept in
-            which new rows retrieve best there, and the closed form where none is better by two standard errors, or too
-            few rows are there to tell. 0 for the other maps.
+            which new rows retrieve best there, and the closed form where none is better by a standard error, or too
+            few rows are there to tell. Best is by labels, where classes are held out, else by the new rows' own
+            cosines. 0 for the other maps.
         seed: of the order, the views, the split, and of dropout.
         autocast: ``torch.bfloat16`` or ``torch.float16`` for mixed precision; None for float32.
         checkpoint: a file, written after every epoch; where it exists, training goes on from it and ends with the

@@ -11,7 +11,11 @@ _SHARE = 0.1
 _FEWEST_ROWS, _MOST_ROWS = 10, 2000
 _FEWEST_CLASSES = 20
 _DEPTH = 10
-_STANDARD_ERRORS = 2.0
+
+
+def has_classes_to_spare(labels: torch.Tensor | None) -> bool:
+    """Whether :func:`hold_out` leaves out classes, and not rows of all of them."""
+    return labels is not None and len(torch.unique(labels)) >= _FEWEST_CLASSES
 
 
 def hold_out(rows: int, labels: torch.Tensor | None, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,8 +25,8 @@ def hold_out(rows: int, labels: torch.Tensor | None, generator: torch.Generator)
     of the rows, 10 at least. At most 2,000 are judged by; of classes that are left out no row is trained on.
     """
     order = torch.randperm(rows, generator=generator)
-    classes = None if labels is None else torch.unique(labels)
-    if labels is not None and classes is not None and len(classes) >= _FEWEST_CLASSES:
+    if labels is not None and has_classes_to_spare(labels):
+        classes = torch.unique(labels)
         left_out = classes[torch.randperm(len(classes), generator=generator)[: math.ceil(_SHARE * len(classes))]]
         out = torch.isin(labels, left_out)[order]
         training, judged = order[~out], order[out][:_MOST_ROWS]
@@ -56,7 +60,7 @@ def retrieval_scores(target: torch.Tensor, mapped: torch.Tensor, labels: torch.T
     return torch.einsum("nd,nkd->nk", queries, queries[found]).mean(1)
 
 
-def is_better(scores: torch.Tensor, start: torch.Tensor) -> bool:
-    """Whether scores are above those of the start by more than two standard errors of their difference."""
+def is_better(scores: torch.Tensor, start: torch.Tensor, standard_errors: float) -> bool:
+    """Whether scores are above those of the start by more than some standard errors of their difference."""
     gain = (scores - start).double()
-    return float(gain.mean()) > _STANDARD_ERRORS * float(gain.std()) / len(gain) ** 0.5
+    return float(gain.mean()) > standard_errors * float(gain.std()) / len(gain) ** 0.5

@@ -14,7 +14,9 @@ from .base import Transformation
 from .fastfill import gaussian_losses
 from .paired_rows import PairedRows
 from .pairs import moments_of
-from .selection import hold_out, is_better, retrieval_scores
+from .selection import has_classes_to_spare, hold_out, is_better, retrieval_scores
+
+_STANDARD_ERRORS = 1.0  # by which what was trained has to be better than the closed form
 
 History = dict[str, Any]
 
@@ -111,7 +113,7 @@ class TrainingRun:
         keeps_start = self.started and self.settings["validation"] is None and not self._judges()
         if self._judges():
             best_epoch = int(np.argmax(self.history["validation_score"][1:]))
-            keeps_start = not is_better(self.scores["best"], self.scores["start"])
+            keeps_start = not is_better(self.scores["best"], self.scores["start"], _STANDARD_ERRORS)
         elif losses:
             best_epoch = int(np.argmin(losses))
             keeps_start = self.started and self.first_loss <= losses[best_epoch]
@@ -139,14 +141,22 @@ class TrainingRun:
         """Return the rows to train on and the rows that are held out."""
         share, length = self.settings["validation"], self.rows.length
         if share is None and self.can_start:
-            # A loss of the caller's own may be for just these classes, as a contrast by labels: then by rows.
-            labels = self.rows.labels if self.loss is None else None
+            labels = self._labels_of_spare_classes()
             return hold_out(length, None if labels is None else labels.cpu(), self.generator)
         order = torch.randperm(length, generator=self.generator)
         held_out = math.ceil((share or 0.0) * length)
         if held_out == length:
             raise ValueError(f"validation must leave samples to train on, got {share} of {length}")
         return order[held_out:].sort().values, order[:held_out].sort().values
+
+    def _labels_of_spare_classes(self) -> torch.Tensor | None:
+        """Return the labels to hold out and judge by; None where rows are held out, and the new model judges.
+
+        Of a few classes that were trained on nearly all that is found is right. A loss of the caller's own may be for
+        just these classes, as a contrast by labels.
+        """
+        labels = self.rows.labels
+        return labels if self.loss is None and has_classes_to_spare(labels) else None
 
     def _judges(self) -> bool:
         """Whether the state to keep is chosen by what the held-out rows retrieve, and not by their loss."""
@@ -200,7 +210,8 @@ class TrainingRun:
             rows.read(name, self.validation, view) for name in ("source", "target", "side_info")
         )
         assert target is not None
-        labels = None if rows.labels is None else rows.labels[self.validation].to(self.device)
+        labels = self._labels_of_spare_classes()
+        labels = None if labels is None else labels[self.validation].to(self.device)
         return retrieval_scores(target, self.transformation(source, side_info), labels)
 
     def _keep_the_best_score(self) -> None:

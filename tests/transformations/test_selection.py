@@ -62,11 +62,14 @@ def test_labels_that_no_two_rows_share_do_not_count():
     assert retrieval_scores(target, mapped, torch.arange(30)).equal(retrieval_scores(target, mapped, None))
 
 
-def test_better_by_two_standard_errors():
+@pytest.mark.parametrize("errors", [1.0, 2.0])
+def test_better_by_standard_errors(errors):
     """Differences of 0.1 and 0.3: a mean of 0.2, a standard error of 0.1 / sqrt(3)."""
     start = torch.zeros(4)
     gains = torch.tensor([0.1, 0.3, 0.1, 0.3])
     error = gains.double().std().item() / 2
     assert error == pytest.approx(0.1 / math.sqrt(3))
-    assert is_better(gains, start) and not is_better(start, gains) and not is_better(start, start)
-    assert is_better(gains - 0.2 + 2.01 * error, start) and not is_better(gains - 0.2 + 1.99 * error, start)
+    assert is_better(gains, start, errors)
+    assert not is_better(start, gains, errors) and not is_better(start, start, errors)
+    assert is_better(gains - 0.2 + (errors + 0.01) * error, start, errors)
+    assert not is_better(gains - 0.2 + (errors - 0.01) * error, start, errors)
