@@ -56,7 +56,7 @@ class SSPLoss(LabelFreeLoss):
 
     old_anchors: torch.Tensor
 
-    def __init__(self, anchors: Any, scale: float = 10.0, **kwargs: Any) -> None:
+    def __init__(self, anchors: Any, scale: float = 5.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.register_buffer("old_anchors", as_codebooks(anchors))
         self.scale = check_number(scale, "scale", minimum=0, exclusive=True)
@@ -64,7 +64,7 @@ class SSPLoss(LabelFreeLoss):
 
     @classmethod
     def from_index(cls, index: Any, **kwargs: Any) -> SSPLoss:
-        """Take the anchors of the index that serves the old gallery; nothing else is needed of the old system.
+        """Take the anchors of the index that serves the old gallery; it may be empty, as long as it is trained.
 
         Args:
             index: a trained faiss index (``faiss.read_index(path)``): an IVF index, for the centroids of its lists, or
