@@ -38,6 +38,7 @@ class CSDLoss(LabelFreeLoss):
         - ref_emb ``(N, D_old)``: the old model's embeddings, row i of the same item; receives no gradient
         - output: scalar, float32 or better, 0 or more; 0 for one item alone without a gallery
         - memory: :math:`O(N K D_{old})`, and :math:`N` times 16,384 similarities while neighbours are looked for
+        - time: :math:`O(N M D_{old})` a call to find the neighbours
     Raises:
         ValueError: ``gallery`` not 2-dimensional, empty, NaN or infinite; ``top_k`` < 2; a temperature that is not
             above 0; ``ref_emb`` missing, of another length or not as wide as the gallery; empty, NaN or infinite;

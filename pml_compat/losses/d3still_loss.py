@@ -44,6 +44,7 @@ class D3StillLoss(LabelFreeLoss):
         - output: scalar, float32 or better; ``terms["point_loss"]``, ``["inconsistent_loss"]`` and
           ``["consistent_loss"]``, multiplied by their weights; of one or two items alone, without a gallery, the first
         - memory: :math:`O(N K (K + D_{old}))`, and :math:`N` times 16,384 similarities while neighbours are looked for
+        - time: :math:`O(N M D_{old})` a call to find the neighbours
     Raises:
         ValueError: ``gallery`` not 2-dimensional, empty, NaN or infinite; ``top_k`` < 3; a weight < 0; ``ref_emb``
             missing, of another length or not as wide as the gallery; empty, NaN or infinite; another device; an
