@@ -40,6 +40,8 @@ from pml_compat.losses import (
     CompatibleHeadLoss,
     CompatibleLoss,
     CrossModelLoss,
+    CSDLoss,
+    D3StillLoss,
     FocalDistillationLoss,
     LCELoss,
     LwFLoss,
@@ -48,6 +50,7 @@ from pml_compat.losses import (
     PointAlignmentLoss,
     RACTLoss,
     RAMLLoss,
+    SSPLoss,
     UniBCTLoss,
     shorten_class_weights,
 )
@@ -141,12 +144,16 @@ METHODS = {
     "RACT": beside(lambda old: RACTLoss()),
     "PointAlignment": beside(lambda old: PointAlignmentLoss()),
     "RAML": beside(lambda old: RAMLLoss()),
+    "CSD": beside(lambda old: CSDLoss()),
+    "SSP": beside(lambda old: SSPLoss.from_embeddings(old.embeddings)),
+    "D3still": beside(lambda old: D3StillLoss()),
     "LwF": beside(lambda old: LwFLoss(FrozenClassifier.from_centers(old.centers()))),
     "FocalDistillation": beside(lambda old: FocalDistillationLoss(old.centers())),
     "NCCL": Training(lambda task, old: NCCLLoss(task, embedding_size=old.width), "stored"),
     "AdvBCT": beside(lambda old: AdvBCTLoss.from_embeddings(old.embeddings, old.new_labels)),
 }
 MAPPED_BACK = ("LCE, backward", "BC-Aligner", "BC-Aligner, rotation")
+LABEL_FREE = ("PointAlignment", "RAML", "CSD", "SSP", "D3still")
 HEAD = "CompatibleHead"
 MAPS = ("linear map", "FCT", "FCT, side-information")
 BLENDS = ("rotated query", "blended query", "blended query, no labels")
@@ -154,7 +161,7 @@ TWO_STAGES = {"two stages, 10": 10, "two stages, 50": 50}
 AT_QUERY_TIME = (*BLENDS, *TWO_STAGES)  # of the two finished models, nothing trained
 STACKED = {"blended query on BCT": "BCT", "blended query on the head": HEAD}
 CLOSED_METHODS = [*METHODS, HEAD, *MAPS, *AT_QUERY_TIME, *STACKED]
-OPEN_METHODS = ["BCT", "LCE", "UniBCT", "PointAlignment", HEAD, *MAPS, *AT_QUERY_TIME, *STACKED]
+OPEN_METHODS = ["BCT", "LCE", "UniBCT", *LABEL_FREE, HEAD, *MAPS, *AT_QUERY_TIME, *STACKED]
 
 
 def measure(queries: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor) -> Accuracies:

@@ -23,6 +23,8 @@ from pml_compat.losses import (
     CompatibleLoss,
     CoReSLoss,
     CrossModelLoss,
+    CSDLoss,
+    D3StillLoss,
     FastFillLoss,
     FCTLoss,
     FocalDistillationLoss,
@@ -35,6 +37,7 @@ from pml_compat.losses import (
     PointAlignmentLoss,
     RACTLoss,
     RAMLLoss,
+    SSPLoss,
     UniBCTLoss,
 )
 from pml_compat.miners import HardestCrossModelMiner
@@ -107,6 +110,11 @@ def basis() -> BasisTransformation:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         return BasisTransformation(WIDTH - 2, WIDTH, extra_features=2)
+
+
+def gallery() -> torch.Tensor:
+    """The same for every seed: it is the user's, and in no loss's state."""
+    return torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
 def classification() -> torch.nn.Module:
@@ -182,6 +190,12 @@ ALIGNED: dict[str, Callable[..., torch.nn.Module]] = {
     ),
     "point_alignment": PointAlignmentLoss,
     "raml": RAMLLoss,
+    "csd": CSDLoss,
+    "csd_gallery": lambda **kwargs: CSDLoss(gallery(), 7, temperature=0.2, old_temperature=0.3, **kwargs),
+    "ssp": lambda **kwargs: SSPLoss(torch.randn(5, WIDTH), **kwargs),
+    "ssp_codebooks": lambda **kwargs: SSPLoss(torch.randn(4, 6, WIDTH // 4), scale=2.0, **kwargs),
+    "d3still": D3StillLoss,
+    "d3still_gallery": lambda **kwargs: D3StillLoss(gallery(), 6, point_weight=1.0, **kwargs),
     "point_alignment_weakened": lambda **kwargs: PointAlignmentLoss(10.0, threshold=0.2, squared=False, **kwargs),
 }
 

@@ -243,6 +243,60 @@ def raml_terms(new_emb, old_emb, cross_weight, self_weight):
     }
 
 
+def neighbours(old, gallery, count):
+    """Of each unit row the ``count`` unit rows nearest to it in a gallery, or among the others, nearest first."""
+    found = []
+    for i, o in enumerate(old):
+        rows = [r for j, r in enumerate(old) if j != i] if gallery is None else gallery
+        found.append(sorted(rows, key=lambda r: -float(o @ r))[:count])
+    return found
+
+
+def divergence(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def csd_losses(new_emb, old_emb, gallery, top_k, temperature, old_temperature):
+    new, old = ([unit(row) for row in rows] for rows in (new_emb, old_emb))
+    gallery = None if gallery is None else [unit(row) for row in gallery]
+    losses = []
+    for n, o, near in zip(new, old, neighbours(old, gallery, top_k - 1), strict=True):
+        context = [o, *near]
+        p = softmax([float(o @ g) / old_temperature for g in context])
+        losses.append(divergence(p, softmax([float(n @ g) / temperature for g in context])))
+    return losses
+
+
+def ssp_losses(new_emb, old_emb, codebooks, scale):
+    """Codebooks ``[part][anchor]`` as the loss holds them."""
+    losses, width = [], len(codebooks[0][0])
+    for n, o in zip(map(unit, new_emb), map(unit, old_emb), strict=True):
+        parts = []
+        for m, book in enumerate(codebooks):
+            part = slice(m * width, (m + 1) * width)
+            p, q = (softmax([scale * len(codebooks) * float(row[part] @ c) for c in book]) for row in (o, n))
+            parts.append(divergence(p, q))
+        losses.append(sum(parts) / len(parts))
+    return losses
+
+
+def d3still_terms(new_emb, old_emb, gallery, top_k, weights):
+    """Mean point term, and those of pairs in another order and in the same, multiplied by ``weights``."""
+    new, old = ([unit(row) for row in rows] for rows in (new_emb, old_emb))
+    gallery = None if gallery is None else [unit(row) for row in gallery]
+    totals = [0.0, 0.0, 0.0]
+    for n, o, near in zip(new, old, neighbours(old, gallery, top_k - 1), strict=True):
+        squares = [0.0, 0.0]
+        for one in near:
+            for other in near:
+                was, now = float(o @ one) - float(o @ other), float(n @ one) - float(n @ other)
+                squares[0 if was * now < 0 else 1] += ((now - was) / (0.1 + abs(was))) ** 2
+        totals[0] += 1 - float(n @ o)
+        for place, total in enumerate(squares, 1):
+            totals[place] += math.sqrt(total / max(1, len(near)) ** 2)
+    return [weight * total / len(new) for weight, total in zip(weights, totals, strict=True)]
+
+
 def simplex(count):
     n = count - 1
     corners = [[float(i == j) for j in range(n)] for i in range(n)] + [[(1 - math.sqrt(1 + n)) / n] * n]

@@ -9,6 +9,8 @@ from .compatible_head_loss import CompatibleHeadLoss
 from .compatible_loss import CompatibleLoss
 from .cores_loss import CoReSLoss
 from .cross_model_loss import CrossModelLoss
+from .csd_loss import CSDLoss
+from .d3still_loss import D3StillLoss
 from .fastfill_loss import FastFillLoss
 from .fct_loss import FCTLoss
 from .focal_distillation_loss import FocalDistillationLoss
@@ -23,6 +25,7 @@ from .nccl_loss import NCCLLoss
 from .point_alignment_loss import PointAlignmentLoss
 from .ract_loss import RACTLoss
 from .raml_loss import RAMLLoss
+from .ssp_loss import SSPLoss
 from .unibct_loss import UniBCTLoss
 
 __all__ = [
@@ -30,10 +33,12 @@ __all__ = [
     "BCAlignerLoss",
     "BCTLoss",
     "BT2Loss",
+    "CSDLoss",
     "CoReSLoss",
     "CompatibleHeadLoss",
     "CompatibleLoss",
     "CrossModelLoss",
+    "D3StillLoss",
     "FCTLoss",
     "FastFillLoss",
     "FocalDistillationLoss",
@@ -48,6 +53,7 @@ __all__ = [
     "PointAlignmentLoss",
     "RACTLoss",
     "RAMLLoss",
+    "SSPLoss",
     "UniBCTLoss",
     "shorten_class_weights",
 ]

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 
 from .._checks import check_number, check_same_device
-from .._host import indices_tuple_not_supported
-from .._rows import no_autocast
 from ..frozen.old_system import OldSystem, as_classifier
-from ._base import NamedTermsLoss
+from ._label_free import LabelFreeLoss
 from ._reduction import per_sample
 from .old_rows import check_old_rows
 
 
-class LwFLoss(NamedTermsLoss):
+class LwFLoss(LabelFreeLoss):
     r"""Let the old classifier answer alike on new and on old embeddings of the same item.
 
     .. math:: \ell_i = -\sum_c p_{ic} \log q_{ic}, \quad p_i = \operatorname{softmax}(z(f_{o,i}) / T_{old}), \quad
@@ -69,25 +67,15 @@ class LwFLoss(NamedTermsLoss):
         self.old_temperature = check_number(old_temperature, "old_temperature", minimum=0, exclusive=True)
         self.add_to_recordable_attributes(list_of_names=["temperature", "old_temperature"], is_stat=False)
 
-    @property
-    def needs_ref_emb(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def needs_labels(self) -> bool:
-        """Never."""
-        return False
-
-    def compute_loss(
-        self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: torch.Tensor, ref_labels: Any
-    ) -> dict[str, Any]:
-        """Return one loss a row."""
-        indices_tuple_not_supported(indices_tuple)
-        new_emb, old_emb = check_old_rows(embeddings, ref_emb, width=self.old_classifier.in_features)
+    def check_rows(self, embeddings: torch.Tensor, ref_emb: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return old rows as wide as the old classifier, and where it is."""
+        rows = check_old_rows(embeddings, ref_emb, width=self.old_classifier.in_features)
         check_same_device(embeddings, "embeddings", self.old_classifier.rows, "the loss")
-        with no_autocast(embeddings):
-            targets = torch.softmax(self.old_classifier.logits(old_emb) / self.old_temperature, dim=1)
-            logits = self.old_classifier.logits(new_emb) / self.temperature
-            losses = torch.nn.functional.cross_entropy(logits, targets.to(logits.dtype), reduction="none")
+        return rows
+
+    def compare(self, new_emb: torch.Tensor, old_emb: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        """Return one loss a row."""
+        targets = torch.softmax(self.old_classifier.logits(old_emb) / self.old_temperature, dim=1)
+        logits = self.old_classifier.logits(new_emb) / self.temperature
+        losses = torch.nn.functional.cross_entropy(logits, targets.to(logits.dtype), reduction="none")
         return {"loss": per_sample(losses)}

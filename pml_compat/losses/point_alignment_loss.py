@@ -8,14 +8,13 @@ import torch
 from torch.nn.functional import mse_loss
 
 from .._checks import check_number
-from .._host import BaseDistance, LpDistance, indices_tuple_not_supported
-from .._rows import no_autocast, unit_rows
-from ._base import NamedTermsLoss
+from .._host import BaseDistance, LpDistance
+from .._rows import unit_rows
+from ._label_free import LabelFreeLoss
 from ._reduction import per_sample
-from .old_rows import check_old_rows
 
 
-class PointAlignmentLoss(NamedTermsLoss):
+class PointAlignmentLoss(LabelFreeLoss):
     r"""Pull every new embedding onto the old embedding of the same item, or to within a distance of it.
 
     .. math:: \ell_i = w \, [d(a_i, o_i) - t]_+^2, \qquad \text{or, with } \texttt{squared=False}, \qquad
@@ -68,32 +67,17 @@ class PointAlignmentLoss(NamedTermsLoss):
         self.squared = squared
         self.add_to_recordable_attributes(list_of_names=["weight", "threshold"], is_stat=False)
 
-    @property
-    def needs_ref_emb(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def needs_labels(self) -> bool:
-        """Never."""
-        return False
-
     def get_default_distance(self) -> BaseDistance:
         """Euclidean distance of unit rows."""
         return LpDistance(p=2)
 
-    def compute_loss(
-        self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: torch.Tensor, ref_labels: Any
-    ) -> dict[str, Any]:
+    def compare(self, new_emb: torch.Tensor, old_emb: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
         """Return one loss a row."""
-        indices_tuple_not_supported(indices_tuple)
-        new_emb, old_emb = check_old_rows(embeddings, ref_emb)
-        with no_autocast(embeddings):
-            if self.distance.normalize_embeddings:
-                new_emb, old_emb = (unit_rows(rows, embeddings.dtype) for rows in (new_emb, old_emb))
-            losses = hinged_distances(new_emb, old_emb, self.threshold, self.squared)
-            if self.weight != 1:
-                losses = self.weight * losses
+        if self.distance.normalize_embeddings:
+            new_emb, old_emb = (unit_rows(rows, dtype) for rows in (new_emb, old_emb))
+        losses = hinged_distances(new_emb, old_emb, self.threshold, self.squared)
+        if self.weight != 1:
+            losses = self.weight * losses
         return {"loss": per_sample(losses)}
 
 

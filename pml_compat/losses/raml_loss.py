@@ -7,14 +7,12 @@ from typing import Any
 import torch
 
 from .._checks import check_number
-from .._host import indices_tuple_not_supported
-from .._rows import no_autocast, unit_rows
-from ._base import NamedTermsLoss
+from .._rows import unit_rows
+from ._label_free import LabelFreeLoss
 from ._reduction import per_sample, reduced
-from .old_rows import check_old_rows
 
 
-class RAMLLoss(NamedTermsLoss):
+class RAMLLoss(LabelFreeLoss):
     r"""Keep the old model's relations within a batch, without labels.
 
     .. math:: L = \operatorname{mean}_i (1 - n_i \cdot o_i)^2
@@ -62,31 +60,15 @@ class RAMLLoss(NamedTermsLoss):
     def _sub_loss_names(self) -> list[str]:
         return ["point_loss", "cross_loss", "self_loss"]
 
-    @property
-    def needs_ref_emb(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def needs_labels(self) -> bool:
-        """Never."""
-        return False
-
-    def compute_loss(
-        self, embeddings: torch.Tensor, labels: Any, indices_tuple: Any, ref_emb: torch.Tensor, ref_labels: Any
-    ) -> dict[str, Any]:
+    def compare(self, new_emb: torch.Tensor, old_emb: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
         """Return one loss a row of the points, and one number of each kind of pairs."""
-        indices_tuple_not_supported(indices_tuple)
-        new_emb, old_emb = check_old_rows(embeddings, ref_emb)
-        with no_autocast(embeddings):
-            new, old = (unit_rows(rows, embeddings.dtype) for rows in (new_emb, old_emb))
-            cross, old_pairs = new @ old.t(), old @ old.t()
-            found = {
-                "point_loss": per_sample((1 - cross.diagonal()).square()),
-                "cross_loss": reduced(self.cross_weight * of_pairs(cross, old_pairs)),
-                "self_loss": reduced(self.self_weight * of_pairs(new @ new.t(), old_pairs)),
-            }
-        return found
+        new, old = (unit_rows(rows, dtype) for rows in (new_emb, old_emb))
+        cross, old_pairs = new @ old.t(), old @ old.t()
+        return {
+            "point_loss": per_sample((1 - cross.diagonal()).square()),
+            "cross_loss": reduced(self.cross_weight * of_pairs(cross, old_pairs)),
+            "self_loss": reduced(self.self_weight * of_pairs(new @ new.t(), old_pairs)),
+        }
 
 
 def of_pairs(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

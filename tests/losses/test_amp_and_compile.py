@@ -11,7 +11,7 @@ every_loss = pytest.mark.parametrize("name", NAMES)
 # Losses that torch.compile takes in one graph. The others cut it, mostly where they pick the rows that a term is for,
 # whose number is a value of the batch, where the task loss, which is PML's, does, or where a multiplier is measured,
 # which takes gradients of its own.
-STARTS = ("fct", "lwf", "point_alignment", "focal_distillation", "ract", "compatible")
+STARTS = ("fct", "lwf", "point_alignment", "raml", "csd", "ssp", "d3still", "focal_distillation", "ract", "compatible")
 WHOLE = [name for name in NAMES if (name.startswith(STARTS) or name == "nccl") and name not in BALANCED]
 IN_PARTS = {name.split("_")[0]: name for name in reversed(NAMES) if name not in WHOLE}  # one of each kind
 IN_PARTS["mined"] = "cross_model_mined"
