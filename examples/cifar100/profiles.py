@@ -1,4 +1,4 @@
-"""What the comparison is run with: on a CPU in an afternoon, on a GPU in minutes, or as the papers did."""
+"""What the comparison is run with: on a CPU in an afternoon or in days, on a GPU in minutes, or as the papers did."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Profile:
 
 PROFILES = {
     "cpu": Profile(resnet8, None, 6, side_epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4),
+    "cpu-long": Profile(resnet8, None, 30, side_epochs=60, batch_size=128, lr=0.1, weight_decay=5e-4),
     "gpu": Profile(resnet18, None, 30, side_epochs=100, batch_size=256, lr=0.2, weight_decay=5e-4),
     "paper": Profile(resnet50, 224, 100, side_epochs=200, batch_size=1024, lr=1.024, weight_decay=2**-15),
 }
