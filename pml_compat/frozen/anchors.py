@@ -39,7 +39,7 @@ def anchors_of_index(index: Any) -> torch.Tensor:
             maps += [faiss.downcast_VectorTransform(chain.at(place)) for place in range(chain.size())]
         inner = faiss.downcast_index(wrapped)
     if isinstance(inner, faiss.IndexIVF):
-        rows = inner.quantizer.reconstruct_n(0, inner.nlist)
+        rows = np.asarray(inner.quantizer.reconstruct_n(0, inner.nlist))  # a tensor after faiss.contrib.torch_utils
         for one in reversed(maps):
             rows = one.reverse_transform(rows)
         return torch.from_numpy(rows.copy())

@@ -35,6 +35,15 @@ def test_lists_are_found_by_their_centroids(name):
     assert places.tolist() == nearest(vectors(50, 1), anchors.numpy()).tolist()
 
 
+def test_where_pml_has_made_faiss_give_tensors():
+    """PML imports this module, which changes faiss for the whole process."""
+    faiss, index = trained("IVF8,Flat")
+    before = anchors_of_index(index)
+    pytest.importorskip("faiss.contrib.torch_utils")
+    assert isinstance(faiss.extract_index_ivf(index).quantizer.reconstruct_n(0, 8), torch.Tensor)
+    assert torch.equal(anchors_of_index(index), before)
+
+
 @pytest.mark.parametrize("name", ["OPQ4,IVF8,Flat", "PCAR5,IVF8,Flat", "OPQ4_8,IVF8,PQ4x4"])
 def test_centroids_of_mapped_vectors_are_mapped_back(name):
     faiss, index = trained(name)
