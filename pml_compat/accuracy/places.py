@@ -10,6 +10,7 @@ import torch
 
 FIRST_PLACES = 10  # where the order is not left to rounding
 CHANGE = 1e-3  # share of a query's average precision, or of its reciprocal rank, that is left to rounding at most
+TIED = 64  # units in the last place of ``(2 |q| + d) ** 2`` by which distances that tie differ at most
 
 
 @dataclass(frozen=True)
