@@ -32,11 +32,6 @@ class PositiveRanks:
         return PositiveRanks(**{field.name: getattr(self, field.name)[queries] for field in fields(self)})
 
     @cached_property
-    def tied(self) -> bool:
-        """Whether any positive ties with another item."""
-        return bool(((self.within - self.closer).mul_(self.valid) > 1).any())
-
-    @cached_property
     def precision(self) -> torch.Tensor:
         """The ``(Q, P)`` precision, float64, of the list that ends with the positive and its ties; 0 for padding."""
         return (self.positives_within * self.valid).double() / self.within.clamp_min(1)  # float64: int32 makes float32
