@@ -8,7 +8,7 @@ distances and the positives', in float64, give the places that sorting all of th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -55,8 +55,9 @@ def decide(
         ranks: ``(q, P)``.
         unsure: ``(q,)`` bool.
     """
-    from . import windows_kernel
+    from . import windows_kernel  # numba's, whose types Python's do not tell
 
+    loops: Any = windows_kernel
     queries = np.flatnonzero(unsure.numpy() & (near.size <= near.rows.shape[1]))
     if not len(queries):
         return
@@ -71,8 +72,8 @@ def decide(
         own_distances = np.empty((len(part), width))
         distances = np.empty((len(part), int(near.size[part].max())))
         listed = near.rows, n_old, near.size
-        windows_kernel.find_distances(part, query, *rows, replaced, *own, *listed, own_distances, distances)
+        loops.find_distances(part, query, *rows, replaced, *own, *listed, own_distances, distances)
         own_distances.sort(axis=1)
         distances.sort(axis=1)
         given = own_distances, distances, own[1], apart, reach, TIED * np.finfo(np.float64).eps
-        windows_kernel.find_exact_places(part, query, *given, *found)
+        loops.find_exact_places(part, query, *given, *found)

@@ -91,8 +91,8 @@ def find_exact_places(
         own: ``(u, P)`` float64 distances of positives, ascending.
         others: ``(u, n)`` float64 distances of the wrong items near them, ascending, infinity after the last.
         size: ``(q,)`` int32, how many positives there are.
-        apart: ``(q, P)`` int32, wrong items that are near none of the positives and closer than the first, the second...
-        reach: ``(q,)`` float32: a tie that is longer is left undecided, as an item that is not near could be in it.
+        apart: ``(q, P)`` int32, wrong items near none of the positives that are closer than the first, the second...
+        reach: ``(q,)`` float32: a longer tie is left undecided, as an item that is not near could be in it.
         rounding: items tie whose distances differ by no more than this share of ``(2 |q| + d) ** 2``.
         closer: ``(q, P)`` int32, is filled for the queries, like the following.
         within: ``(q, P)`` int32.

@@ -149,6 +149,16 @@ def test_all_items_tied_in_a_large_gallery_are_sorted(sorted_queries, monkeypatc
     assert len(sorted_queries) == 40
 
 
+def test_a_query_is_taken_as_it_was_given(sorted_queries):
+    """In float32 the positive would be the nearer of the two."""
+    query = torch.tensor([[1 + 1e-9]], dtype=torch.float64)
+    reference = torch.tensor([[0.5], [1.5 + 1.5e-9], [7.0]], dtype=torch.float64)
+    data = query, reference, EqualCodes(torch.tensor([0]), torch.tensor([0, 1, 1])), []
+    check(*data)
+    ((_, ranks),) = ranking.exact_ranks(*data)
+    assert ranks.closer.tolist() == [[1]] and not sorted_queries
+
+
 @pytest.mark.parametrize("longer", [1e4, 1e9])
 def test_a_tie_that_may_leave_its_window_is_sorted(longer, sorted_queries):
     """To a query far longer than the gallery's rows float64 cannot tell items apart that float32 may."""
@@ -192,4 +202,11 @@ def test_galleries_that_are_replaced_step_by_step(kind, sorted_queries):
         for step, until in enumerate(steps):
             expected = by_sorting(query, torch.cat([new[:until], old[until:]]), positives, excluded)
             assert found_ranks(found[step], len(query)) == expected
+    assert not sorted_queries
+
+
+@pytest.mark.slow
+def test_windows_give_what_sorting_does_2000_times(sorted_queries):
+    for seed in range(2000):
+        check(*near_ties(KINDS[seed % len(KINDS)], seed))
     assert not sorted_queries
