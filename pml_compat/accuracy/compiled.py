@@ -21,6 +21,7 @@ from .gallery import Gallery
 from .matches import Matches, joined_runs
 from .places import CHANGE, FIRST_PLACES, PositiveRanks
 from .threads import in_threads, thread_count
+from .windows import NearItems, decide
 
 _WORTH_IT = 2**22  # scores; numba takes longer to load than torch to count fewer
 _TILE_ROWS = 128  # queries of a product
@@ -31,6 +32,7 @@ _BLOCKS = 4  # of a thread, at the least: none waits long for another
 _ALIGNED = 16  # columns of a tile are a multiple, a cache line: a product of other widths is far slower
 _BYTES = 16 * 2**20  # of the queries' tables and counts
 _BYTES_A_POSITIVE = 64
+_NEAR_BYTES = 8 * 2**20  # a thread's, for the rows of items near a positive
 _BUCKETS = 2**11, 2**15  # the fewest and the most of a query
 _BUCKETS_A_POSITIVE = 4
 _MOST_POSITIVES = 2**15 - 2**8  # that a table of uint16 can lead to
@@ -66,7 +68,7 @@ class QueryBlock:
     """Some queries: what is right for each, what is not in its ranking, and how far rounding reaches.
 
     Args:
-        query: ``(q, D)`` float32.
+        query: ``(q, D)``.
         size: ``(q,)`` float32, the largest absolute value of a score.
         tolerance: ``(q,)`` float32.
         positives: what is right.
@@ -76,7 +78,8 @@ class QueryBlock:
     def __init__(
         self, query: torch.Tensor, size: torch.Tensor, tolerance: torch.Tensor, positives: Runs, excluded: Runs
     ) -> None:
-        self.query, self.largest, self.tolerance = query, size.numpy(), tolerance.numpy()
+        self.query, self.exact = query.float(), query
+        self.largest, self.tolerance = size.numpy(), tolerance.numpy()
         self.positives, self.excluded = positives, excluded
         self.width = max(1, int(positives[2].max()))
 
@@ -118,9 +121,10 @@ class Thresholds:
         block: the queries.
         own: ``(q, P)`` float32, ascending in the first ``size`` of each row.
         size: ``(q,)`` int32.
+        near_rows: a place for the gallery rows of wrong items near a positive; is filled.
     """
 
-    def __init__(self, block: QueryBlock, own: np.ndarray, size: np.ndarray) -> None:
+    def __init__(self, block: QueryBlock, own: np.ndarray, size: np.ndarray, near_rows: np.ndarray) -> None:
         self.block, self.own, self.size = block, own, size
         self.loops = _loops()[0]
         n_query, width = own.shape
@@ -129,19 +133,21 @@ class Thresholds:
         low, scale = np.empty((2, n_query), dtype=np.float32)
         table = np.empty((n_query, buckets + 2 * lanes), dtype=np.uint16)
         self.counts = np.zeros((n_query, 2 * (width + 2 * lanes)), dtype=np.int32)
-        self.shifts = np.zeros((n_query, 3, width + 1), dtype=np.int32)
+        self.shifts = np.zeros((n_query, 4, width + 1), dtype=np.int32)
+        self.near = NearItems(near_rows.reshape(n_query, -1), np.zeros(n_query, dtype=np.int32))
         self.tables = own, size, block.tolerance, block.largest, low, scale, table
         self.loops.make_tables(*self.tables)
 
     def count(self, gallery: Gallery, start: int, stop: int, buffer: torch.Tensor) -> None:
         """Count the gallery's rows from ``start`` to ``stop``."""
         for rows, column, scores in tiles(self.block.query, gallery, start, stop, buffer):
-            tables = (array[rows] for array in (*self.tables, self.counts, self.shifts))
+            filled = self.counts, self.shifts, self.near.rows, self.near.size
+            tables = (array[rows] for array in (*self.tables, *filled))
             self.loops.count_scores(scores, column, *self.block.rows(rows), *tables)
 
     def wrong(self) -> np.ndarray:
-        """Return ``(q, 4, P)`` wrong items before each threshold, and begin to count anew."""
-        out = np.empty((len(self.own), 4, self.own.shape[1]), dtype=np.int32)
+        """Return ``(q, 5, P)`` wrong items before each threshold, and begin to count anew."""
+        out = np.empty((len(self.own), 5, self.own.shape[1]), dtype=np.int32)
         self.loops.sum_counts(self.size, self.counts, self.shifts, out)
         return out
 
@@ -168,9 +174,9 @@ def find_places(
 def choose_thresholds(
     thresholds: Thresholds, order: np.ndarray, items: np.ndarray, size: np.ndarray, replaced: int, wrong: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``(q, P)`` thresholds of a gallery whose first rows are new, and ``(q, 4, P)`` the wrong items before."""
+    """Return ``(q, P)`` thresholds of a gallery whose first rows are new, and ``(q, 5, P)`` the wrong items before."""
     own = np.full(items.shape, np.inf, dtype=np.float32)
-    chosen = np.zeros((len(items), 4, items.shape[1]), dtype=np.int32)
+    chosen = np.zeros((len(items), 5, items.shape[1]), dtype=np.int32)
     _loops()[1].choose_thresholds(thresholds.own, order, items, size, replaced, wrong, own, chosen)
     return own, chosen
 
@@ -184,7 +190,7 @@ class CompiledCounting:
     """Ranks by counting float32 scores; what ``ranking`` asks of its counting.
 
     Args:
-        query: ``(Q, D)`` float32.
+        query: ``(Q, D)``.
         gallery: what is searched.
         size: ``(Q, 1)``, the largest absolute value of a score.
         tolerance: ``(Q, 1)``, how far rounding reaches.
@@ -198,6 +204,12 @@ class CompiledCounting:
         self.size, self.tolerance, self.thresholds = size, tolerance, thresholds
         self.threads = thread_count()
         self._own = threading.local()
+
+    def near_rows(self, n_query: int) -> np.ndarray:
+        """Return this thread's place for the gallery rows of items near positives, as many of each query."""
+        if not hasattr(self._own, "near"):
+            self._own.near = np.empty(_NEAR_BYTES // 4, dtype=np.int32)
+        return self._own.near[: n_query * min(len(self._own.near) // n_query, self.thresholds * len(self.gallery))]
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -241,11 +253,15 @@ class CompiledCounting:
         """Yield some of the queries, their ranks, and for which the rounding of scores could show in a metric."""
 
         def work(block: QueryBlock) -> tuple[PositiveRanks, torch.Tensor]:
-            own, _, found = block.own_scores(self.gallery)
+            own, items, found = block.own_scores(self.gallery)
             own.sort(axis=1)
-            thresholds = Thresholds(block, own, found)
+            thresholds = Thresholds(block, own, found, self.near_rows(len(block)))
             thresholds.count(self.gallery, 0, len(self.gallery), self.buffer)
-            return find_places(own, found, block.tolerance, thresholds.wrong(), cuts)
+            wrong, near = thresholds.wrong(), thresholds.near
+            ranks, unsure = find_places(own, found, block.tolerance, wrong, cuts)
+            both = self.gallery, self.gallery
+            decide(block, both, 0, (items, found), near, near.size, wrong[:, 4], ranks, unsure)
+            return ranks, unsure
 
         for part, found in self.over_blocks(work, numbers, positives, excluded):
             yield part, *found

@@ -123,6 +123,8 @@ def count_scores(
     table: np.ndarray,
     counts: np.ndarray,
     shifts: np.ndarray,
+    near_items: np.ndarray,
+    n_near: np.ndarray,
 ) -> None:
     """Count a tile of scores, but for those of positives and of items that are not in the ranking.
 
@@ -144,13 +146,16 @@ def count_scores(
         table: ``(q, ...)``.
         counts: ``(q, 2 * (LANES + P + LANES))`` int32, added to: scores by entry of the table, those that were compared
             by the cell below the first threshold that is for sure not below them.
-        shifts: ``(q, 3, P + 1)`` int32, added to: by how much these counts differ for the first threshold not below,
-            for the first above, and for the first that is for sure above.
+        shifts: ``(q, 4, P + 1)`` int32, added to: by how much these counts differ for the first threshold not below,
+            for the first above, for the first that is for sure above, and without the scores near a threshold.
+        near_items: ``(q, m)`` int32, gallery rows of scores near a threshold, added to while there is room.
+        n_near: ``(q,)`` int32, added to: how many these are.
     """
     n = scores.shape[1]
     chosen = np.empty(n, dtype=np.float32)
     buckets = np.empty(n, dtype=np.uint16)
     compared = np.empty(n, dtype=np.uint16)
+    columns = np.empty(n, dtype=np.uint16)
     for i in range(len(scores)):
         if size[i] == 0:
             continue
@@ -161,10 +166,15 @@ def count_scores(
 
         high = own[i, size[i] - 1] + near
         few = 16 * _count_up_to(row, high) < n  # scores that matter: these together
-        values = chosen[: _pack(row, high, chosen)] if few else row
+        values = chosen[: _pack(row, high, chosen, columns)] if few else row
         _find_buckets(values, low[i], scale[i], np.int32(len(to_cell) - LANES), buckets)
         n_compared = _count_cells(buckets[: len(values)], to_cell, count, compared)
-        _compare(values, buckets, compared[:n_compared], own[i, : size[i]], near, to_cell, count, shifts[i])
+        own_row, found = own[i, : size[i]], compared[:n_compared]
+        start = n_near[i]
+        n_near[i] += _compare(values, buckets, found, own_row, near, to_cell, count, shifts[i], near_items[i, start:])
+        for place in range(start, min(n_near[i], near_items.shape[1])):
+            j = near_items[i, place]
+            near_items[i, place] = column + (columns[j] if few else j)
 
 
 @njit(nogil=True, cache=True)
@@ -177,9 +187,10 @@ def _compare(
     to_cell: np.ndarray,
     count: np.ndarray,
     shifts: np.ndarray,
-) -> None:
-    """Count the scores that lie in the bucket of a threshold, by comparing them with those of the bucket."""
-    last = len(own)
+    near_places: np.ndarray,
+) -> int:
+    """Count the scores in the bucket of a threshold by comparing them; list those near it, and return how many."""
+    last, n_near = len(own), 0
     for place in range(len(compared)):
         j = np.uint64(compared[place])
         score, bucket = values[j], np.uint64(buckets[j])
@@ -188,11 +199,15 @@ def _compare(
         maybe = _first_from(own, near, score, lower, upper)
         count[np.uint64(2 * (maybe + LANES))] += 1
         if maybe < last and own[maybe] - near <= score:
-            for kind in range(3):
+            for kind in range(4):
                 shifts[kind, maybe] -= 1
             shifts[0, _first_from(own, np.float32(0), score, maybe, last)] += 1
             shifts[1, _first_above(own, np.float32(0), score, maybe, last)] += 1
             shifts[2, _first_above(own, -near, score, maybe, last)] += 1
+            if n_near < len(near_places):
+                near_places[n_near] = j
+            n_near += 1
+    return n_near
 
 
 @njit(nogil=True, cache=True)
@@ -224,8 +239,8 @@ def _count_cells(buckets: np.ndarray, to_cell: np.ndarray, count: np.ndarray, co
 
 
 @njit(nogil=True, cache=True)
-def _pack(row: np.ndarray, high: float, chosen: np.ndarray) -> int:
-    """Put the scores up to ``high`` together, and return how many there are."""
+def _pack(row: np.ndarray, high: float, chosen: np.ndarray, columns: np.ndarray) -> int:
+    """Put the scores up to ``high`` and their columns together, and return how many there are."""
     n_chosen = np.uint64(0)
     for start in range(0, len(row), 16):
         stop = min(start + 16, len(row))
@@ -234,7 +249,7 @@ def _pack(row: np.ndarray, high: float, chosen: np.ndarray) -> int:
             found |= row[j] <= high
         if found:
             for j in range(start, stop):
-                chosen[n_chosen] = row[j]
+                chosen[n_chosen], columns[n_chosen] = row[j], j
                 n_chosen += np.uint64(row[j] <= high)
     return np.int64(n_chosen)
 
@@ -247,18 +262,18 @@ def sum_counts(size: np.ndarray, counts: np.ndarray, shifts: np.ndarray, wrong: 
         size: ``(q,)`` int32.
         counts: what :func:`count_scores` filled.
         shifts: likewise.
-        wrong: ``(q, 4, P)`` int32, is filled: the wrong items that may be as close, that are at most as far, that are
-            closer, and that are closer for sure.
+        wrong: ``(q, 5, P)`` int32, is filled: the wrong items that may be as close, that are at most as far, that are
+            closer, that are closer for sure, and of these the ones that are near no threshold.
     """
     for i in range(len(size)):
         total = np.int32(0)
         for lane in range(LANES):
             total += counts[i, 2 * lane]
-        by_kind = np.zeros(3, dtype=np.int32)
+        by_kind = np.zeros(4, dtype=np.int32)
         for k in range(size[i]):
             total += counts[i, 2 * (LANES + k)]
             wrong[i, 0, k] = total
-            for kind in range(3):
+            for kind in range(4):
                 by_kind[kind] += shifts[i, kind, k]
                 wrong[i, kind + 1, k] = total + by_kind[kind]
     counts[:] = 0

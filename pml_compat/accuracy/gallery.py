@@ -45,6 +45,11 @@ class Gallery:
         """Where the rows are."""
         return self.rows.device
 
+    @property
+    def exact_rows(self) -> torch.Tensor:
+        """The rows as they were given, in float32 or float64: NumPy has no bfloat16."""
+        return self.rows if self.rows.dtype == torch.float64 else self.rows32
+
     def scores(self, query: torch.Tensor, out: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         """Put half the squared distances less the query's share of them, in float32, into the ``(q, N)`` ``out``.
 

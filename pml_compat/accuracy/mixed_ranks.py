@@ -17,6 +17,7 @@ from .gallery import Gallery, galleries_to_mix
 from .matches import Matches
 from .places import PositiveRanks
 from .ranking import Counting, sorted_ranks
+from .windows import decide
 
 
 def can_mix(query: torch.Tensor, old: torch.Tensor, positives: Matches) -> bool:
@@ -47,26 +48,29 @@ def mixed_ranks(
     """
     galleries = galleries_to_mix(old, new)
     plain = Counting(query, galleries[0])
-    counting = CompiledCounting(plain.query, galleries[0], plain.size, plain.tolerance, thresholds=2)
+    counting = CompiledCounting(query, galleries[0], plain.size, plain.tolerance, thresholds=2)
     stretches = list(itertools.pairwise([0, *replaced, len(old)]))
 
     def work(block: QueryBlock) -> list[tuple[PositiveRanks, torch.Tensor]]:
         own, items, size = block.own_scores(galleries[0])
         own = np.concatenate([own, block.own_scores(galleries[1])[0]], axis=1)
         order = own.argsort(axis=1)
-        thresholds = Thresholds(block, np.take_along_axis(own, order, axis=1), 2 * size)
+        thresholds = Thresholds(block, np.take_along_axis(own, order, axis=1), 2 * size, counting.near_rows(len(block)))
 
         def count(gallery: Gallery, start: int, stop: int) -> np.ndarray:
             thresholds.count(gallery, start, stop, counting.buffer)
             return thresholds.wrong()
 
         wrong_old = [count(galleries[0], start, stop) for start, stop in stretches]
-        wrong = np.sum(wrong_old, axis=0, dtype=np.int32)
+        wrong, near = np.sum(wrong_old, axis=0, dtype=np.int32), thresholds.near
+        n_old = near.size.copy()
         found = []
         for step, until in enumerate(replaced):
             wrong += count(galleries[1], *stretches[step]) - wrong_old[step]
             chosen = choose_thresholds(thresholds, order, items, size, until, wrong)
-            found.append(find_places(chosen[0], size, block.tolerance, chosen[1], cuts))
+            ranks, unsure = find_places(chosen[0], size, block.tolerance, chosen[1], cuts)
+            decide(block, galleries, until, (items, size), near, n_old, chosen[1][:, 4], ranks, unsure)
+            found.append((ranks, unsure))
         return found
 
     left: list[list[torch.Tensor]] = [[] for _ in replaced]

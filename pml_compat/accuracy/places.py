@@ -10,6 +10,7 @@ import torch
 
 FIRST_PLACES = 10  # where the order is not left to rounding
 CHANGE = 1e-3  # share of a query's average precision, or of its reciprocal rank, that is left to rounding at most
+TIED = 64  # units in the last place of ``(2 |q| + d) ** 2`` by which distances that tie differ at most
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,6 @@ class PositiveRanks:
     def of(self, queries: torch.Tensor) -> PositiveRanks:
         """Return the ranks of some of the queries."""
         return PositiveRanks(**{field.name: getattr(self, field.name)[queries] for field in fields(self)})
-
-    @cached_property
-    def tied(self) -> bool:
-        """Whether any positive ties with another item."""
-        return bool(((self.within - self.closer).mul_(self.valid) > 1).any())
 
     @cached_property
     def precision(self) -> torch.Tensor:

@@ -155,9 +155,9 @@ def choose_thresholds(
         items: ``(q, P)`` int32, the positives' rows.
         size: ``(q,)`` int32, how many positives there are.
         replaced: how many rows are new.
-        wrong: ``(q, 4, 2 P)`` int32.
+        wrong: ``(q, 5, 2 P)`` int32.
         chosen: ``(q, P)`` float32, is filled.
-        chosen_wrong: ``(q, 4, P)`` int32, is filled.
+        chosen_wrong: ``(q, 5, P)`` int32, is filled.
     """
     width = items.shape[1]
     for i in range(len(own)):
@@ -166,6 +166,6 @@ def choose_thresholds(
             new = order[i, k] >= width
             if new == (items[i, order[i, k] - width * new] < replaced):
                 chosen[i, place] = own[i, k]
-                for kind in range(4):
+                for kind in range(5):
                     chosen_wrong[i, kind, place] = wrong[i, kind, k]
                 place += 1

@@ -31,6 +31,8 @@ def landmark_average_precision(ranks: PositiveRanks, k: int) -> torch.Tensor:
 
 def precision(ranks: PositiveRanks, k: int) -> torch.Tensor:
     """Return the share of the first k places that positives hold, of k places even where the ranking has fewer."""
+    if k == 1:
+        return hit_rate(ranks, 1)  # which looks at the first positive alone
     return _chance_within(ranks, k).sum(1, dtype=torch.float64) / k
 
 
@@ -64,9 +66,9 @@ def r_precision(ranks: PositiveRanks, k: int | None = None) -> torch.Tensor:
 
 def hit_rate(ranks: PositiveRanks, k: int) -> torch.Tensor:
     """Return CMC at k: whether one of the first k places holds a positive, or the chance of it where items tie."""
-    if k == 1:
-        return precision(ranks, 1)
     before, size, positives = _first_group(ranks)
+    if k == 1:
+        return torch.where(ranks.valid[:, 0] & (before == 0), positives / size, 0.0)
     if bool((size == positives).all()):  # the nearest item is right for sure, wherever it stands
         return ((before < k) & ranks.valid[:, 0]).double()
     slots = (k - before).clamp_min(0).minimum(size)
@@ -90,10 +92,14 @@ def _chance_within(ranks: PositiveRanks, places: int | torch.Tensor) -> torch.Te
     """The chance of each positive to stand in the first ``places``: 0 or 1 but for ties across the border."""
     if isinstance(places, torch.Tensor):
         places = places[:, None]
-    if not ranks.tied:
-        return (ranks.closer < places) & ranks.valid
-    size = (ranks.within - ranks.closer).clamp_min(1)
-    return ((places - ranks.closer).double() / size).clamp(0, 1).double() * ranks.valid
+    may = (ranks.closer < places) & ranks.valid
+    across = may & (ranks.within > places)
+    if not bool(across.any()):
+        return may
+    chance = may.double()
+    size = (ranks.within - ranks.closer)[across].double()
+    chance[across] = (places - ranks.closer)[across].double() / size
+    return chance
 
 
 def _first_group(ranks: PositiveRanks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ import torch
 from .compiled import CompiledCounting, can_compile
 from .gallery import Gallery
 from .matches import Matches, mask
-from .places import PlaceBounds, PositiveRanks, unsure_queries
+from .places import TIED, PlaceBounds, PositiveRanks, unsure_queries
 
 _CHUNK_ELEMENTS = 4 * 2**20  # scores held at once: 16 MiB
 _COUNTED_ELEMENTS = 2**20  # scores counted at once, with some 20 bytes each
@@ -59,7 +59,7 @@ def exact_ranks(
     counting: Counting | CompiledCounting = plain
     careful = not plain.works
     if not careful and can_compile(query, gallery, positives):
-        counting = CompiledCounting(plain.query, gallery, plain.size, plain.tolerance)
+        counting = CompiledCounting(query, gallery, plain.size, plain.tolerance)
     left = torch.zeros(0, dtype=torch.long, device=query.device)
     chunks = counting.chunks(positives)
     for place, numbers in enumerate(chunks):
@@ -233,6 +233,6 @@ def _first_of_tie(values: torch.Tensor, query_norms: torch.Tensor) -> torch.Tens
     ``(2 |q| + d) ** 2``, which bounds the squared lengths of the two vectors.
     """
     scale = (values + query_norms).clamp_min_(0).sqrt_().add_(2 * query_norms.sqrt()).square_()
-    apart = values.diff(dim=1) > scale[:, :-1].mul_(64 * torch.finfo(values.dtype).eps)
+    apart = values.diff(dim=1) > scale[:, :-1].mul_(TIED * torch.finfo(values.dtype).eps)
     places = torch.arange(1, values.shape[1], device=values.device) * apart
     return torch.nn.functional.pad(places, (1, 0)).cummax(1).values

@@ -10,7 +10,8 @@ pairs that are equal but for the order of a summation tie, and all that follows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from .._checks import check_rows
 from .._rows import as_wide
 from ..accuracy.items import codes, item_codes
+from ..accuracy.threads import in_threads, thread_count
 
 GRID = 2**36  # score steps to 1.0
 _BLOCK = 2048, 1024  # queries, gallery items: what a product is taken of at once, 8 MiB of float32
@@ -96,21 +98,31 @@ class PairScores:
         """
         size = _OWN_LABEL_ROWS if own_label else _BLOCK[0]
         buffer = torch.empty(size * _BLOCK[1], dtype=dtype, device=self.device)
-        for prepared in _slices(0, len(self._reference), max(_BLOCK[1], _PREPARED // self._reference.width)):
-            reference = self._reference[prepared, dtype]
+        for prepared, reference in self._prepared(dtype):
             for rows in _slices(0, len(self._query), size):
-                start, stop = prepared.start, prepared.stop
-                if own_label:
-                    start, stop = max(start, int(self.first[rows][0])), min(stop, int(self.last[rows][-1]))
-                    if start >= stop:
-                        continue
-                query = self._query[rows, dtype]
-                for columns in _slices(start, stop, _BLOCK[1]):
-                    scores = buffer[: len(query) * (columns.stop - columns.start)].view(len(query), -1)
-                    part = reference[columns.start - prepared.start : columns.stop - prepared.start]
-                    torch.mm(query, part.t(), out=scores)
-                    self._exclude(scores, rows, columns)
-                    yield rows, columns, scores
+                yield from self._products(rows, prepared, reference, buffer, own_label)
+
+    def _prepared(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield stretches of the gallery, and their rows of unit length."""
+        for prepared in _slices(0, len(self._reference), max(_BLOCK[1], _PREPARED // self._reference.width)):
+            yield prepared, self._reference[prepared, dtype]
+
+    def _products(
+        self, rows: slice, prepared: slice, reference: torch.Tensor, buffer: torch.Tensor, own_label: bool = False
+    ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Yield the blocks of some queries and a stretch of the gallery."""
+        start, stop = prepared.start, prepared.stop
+        if own_label:
+            start, stop = max(start, int(self.first[rows][0])), min(stop, int(self.last[rows][-1]))
+            if start >= stop:
+                return
+        query = self._query[rows, reference.dtype]
+        for columns in _slices(start, stop, _BLOCK[1]):
+            scores = buffer[: len(query) * (columns.stop - columns.start)].view(len(query), -1)
+            part = reference[columns.start - prepared.start : columns.stop - prepared.start]
+            torch.mm(query, part.t(), out=scores)
+            self._exclude(scores, rows, columns)
+            yield rows, columns, scores
 
     def label_runs(self, rows: slice, columns: slice) -> Iterator[tuple[slice, slice]]:
         """Yield the rectangles of a block that hold its genuine pairs, one a label; positions within the block."""
@@ -124,10 +136,32 @@ class PairScores:
 
     def impostor_blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """Yield :meth:`blocks` with genuine pairs at ``-inf`` too."""
-        for rows, columns, scores in self.blocks(dtype):
-            for run in self.label_runs(rows, columns):
-                scores[run] = -torch.inf
-            yield rows, columns, scores
+        for block in self.blocks(dtype):
+            yield self._without_genuine(*block)
+
+    def _without_genuine(self, rows: slice, columns: slice, scores: torch.Tensor) -> tuple[slice, slice, torch.Tensor]:
+        for run in self.label_runs(rows, columns):
+            scores[run] = -torch.inf
+        return rows, columns, scores
+
+    def over_impostor_blocks(self, work: Callable[[slice, slice, torch.Tensor], None]) -> None:
+        """Call ``work`` with all of :meth:`impostor_blocks` in float32; on a CPU from as many threads as torch has."""
+        own = threading.local()
+
+        def products(part: tuple[slice, slice, torch.Tensor]) -> None:
+            rows, prepared, reference = part
+            if not hasattr(own, "buffer"):
+                own.buffer = torch.empty(_BLOCK[0] * _BLOCK[1], device=self.device)
+            for block in self._products(rows, prepared, reference, own.buffer):
+                work(*self._without_genuine(*block))
+
+        parts = (
+            (rows, prepared, reference)
+            for prepared, reference in self._prepared(torch.float32)
+            for rows in _slices(0, len(self._query), _BLOCK[0])
+        )
+        for _ in in_threads(products, parts, thread_count() if self.device.type == "cpu" else 1):
+            pass
 
     def genuine_blocks(self) -> Iterator[torch.Tensor]:
         """Yield float64 scores that hold every genuine pair once, and ``-inf`` otherwise."""

@@ -10,6 +10,7 @@ histogram and one of the bins that the ranks fall in, down to single steps of th
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -69,12 +70,15 @@ def _count_in_bands(
     error = pairs.float32_error
     bands = [_Band(key / GRID - error, key / GRID + error) for key in given]
     bands += _bands_of_ranks(pairs, ranks)
-    for rows, columns, scores in pairs.impostor_blocks(torch.float32):
+
+    def add(rows: slice, columns: slice, scores: torch.Tensor) -> None:
         values = scores.view(-1).cpu().numpy()  # whose comparisons are several times as fast as torch's on a CPU
         for band in bands:
             band.add(values, pairs, rows, columns)
         if sum(band.size for band in bands) > _MOST_KEPT:
             raise _Undecided
+
+    pairs.over_impostor_blocks(add)
     accepted = [
         band.above + int((pairs.keys_of(band.pairs()) >= key).sum()) for band, key in zip(bands, given, strict=False)
     ]
@@ -87,24 +91,25 @@ class _Band:
     def __init__(self, low: float, high: float) -> None:
         self.low, self.high = low, high
         self.above = self.size = 0
-        self._scores, self._pairs = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
+        self._found = [(np.empty(0, np.float32), np.empty(0, np.int64))]
+        self._lock = threading.Lock()
 
     def add(self, scores: np.ndarray, pairs: PairScores, rows: slice, columns: slice) -> None:
-        """Take in the scores of a block."""
+        """Take in the scores of a block; several threads may."""
         above, upwards = scores > self.high, scores > self.low
         n_above = int(np.count_nonzero(above))
         within = int(np.count_nonzero(upwards)) - n_above
-        self.above, self.size = self.above + n_above, self.size + within
+        with self._lock:
+            self.above, self.size = self.above + n_above, self.size + within
         if within:
             hits = np.flatnonzero(upwards != above)
-            self._scores.append(scores[hits])
-            self._pairs.append(pairs.pair_numbers(rows, columns, hits))
+            self._found.append((scores[hits], pairs.pair_numbers(rows, columns, hits)))
 
     def scores(self) -> np.ndarray:
-        return np.concatenate(self._scores)
+        return np.concatenate([scores for scores, _ in self._found])
 
     def pairs(self) -> np.ndarray:
-        return np.concatenate(self._pairs)
+        return np.concatenate([pairs for _, pairs in self._found])
 
 
 def _bands_of_ranks(pairs: PairScores, ranks: list[int]) -> list[_Band]:

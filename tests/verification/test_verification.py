@@ -300,19 +300,37 @@ def test_one_pass_serves_any_rate_and_keeps_few_pairs(far, rising, monkeypatch, 
     query, reference = (torch.stack([angles.cos(), angles.sin()], dim=1) for angles in sides)
     labels = torch.arange(400) // 8, torch.arange(50)
     passes, kept = [], []
-    blocks, resolve = pair_scores.PairScores.blocks, thresholds._resolve
-    monkeypatch.setattr(
-        pair_scores.PairScores, "blocks", lambda *args, **own: (passes.append(own), blocks(*args, **own))[1]
-    )
+    resolve = thresholds._resolve
+    for name in ("over_impostor_blocks", "impostor_blocks", "genuine_blocks"):
+        call = getattr(pair_scores.PairScores, name)
+        monkeypatch.setattr(
+            pair_scores.PairScores, name, lambda *args, name=name, call=call: (passes.append(name), call(*args))[1]
+        )
     monkeypatch.setattr(
         thresholds, "_resolve", lambda pairs, band, rank: (kept.append(band.size), resolve(pairs, band, rank))[1]
     )
     result = verification(query, labels[0], reference, labels[1], fars=far)
     rates = [far] if isinstance(far, float) else far
     assert points(result) == naive_verification(query, labels[0], reference, labels[1], fars=rates)
-    assert passes == [{}, {"own_label": True}]  # all pairs, then the genuine ones
+    assert passes == ["over_impostor_blocks", "genuine_blocks"]
     assert not in_bins_calls
     assert 0 < max(kept) < 0.35 * result.impostor_pairs
+
+
+def test_rates_do_not_depend_on_the_number_of_threads(monkeypatch):
+    """Blocks of 16 queries: each of four threads has several, of labels that lie across them."""
+    pairs, before = data(0, n=(200, 300)), torch.get_num_threads()
+    monkeypatch.setattr(pair_scores, "_BLOCK", (16, 64))
+    found = []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            with torch.inference_mode():
+                found.append(verification(*pairs, fars=FARS, thresholds=[0.3]))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("reach", [0, 2])
