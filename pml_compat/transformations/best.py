@@ -27,6 +27,7 @@ _MOST_ROWS = 2**15  # that a map is tried on; the best is fitted to all
 _STANDARD_ERRORS = 2.0  # by which a map is surely worse in P@1
 _RANKS = (2, 4, 8)  # parts of the narrower width
 _UNCHANGED = "unchanged"
+_TRAINED = ("residual bottleneck", "FCT")
 _DECIMALS = 6  # of cosines: copies of a row tie, however their products were rounded
 
 Arrays = dict[str, Any]
@@ -48,7 +49,15 @@ class Tried(dict[str, dict[str, float]]):
 
 
 def fit_best(
-    source: Any, target: Any, labels: Any = None, *, side_info: Any = None, seed: int = 0, progress: bool = True
+    source: Any,
+    target: Any,
+    labels: Any = None,
+    *,
+    side_info: Any = None,
+    queries: Any = None,
+    trained: bool = True,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Transformation:
     r"""Try every map from a stored gallery's space into a new model's; return the best one, fitted to all pairs.
 
@@ -67,7 +76,9 @@ def fit_best(
     ``mean_average_precision`` and ``seconds``; ``tried.best`` is the name that was chosen, and ``print(tried)`` shows
     a table. It is not saved with the transformation.
 
-    *Queries* that go into an old space are another matter: :class:`pml_compat.serving.QueryBlend`.
+    The best map may still find less than the old model finds in the gallery as it is: whether to use it, says
+    :func:`pml_compat.upgrade.evaluate`. *Queries* that go into an old space are another matter:
+    :class:`pml_compat.serving.QueryBlend`.
 
     Args:
         source: ``(N, D_in)``, the stored model's embeddings: tensor, array, memory map or ``FrozenEmbeddings``.
@@ -77,6 +88,10 @@ def fit_best(
             rank.
         side_info: ``(N, S)``, stored beside ``source``, for FCT. The other maps do without: look at
             ``side_features`` of what is returned.
+        queries: ``(N, D_out)``, the new model's, of a query whose answer is item i, to judge by; nothing is fitted to
+            them. None: ``target``. Give them where a query is of another kind than what is stored, such as a question
+            that a text answers: nearly every map finds the text by the text.
+        trained: try the trained maps, too. False: the closed forms alone, in seconds; ``side_info`` is then not used.
         seed: of the rows that are held out, and of the trainings.
         progress: show a progress bar of the maps.
     Shape:
@@ -84,7 +99,7 @@ def fit_best(
     Warns:
         UserWarning: fewer than 20 rows, too few to judge by: the linear map is returned, and ``tried`` is empty.
     Raises:
-        ValueError: lengths that differ, no rows, NaN or infinity (which row).
+        ValueError: lengths that differ, queries not as wide as ``target``, no rows, NaN or infinity (which row).
     Example:
         >>> old = torch.randn(30, 4)
         >>> new = old @ torch.linalg.qr(torch.randn(4, 4))[0]
@@ -92,7 +107,7 @@ def fit_best(
         >>> type(old_to_new).__name__, old_to_new.tried["rotation"]["precision_at_1"]
         ('OrthogonalTransformation', 1.0)
     """
-    arrays = {"source": source, "target": target, "side_info": side_info}
+    arrays = {"source": source, "target": target, "side_info": side_info, "queries": queries}
     arrays = {name: rows for name, rows in arrays.items() if rows is not None}
     for name, rows in arrays.items():
         check_matrix(rows[:1], name)
@@ -100,8 +115,11 @@ def fit_best(
             raise ValueError(
                 f"{name} must have one row for each row of source: expected {len(source)}, got {len(rows)}"
             )
+    if queries is not None:
+        check_matrix(queries[:1], "queries", target.shape[1])
     labels = None if labels is None else check_labels(labels, length=len(source)).cpu()
     maps = candidates(source.shape[1], target.shape[1], None if side_info is None else side_info.shape[1])
+    maps = {name: build for name, build in maps.items() if trained or name not in _TRAINED}
     training, judged = _split(len(source), labels, seed)
     tried = Tried()
     if len(judged):
@@ -137,8 +155,8 @@ def candidates(in_features: int, out_features: int, side_features: int | None) -
         "scaled rotation": partial(ScaledOrthogonalTransformation, *widths),
         "linear": partial(LinearTransformation, *widths),
         **{f"linear, rank {rank}": partial(LowRankTransformation, *widths, rank) for rank in ranks},
-        "residual bottleneck": partial(ResidualBottleneckTransformation, *widths),
-        "FCT": partial(FCTTransformation, *widths, side_features, min(2048, 8 * out_features)),
+        _TRAINED[0]: partial(ResidualBottleneckTransformation, *widths),
+        _TRAINED[1]: partial(FCTTransformation, *widths, side_features, min(2048, 8 * out_features)),
     }
 
 
@@ -171,9 +189,10 @@ def _split(rows: int, labels: torch.Tensor | None, seed: int) -> tuple[torch.Ten
 @torch.no_grad()
 def _judge(transformation: Transformation, arrays: Arrays, labels: torch.Tensor | None) -> Scores:
     device = next(transformation.parameters()).device
-    source, target = (arrays[name].float().to(device) for name in ("source", "target"))
+    asked = "queries" if "queries" in arrays else "target"
+    source, queries = (arrays[name].float().to(device) for name in ("source", asked))
     side_info = arrays["side_info"].to(device) if transformation.side_features else None
-    return retrieval(target, transformation(source, side_info), None if labels is None else labels.to(device))
+    return retrieval(queries, transformation(source, side_info), None if labels is None else labels.to(device))
 
 
 def retrieval(target: torch.Tensor, mapped: torch.Tensor, labels: torch.Tensor | None) -> Scores:

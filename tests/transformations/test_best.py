@@ -150,6 +150,28 @@ def test_everything_is_tried_and_the_best_is_returned(labelled):
     torch.testing.assert_close(found(source), expected(source))
 
 
+def test_without_the_trained_maps_the_others_are_judged_alike():
+    source, labels = rows(), torch.arange(200) % 4
+    found = fit_best(source, source.abs() @ turn(), labels, side_info=source, trained=False, progress=False)
+    every = fit_best(source, source.abs() @ turn(), labels, progress=False)
+    assert list(found.tried) == CLOSED_FORMS and found.tried.best in CLOSED_FORMS
+    for name in CLOSED_FORMS:
+        assert {**found.tried[name], "seconds": 0} == {**every.tried[name], "seconds": 0}
+
+
+@pytest.mark.parametrize("labels", [None, torch.arange(200) % 4])
+def test_queries_judge_and_nothing_is_fitted_to_them(closed_forms, labels):
+    source, target, queries = rows(), rows(seed=1), rows(seed=2)
+    found = fit_best(source, target, labels, queries=queries, progress=False, seed=3)
+    training, judged = best.hold_out(200, labels, torch.Generator().manual_seed(3))
+    mapped = LinearTransformation(6, 6).fit(source[training], target[training])(source[judged])
+    expected = means(queries[judged], mapped.detach(), None if labels is None else labels[judged])
+    assert (found.tried["linear"]["precision_at_1"], found.tried["linear"]["mean_average_precision"]) == expected
+    assert expected != means(target[judged], mapped.detach(), None if labels is None else labels[judged])
+    again = fit_best(source, target, labels, queries=queries.numpy(), progress=False, seed=3)
+    torch.testing.assert_close(again(source), found(source))
+
+
 def test_scores_are_those_of_rows_that_no_map_has_seen(closed_forms):
     source, target = rows(), rows(seed=1)
     found = fit_best(source, target, progress=False, seed=3)
@@ -275,3 +297,12 @@ def test_errors(arguments, message):
 def test_side_information_of_another_length():
     with pytest.raises(ValueError, match=r"side_info must have one row for each row of source: expected 200, got 3"):
         fit_best(rows(), rows(), side_info=torch.ones(3, 2), progress=False)
+
+
+def test_queries_of_another_form():
+    with pytest.raises(ValueError, match=r"queries must have one row for each row of source: expected 200, got 3"):
+        fit_best(rows(), rows(), queries=torch.ones(3, 6), progress=False)
+    with pytest.raises(ValueError, match=r"queries must be 6 wide, got width 2"):
+        fit_best(rows(), rows(), queries=torch.ones(200, 2), progress=False)
+    with pytest.raises(ValueError, match=r"queries must be finite, row 7 has a NaN"):
+        fit_best(rows(), rows(), queries=with_nan(), progress=False)
