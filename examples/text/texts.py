@@ -16,7 +16,7 @@ import torch
 
 PACKAGES = ("networkx", "numpy", "scipy", "sklearn", "sympy")  # pml_compat and torch need them
 LEFT_OUT = ("distutils", "externals")
-WORDS = 40  # of a text
+WORDS = 60  # of a text
 FEWEST_WORDS = {"query": 4, "text": 20}
 
 

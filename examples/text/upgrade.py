@@ -43,7 +43,7 @@ from pml_compat.upgrade import audit, backfill_curve, evaluate
 
 VERSIONS = ("networkx", "numpy", "scipy", "scikit-learn", "sympy", "torch", "transformers", "wordllama")
 FAR = 1e-3  # false accept rate of the thresholds
-SHARE = 0.5  # of the modules, or of each module's texts, that the maps are fitted to
+SHARE = 2 / 3  # of the modules, or of each module's texts, that the maps are fitted to
 
 
 def old_model():

@@ -67,7 +67,7 @@ def test_docstrings_are_read_once_and_not_imported(load, package):
         ("fakepackage.one", "What a query asks for."),
         ("fakepackage.two", "A text of two."),
     ]
-    assert [len(text.split()) for _, _, text in found] == [40, 40]
+    assert [len(text.split()) for _, _, text in found] == [60, 60]
     assert texts.docstrings([package], fewest=2) == []
     with pytest.raises(ModuleNotFoundError, match="packages must be installed, 'nowhere_to_be_found' is not"):
         texts.docstrings(["nowhere_to_be_found"])
