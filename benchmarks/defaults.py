@@ -155,13 +155,14 @@ METHODS = {
 MAPPED_BACK = ("LCE, backward", "BC-Aligner", "BC-Aligner, rotation")
 LABEL_FREE = ("PointAlignment", "RAML", "CSD", "SSP", "D3still")
 HEAD = "CompatibleHead"
+HEADS: dict[str, Callable[[], torch.nn.Module] | None] = {HEAD: None, "CompatibleHead, D3still": D3StillLoss}
 MAPS = ("linear map", "FCT", "FCT, side-information")
 BLENDS = ("rotated query", "blended query", "blended query, no labels")
 TWO_STAGES = {"two stages, 10": 10, "two stages, 50": 50}
 AT_QUERY_TIME = (*BLENDS, *TWO_STAGES)  # of the two finished models, nothing trained
 STACKED = {"blended query on BCT": "BCT", "blended query on the head": HEAD}
-CLOSED_METHODS = [*METHODS, HEAD, *MAPS, *AT_QUERY_TIME, *STACKED]
-OPEN_METHODS = ["BCT", "LCE", "UniBCT", *LABEL_FREE, HEAD, *MAPS, *AT_QUERY_TIME, *STACKED]
+CLOSED_METHODS = [*METHODS, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED]
+OPEN_METHODS = ["BCT", "LCE", "UniBCT", *LABEL_FREE, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED]
 
 
 def measure(queries: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor) -> Accuracies:
@@ -264,8 +265,8 @@ class Runs:
         """Train a new model; return its test images as queries of the old gallery and as gallery of its own."""
         old, problem, protocol = self.old(), self.problem, self.protocol
         torch.manual_seed(self.seed)
-        if method == HEAD:
-            return self._with_head(old)
+        if method in HEADS:
+            return self._with_head(old, method)
         training = METHODS[method]
         network = protocol.network()
         loss = training.loss(self.task(problem.classes, protocol.width), old)
@@ -303,15 +304,19 @@ class Runs:
         if method in STACKED.values():
             torch.save({"train": train, "test": test}, self.folder / f"{method}.pt")
 
-    def _with_head(self, old: Old) -> tuple[torch.Tensor, torch.Tensor]:
-        problem, protocol = self.problem, self.protocol
+    def _with_head(self, old: Old, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+        problem, protocol, old_loss = self.problem, self.protocol, HEADS[method]
         network = protocol.network(CompatibleHead(protocol.features, old.width, protocol.last_layer(), protocol.width))
         head = network[-1]
-        loss = CompatibleHeadLoss(self.task(problem.classes, protocol.width), head, centers=old.centers())
+        task = self.task(problem.classes, protocol.width)
+        if old_loss is None:
+            loss = CompatibleHeadLoss(task, head, centers=old.centers())
+        else:
+            loss = CompatibleHeadLoss(task, head, old_loss())
         protocol.train(network, loss, problem.images, problem.labels, old_model=FrozenModel(old.network))
         new = protocol.embed(network, problem.test_images)
         with torch.no_grad():
-            self._keep(HEAD, head.old_part(protocol.embed(network, problem.images)), head.old_part(new))
+            self._keep(method, head.old_part(protocol.embed(network, problem.images)), head.old_part(new))
             return head.old_part(new), head.whole(new)
 
     def mapped(self, method: str) -> torch.Tensor:
@@ -378,7 +383,7 @@ def _column(runs: list[Path], gains: bool) -> dict[str, str]:
         cells[method] = f"{_percent(_mean([f['new/old'] for f in found.values()]))} ({met} of {len(found)})"
         if gains:
             cells[method] += f", gain {gain[0]:.2f} / {gain[1]:.2f}"
-        if method in METHODS or method == HEAD:
+        if method in METHODS or method in HEADS:
             cells[method] += f"; {_percent(_mean([f['new/new'] for f in found.values()]))}"
     return cells
 

@@ -14,7 +14,7 @@ from ..frozen.old_system import OldSystem, as_centers
 from ..heads import CompatibleHead
 from ._reduction import mean_of_positive
 from ._task import Given, check_task_width
-from .compatible_loss import CompatibleLoss, check_old_losses
+from .compatible_loss import CompatibleLoss, check_old_losses, inner_loss
 from .old_rows import check_old_rows
 from .point_alignment_loss import PointAlignmentLoss
 from .supervised_contrast import supervised_contrast
@@ -124,19 +124,31 @@ class CompatibleHeadLoss(CompatibleLoss):
         Shape:
             - output: scalar, float32 or better
         Raises:
-            ValueError: no old loss is a :class:`PointAlignmentLoss`; empty, NaN or infinite, other widths or lengths.
+            ValueError: every old loss that has a weight reads labels; empty, NaN or infinite, other widths or lengths.
         """
-        readers = {name: term for name, term in self.old_losses.items() if isinstance(term, PointAlignmentLoss)}
+        readers = [
+            (name, term) for name, term in self._active() if not getattr(inner_loss(term), "needs_labels", True)
+        ]
         if not readers:
-            raise ValueError(f"old_losses must have a PointAlignmentLoss, the others read labels, got {self._names}")
+            raise ValueError(
+                "old_losses must have one that reads no labels, such as PointAlignmentLoss, and has a weight, got "
+                f"{self._names}"
+            )
         with one_read():
             check_embeddings(embeddings)
             check_embeddings(ref_emb, "ref_emb")
         with values_known():
             compared = self._compared(at_least_float32(embeddings))
             target = self.target(ref_emb)
-            losses = [self.weights[name] * term(compared[name], ref_emb=target) for name, term in readers.items()]
+            losses = [self._weight(name) * term(compared[name], ref_emb=target) for name, term in readers]
         return torch.stack(losses).sum()
+
+    def _weight(self, name: str) -> torch.Tensor | float:
+        weight = self.weights[name]
+        if weight is not None:
+            return weight
+        assert self.balance is not None  # it has the names that have no weight
+        return self.balance.weight(name)
 
     def parts(self, given: Given) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the free part, which the task loss sees, and by name what each old loss sees."""

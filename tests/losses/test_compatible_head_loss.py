@@ -13,10 +13,14 @@ from pml_compat.heads import BasisTransformation, CompatibleHead
 from pml_compat.losses import (
     CompatibleHeadLoss,
     CrossModelLoss,
+    CSDLoss,
+    D3StillLoss,
     FocalDistillationLoss,
     GatheredLoss,
     LwFLoss,
     PointAlignmentLoss,
+    RAMLLoss,
+    SSPLoss,
 )
 from pml_compat.trainers import CompatibleMetricLossOnly
 from tests import reference
@@ -221,6 +225,22 @@ def test_without_labels_every_point_loss_counts_with_its_own_part():
     torch.testing.assert_close(loss_func.without_labels(z, old), expected)
 
 
+@pytest.mark.parametrize(
+    "old_loss", [RAMLLoss(), CSDLoss(), D3StillLoss(), SSPLoss(torch.eye(OLD))], ids=lambda loss: type(loss).__name__
+)
+def test_a_loss_without_labels_in_the_head(old_loss):
+    z, labels, old = batch(parts=1)
+    head = build_head(parts=1)
+    loss_func = CompatibleHeadLoss(task(), head, old_loss, {"old_loss": None})
+    compared, target = head.compatible_parts(z)[0], head.target(old)
+    once = old_loss(compared, ref_emb=target)
+    torch.testing.assert_close(loss_func.without_labels(z, old), once)  # nothing is measured yet
+    loss_func(z, labels, ref_emb=old)
+    measured = loss_func.terms["old_loss"]
+    torch.testing.assert_close(loss_func.without_labels(z, old).detach(), measured)
+    assert not torch.isclose(measured, once.detach())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_without_labels_in_low_precision(dtype):
     z, _, old = batch(dtype=torch.float32)
@@ -239,7 +259,7 @@ def test_without_labels_in_low_precision(dtype):
 def test_without_labels_needs_a_term_that_reads_none():
     z, _, old = batch(parts=1)
     loss_func = CompatibleHeadLoss(task(), build_head(parts=1), CrossModelLoss(losses.SupConLoss()))
-    with pytest.raises(ValueError, match=r"old_losses must have a PointAlignmentLoss, .* got \['old_loss'\]"):
+    with pytest.raises(ValueError, match=r"old_losses must have one that reads no labels, .* got \['old_loss'\]"):
         loss_func.without_labels(z, old)
     for rows, references, message in [
         (z[:, :3], old, "embeddings must be 9 wide, got width 3"),
