@@ -486,16 +486,17 @@ def direction_losses(embeddings, labels, directions):
 
 
 def mixbct_draws(new, old, labels, seen):
-    """1 - cos of each new row to the sum of the directions of its old row and of the old ones of its class so far.
+    """1 - cos of each new row to the sum of the directions of its old row and of its class, less 0.7 of all classes'.
 
     ``seen`` are pairs of old rows and labels, of this call and of those before; None where classes are not known.
     """
     losses = []
+    known = [(unit(row), c) for rows, classes in seen or [] for row, c in zip(rows, classes, strict=True)]
     for f, o, y in zip(new, old, labels, strict=True):
         aim = unit(o)
         if seen is not None:
-            own = [unit(row) for rows, classes in seen for row, c in zip(rows, classes, strict=True) if c == y]
-            aim = unit(aim + unit(sum(own)))
+            own = [row for row, c in known if c == y]
+            aim = unit(aim + unit(sum(own) / len(own) - 0.7 * sum(row for row, _ in known) / len(known)))
         losses.append(1.0 - float(unit(f) @ aim))
     return losses
 

@@ -126,9 +126,7 @@ class CompatibleHeadLoss(CompatibleLoss):
         Raises:
             ValueError: every old loss that has a weight reads labels; empty, NaN or infinite, other widths or lengths.
         """
-        readers = [
-            (name, term) for name, term in self._active() if not getattr(inner_loss(term), "needs_labels", True)
-        ]
+        readers = [(name, term) for name, term in self._active() if not getattr(inner_loss(term), "needs_labels", True)]
         if not readers:
             raise ValueError(
                 "old_losses must have one that reads no labels, such as PointAlignmentLoss, and has a weight, got "

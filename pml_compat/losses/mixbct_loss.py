@@ -17,18 +17,21 @@ from ._reduction import per_sample
 from ._task import Given, TaskAndTermsLoss
 from .old_rows import check_old_rows
 
+_COMMON = 0.7  # share of the mean of all classes that is taken off each class's
+
 
 class MixBCTLoss(TaskAndTermsLoss):
     r"""Train one classifier on new and old embeddings alike, which draws both into one space.
 
-    .. math:: L = L_{task}(x, y) + \lambda \operatorname{mean}_i (1 - \cos(f_{n,i}, \hat m_{y_i} + \hat f_{o,i})),
-        \quad x_i = \begin{cases} \hat f_{o,i} & i \in M \\ f_{n,i} & i \notin M \end{cases}
+    .. math:: L = L_{task}(x, y) + \lambda \operatorname{mean}_i (1 - \cos(f_{n,i}, n(m_{y_i} - 0.7\, \bar m)
+        + \hat f_{o,i})), \quad x_i = \begin{cases} \hat f_{o,i} & i \in M \\ f_{n,i} & i \notin M \end{cases}
 
     :math:`M`, drawn anew at every call, is :math:`\lfloor share \cdot N \rfloor` of the rows whose old embedding is
     credible, or all of those where they are fewer. They train the class weights alone: for the task the new model's
     batch is smaller by ``share``. The second term, which the paper does not have, draws new embeddings to the old ones
-    of their class (:math:`\hat m`: the direction of its mean in the calls so far) and to their own. In eval mode
-    nothing is replaced, there is no second term, and ``ref_emb`` may be left out.
+    of their class and to their own: :math:`m` is the mean of the class's unit rows in the calls so far, and
+    :math:`\bar m` that of all classes', which tells none from another. In eval mode nothing is replaced, there is no
+    second term, and ``ref_emb`` may be left out.
 
     Old rows come in at length 1, new ones as they are: the task loss has to judge directions alone, as PML's do by
     default (all but ``LargeMarginSoftmaxLoss`` and ``SphereFaceLoss``). The rows are drawn on the CPU by a generator
@@ -72,6 +75,8 @@ class MixBCTLoss(TaskAndTermsLoss):
 
     own_arguments = ("credible",)
     old_sums: torch.Tensor | None
+    old_counts: torch.Tensor
+    old_total: torch.Tensor
 
     def __init__(
         self,
@@ -86,6 +91,9 @@ class MixBCTLoss(TaskAndTermsLoss):
         self.draw_weight = check_weight(draw_weight, "draw_weight")
         sums = None if self.num_classes is None else torch.zeros_like(class_weights(loss).detach())
         self.register_buffer("old_sums", sums)
+        if sums is not None:
+            self.register_buffer("old_counts", sums.new_zeros(len(sums)))
+            self.register_buffer("old_total", sums.new_zeros(sums.shape[1]))
         self.share = check_number(share, "share", minimum=0)
         if self.share > 1:
             raise ValueError(f"share must be at most 1, got {share!r}")
@@ -146,13 +154,22 @@ class MixBCTLoss(TaskAndTermsLoss):
         """Return how far each new embedding is from its class's old ones and its own, whatever is mixed."""
         aims = old
         if self.old_sums is not None:
-            self.old_sums = self.old_sums.index_add(0, labels, fit_width(old, self.old_sums.shape[1]).to(self.old_sums))
-            sums = self.old_sums[:, : old.shape[1]]
-            aims = unit_rows(old + unit_rows(sums)[labels].to(new.dtype))
+            aims = unit_rows(old + self._class_directions(old, labels).to(new.dtype))
         losses = 1 - (new * aims).sum(1)
         if self.draw_weight is not None:
             losses = losses * self.draw_weight
         return per_sample(losses)
+
+    def _class_directions(self, old: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Take account of the old rows; return where each one's class differs from all classes together."""
+        assert self.old_sums is not None  # the caller has looked
+        rows = fit_width(old, self.old_sums.shape[1]).to(self.old_sums)
+        self.old_sums.index_add_(0, labels, rows)
+        self.old_counts.index_add_(0, labels, torch.ones_like(rows[:, 0]))
+        self.old_total += rows.sum(0)
+        own = self.old_sums[labels] / self.old_counts[labels, None]
+        common = self.old_total / self.old_counts.sum()
+        return unit_rows(own - _COMMON * common)[:, : old.shape[1]]
 
     def _draw(self, credible: torch.Tensor) -> torch.Tensor:
         """Return which rows are replaced, without asking the device how many are credible."""

@@ -388,15 +388,18 @@ def test_mixbct_with_pair_losses_draws_onto_the_old_rows():
 def test_mixbct_by_hand():
     """Class 0's old rows are along x and, later, twice along y; class 1's along y.
 
-    First the aims are along x and y. Then class 0's direction is that of (1, 2), and its row's aim (1, 2) / sqrt(5) +
-    (0, 1), of which y is (2 + sqrt(5)) / sqrt((2 + sqrt(5))^2 + 1).
+    First both classes' mean is (0.5, 0.5), of which 0.35 is taken off (1, 0) and (0, 1): (0.65, -0.35) and (-0.35,
+    0.65). Then class 0's mean is (1, 2) / 3 and that of all (1, 3) / 4, and its direction is that of (0.158, 0.142).
     """
     loss_func = MixBCTLoss(losses.NormalizedSoftmaxLoss(2, 2), share=0.0, draw_weight=4.0)
-    loss_func(torch.tensor([[3.0, 3.0], [7.0, 0.0]]), torch.tensor([0, 1]), ref_emb=torch.tensor([[9.0, 0], [0, 0.1]]))
-    assert loss_func.terms["draw_loss"].item() == pytest.approx(4 * ((1 - 0.5**0.5) + 1) / 2, rel=1e-5)
+    loss_func(torch.tensor([[3.0, 0.0], [0.0, 7.0]]), torch.tensor([0, 1]), ref_emb=torch.tensor([[9.0, 0], [0, 0.1]]))
+    length = math.hypot(0.65, 0.35)
+    aim = 1 + 0.65 / length, -0.35 / length
+    assert loss_func.terms["draw_loss"].item() == pytest.approx(4 * (1 - aim[0] / math.hypot(*aim)), rel=1e-4)
     loss_func(torch.tensor([[0.0, 5.0]] * 2), torch.tensor([0, 0]), ref_emb=torch.tensor([[0.0, 2.0], [0.0, 3.0]]))
-    y = 2 + 5**0.5
-    assert loss_func.terms["draw_loss"].item() == pytest.approx(4 * (1 - y / (y**2 + 1) ** 0.5), rel=1e-4)
+    x, y = 1 / 3 - 0.7 / 4, 2 / 3 - 2.1 / 4
+    aim = x / math.hypot(x, y), 1 + y / math.hypot(x, y)
+    assert loss_func.terms["draw_loss"].item() == pytest.approx(4 * (1 - aim[1] / math.hypot(*aim)), rel=1e-4)
 
 
 def test_mixbcts_draw_moves_new_embeddings_alone():
