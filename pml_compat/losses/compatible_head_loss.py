@@ -21,21 +21,22 @@ from .supervised_contrast import supervised_contrast
 
 _TEMPERATURE = 0.1
 _WEIGHTS = {"point_loss": 10.0, "contrast_loss": 5.0}
-_WEIGHTS_WITH_CENTERS = {"point_loss": 10.0, "class_loss": 1.0, "contrast_loss": 3.0}
+_WEIGHTS_WITH_CENTERS = {"point_loss": 10.0, "class_loss": 10.0, "contrast_loss": 3.0}
 
 
 class CompatibleHeadLoss(CompatibleLoss):
     r"""Train a :class:`~pml_compat.heads.CompatibleHead`: its free part by your own loss, the other part to fit.
 
     .. math:: L = L_{task}(f, y) + \lambda_p \operatorname{mean}_i \lVert n(p_i) - t_i \rVert^2
-        + \lambda_k \operatorname{mean}_i \ell_{CE}(s \cos(p_i, T_c), y_i)
+        + \lambda_k \operatorname{mean}_i (1 - \cos(p_i, T_{y_i}))
         - \lambda_c \operatorname{mean}_i \operatorname{mean}_{j: y_j = y_i}
         \log \operatorname{softmax}_j \langle n(p_i), t_j \rangle / \tau
 
-    :math:`t = ` ``head.target(old_embeddings)``. The first added term (:class:`PointAlignmentLoss`, weight 10) teaches
-    the head the old space itself; the second (weight 1, scale 16), with ``centers``, where queries of each class find
-    the old embeddings; the third (weight 3, without ``centers`` 5, :math:`\tau = 0.1`) what tells the classes of the
-    batch apart, 0 for a batch of one class. A head of several parts has one for each term.
+    :math:`t = ` ``head.target(old_embeddings)``, and :math:`T` are the classes' directions. The first added term
+    (:class:`PointAlignmentLoss`, weight 10) teaches the head the old space itself; the second (weight 10), with
+    ``centers``, where queries of each class find the old embeddings; the third (weight 3, without ``centers`` 5,
+    :math:`\tau = 0.1`) what tells the classes of the batch apart, 0 for a batch of one class. A head of several parts
+    has one for each term.
 
     The head belongs to the model. The loss refers to it and does not own it: ``loss.head`` is in neither
     ``parameters()`` nor ``state_dict()``. Copy or pickle the two in one go, ``copy.deepcopy((model, loss))``.
@@ -71,8 +72,8 @@ class CompatibleHeadLoss(CompatibleLoss):
 
     Reference:
         Ours. The first term is the L2 baseline of Shen et al., "Towards Backward-Compatible Representation Learning",
-        CVPR 2020, on a part of the embedding that has no other task; the second is the loss of Khosla et al.,
-        "Supervised Contrastive Learning", NeurIPS 2020, with old references.
+        CVPR 2020, on a part of the embedding that has no other task; the second is :class:`BCTLoss`'s; the third is the
+        loss of Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, with old references.
     """
 
     head: CompatibleHead
@@ -166,7 +167,7 @@ class CompatibleHeadLoss(CompatibleLoss):
 
 
 class _ClassTerm(torch.nn.Module):
-    """The softmax over the directions of the old classes, as a loss that is called like those of old embeddings."""
+    """How far the new embeddings are from their old classes' directions, called like a loss of old embeddings."""
 
     def __init__(self, centers: OldSystem, head: CompatibleHead) -> None:
         super().__init__()
@@ -177,7 +178,7 @@ class _ClassTerm(torch.nn.Module):
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor, **references: Any) -> torch.Tensor:
         """Return the mean over the samples whose class has a direction."""
-        losses, known = self.classifier.losses(embeddings, labels)
+        losses, known = self.classifier.direction_losses(embeddings, labels)
         return losses.sum() / known.sum().clamp(min=1)
 
 

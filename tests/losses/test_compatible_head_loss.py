@@ -8,7 +8,7 @@ import torch
 from pytorch_metric_learning import distances, losses, miners, reducers
 from torch.nn.functional import normalize
 
-from pml_compat.frozen import FrozenClassifier, WithinClassWhitening
+from pml_compat.frozen import ClassCenters, FrozenClassifier, WithinClassWhitening
 from pml_compat.heads import BasisTransformation, CompatibleHead
 from pml_compat.losses import (
     CompatibleHeadLoss,
@@ -269,6 +269,36 @@ def test_without_labels_needs_a_term_that_reads_none():
     ]:
         with pytest.raises(ValueError, match=message):
             build(parts=1).without_labels(rows, references)
+
+
+@every_space
+@pytest.mark.parametrize("parts", [1, 3])
+def test_with_centers_each_row_is_drawn_to_its_classs_direction(whitened, parts):
+    z, labels, old = batch(parts=parts)
+    stored, stored_labels = torch.randn(40, OLD, dtype=torch.float64), torch.arange(40) % (CLASSES - 1)
+    centers = ClassCenters.from_embeddings(stored, stored_labels)  # of all classes but the last
+    loss_func = build(whitened=whitened, parts=parts, centers=centers)
+    loss_func(z, labels, ref_emb=old)
+    aims = naive_targets(loss_func.head, centers.directions)
+    place = list(loss_func.old_losses).index("class_loss") if parts > 1 else 0
+    part = z.detach().numpy()[:, place * OLD : (place + 1) * OLD]
+    draws = reference.direction_losses(part, labels.tolist(), dict(enumerate(aims)))
+    assert len(draws) == sum(labels < CLASSES - 1) < len(z)
+    assert loss_func.terms["class_loss"].item() == pytest.approx(10 * mean(draws), rel=1e-5)
+    contrasted = batch(parts=parts)[0].detach().numpy()
+    points, contrasts = (
+        reference.compatible_head_terms(rows, naive_targets(loss_func.head, old), labels.tolist(), 0.1)[kind]
+        for kind, rows in enumerate((contrasted[:, :OLD], contrasted[:, OLD : 2 * OLD] if parts > 1 else part))
+    )
+    assert loss_func.terms["point_loss"].item() == pytest.approx(10 * mean(points), rel=1e-6)
+    assert loss_func.terms["contrast_loss"].item() == pytest.approx(3 * mean(contrasts), rel=1e-6)
+
+
+def test_classes_without_a_direction_draw_nothing():
+    z, labels, old = batch(parts=1)
+    loss_func = build(parts=1, centers=(old, labels + 50), dtype=torch.float64)
+    loss_func(z, labels, ref_emb=old)
+    assert loss_func.terms["class_loss"] == 0
 
 
 # Gradients.
