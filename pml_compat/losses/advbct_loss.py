@@ -75,9 +75,11 @@ class AdvBCTLoss(NamedTermsLoss):
 
     Reference:
         Pan et al., "Boundary-Aware Backward-Compatible Representation via Adversarial Learning", CVPR 2023. With
-        p = (e - 1) / E in epoch e of E, 1 - p is the paper's (E - e + 1) / E. Differs from the paper in: D sees unit
-        rows, as lengths alone tell the models apart; boundaries move inwards; new and old rows go through D's batch
-        norm together, as each apart would hide a shift between them.
+        p = (e - 1) / E in epoch e of E, 1 - p is the paper's (E - e + 1) / E. Differs from the paper in: the
+        adversarial term counts a tenth, as :class:`CompatibleLoss` makes the sum as strong as the task loss, and so
+        strong a reversed gradient undoes what is learned; D sees unit rows, as lengths alone tell the models apart;
+        boundaries move inwards; new and old rows go through D's batch norm together, as each apart would hide a shift
+        between them.
     """
 
     old_centers: torch.Tensor
@@ -90,7 +92,7 @@ class AdvBCTLoss(NamedTermsLoss):
         radii: Any = None,
         labels: Any = None,
         *,
-        adversarial_weight: float = 1.0,
+        adversarial_weight: float = 0.1,
         boundary_weight: float = 1.0,
         threshold: float = 0.0,
         hidden_features: int = 100,
