@@ -379,7 +379,8 @@ def _column(runs: list[Path], gains: bool) -> dict[str, str]:
             continue
         pairs = [(f["new/old"], base[run]["old/old"], base[run]["new/new"]) for run, f in found.items()]
         met = sum(all(reached > old for reached, old in zip(new, old, strict=True)) for new, old, _ in pairs)
-        gain = _mean([[_gain(*values) for values in zip(*pair, strict=True)] for pair in pairs])
+        gains_of = zip(*([_gain(*values) for values in zip(*pair, strict=True)] for pair in pairs), strict=True)
+        gain = [_mean([one for one in column if one == one] or [float("nan")]) for column in gains_of]
         cells[method] = f"{_percent(_mean([f['new/old'] for f in found.values()]))} ({met} of {len(found)})"
         if gains:
             cells[method] += f", gain {gain[0]:.2f} / {gain[1]:.2f}"
