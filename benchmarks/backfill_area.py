@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import upgrades
-from defaults import TASKS, Runs
+from defaults import METRICS, TASKS, Runs
 from frozen_classifier import hardware
 from pytorch_metric_learning.distances import CosineSimilarity
 from torch.nn.functional import normalize
@@ -43,7 +43,6 @@ from pml_compat.transformations import (
 )
 from pml_compat.upgrade import backfill_curve
 
-METRICS = ("precision_at_1", "mean_average_precision")
 EPOCHS, BATCH_SIZE = 60, 256  # of the adapter
 
 
@@ -60,11 +59,11 @@ class Upgrade:
         self.old_test, self.new_test = (unit(runs.embeddings(which)) for which in ("old", "independent"))
         self.widths = self.old.shape[1], self.new.shape[1]
 
-    def fitted(self, transformation: Transformation, target: torch.Tensor, **settings: object) -> torch.Tensor:
+    def fitted(self, transformation: Transformation, **settings: object) -> torch.Tensor:
         """Return the mapped test gallery, of unit rows."""
         torch.manual_seed(self.seed)
         fit_transformation(
-            transformation, self.old, target, labels=self.labels, seed=self.seed, progress=False, **settings
+            transformation, self.old, self.new, labels=self.labels, seed=self.seed, progress=False, **settings
         )
         with torch.no_grad():
             return unit(transformation(self.old_test))
@@ -80,6 +79,10 @@ class Upgrade:
         )
         return [curve.area(metric) for metric in METRICS]
 
+    def both(self, mapped: torch.Tensor, new: torch.Tensor, own: torch.Tensor) -> list[list[float]]:
+        """Return the areas in random order, and in the order of a method's own scores."""
+        return [self.areas(mapped, new, order) for order in ("random", own)]
+
     def far_from_class(self, mapped: torch.Tensor) -> torch.Tensor:
         """Return the cosine distance of each mapped item to the mean of its class."""
         classes, place = torch.unique(self.test_labels, return_inverse=True)
@@ -92,18 +95,16 @@ class Upgrade:
         with torch.no_grad():
             linear = unit(LinearTransformation(*self.widths).fit(self.old, self.new)(self.old_test))
         found["linear"] = [self.areas(linear, self.new_test)]
-        found["FCT"] = [self.areas(self.fitted(FCTTransformation(*self.widths), self.new), self.new_test)]
-        contrasted = self.fitted(FCTTransformation(*self.widths), self.new, loss=self.contrast())
-        orders = ("random", self.far_from_class(contrasted))
-        found["FCT, with contrast"] = [self.areas(contrasted, self.new_test, order) for order in orders]
+        found["FCT"] = [self.areas(self.fitted(FCTTransformation(*self.widths)), self.new_test)]
+        contrasted = self.fitted(FCTTransformation(*self.widths), loss=self.contrast())
+        found["FCT, with contrast"] = self.both(contrasted, self.new_test, self.far_from_class(contrasted))
         fastfill = FastFillTransformation(*self.widths)
-        mapped = self.fitted(fastfill, self.new, loss=FastFillLoss())
-        orders = ("random", fastfill.uncertainty(self.old_test, progress=False))
-        found["FastFill"] = [self.areas(mapped, self.new_test, order) for order in orders]
+        mapped = self.fitted(fastfill, loss=FastFillLoss())
+        uncertainty = fastfill.uncertainty(self.old_test, progress=False)
+        found["FastFill"] = self.both(mapped, self.new_test, uncertainty)
         for name, loss in (("orthogonal adapter", True), ("orthogonal adapter, without contrast", False)):
             mapped, new = self.adapted(loss)
-            orders = ("random", self.far_from_class(mapped))
-            found[name] = [self.areas(mapped, new, order) for order in orders]
+            found[name] = self.both(mapped, new, self.far_from_class(mapped))
         return found
 
     def adapted(self, with_contrast: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -280,7 +281,8 @@ class Runs:
         stored = old.embeddings if training.reads == "stored" else None
         protocol.train(network, loss, problem.images, problem.labels, stored, after_epoch=after_epoch)
         new = protocol.embed(network, problem.test_images)
-        self._keep(method, protocol.embed(network, problem.images), new)
+        if method in STACKED.values():
+            self._keep(method, protocol.embed(network, problem.images), new)
         with torch.no_grad():
             return loss.backward_transformation(new) if method in MAPPED_BACK else new, new
 
@@ -301,8 +303,7 @@ class Runs:
         return torch.load(path, weights_only=True)
 
     def _keep(self, method: str, train: torch.Tensor, test: torch.Tensor) -> None:
-        if method in STACKED.values():
-            torch.save({"train": train, "test": test}, self.folder / f"{method}.pt")
+        torch.save({"train": train, "test": test}, self.folder / f"{method}.pt")
 
     def _with_head(self, old: Old, method: str) -> tuple[torch.Tensor, torch.Tensor]:
         problem, protocol, old_loss = self.problem, self.protocol, HEADS[method]
@@ -316,7 +317,8 @@ class Runs:
         protocol.train(network, loss, problem.images, problem.labels, old_model=FrozenModel(old.network))
         new = protocol.embed(network, problem.test_images)
         with torch.no_grad():
-            self._keep(method, head.old_part(protocol.embed(network, problem.images)), head.old_part(new))
+            if method in STACKED.values():
+                self._keep(method, head.old_part(protocol.embed(network, problem.images)), head.old_part(new))
             return head.old_part(new), head.whole(new)
 
     def mapped(self, method: str) -> torch.Tensor:
@@ -380,7 +382,7 @@ def _column(runs: list[Path], gains: bool) -> dict[str, str]:
         pairs = [(f["new/old"], base[run]["old/old"], base[run]["new/new"]) for run, f in found.items()]
         met = sum(all(reached > old for reached, old in zip(new, old, strict=True)) for new, old, _ in pairs)
         gains_of = zip(*([_gain(*values) for values in zip(*pair, strict=True)] for pair in pairs), strict=True)
-        gain = [_mean([one for one in column if one == one] or [float("nan")]) for column in gains_of]
+        gain = [_mean([one for one in column if math.isfinite(one)] or [float("nan")]) for column in gains_of]
         cells[method] = f"{_percent(_mean([f['new/old'] for f in found.values()]))} ({met} of {len(found)})"
         if gains:
             cells[method] += f", gain {gain[0]:.2f} / {gain[1]:.2f}"

@@ -281,14 +281,15 @@ def test_with_centers_each_row_is_drawn_to_its_classs_direction(whitened, parts)
     loss_func(z, labels, ref_emb=old)
     aims = naive_targets(loss_func.head, centers.directions)
     place = list(loss_func.old_losses).index("class_loss") if parts > 1 else 0
-    part = z.detach().numpy()[:, place * OLD : (place + 1) * OLD]
+    rows = z.detach().numpy()
+    part = rows[:, place * OLD : (place + 1) * OLD]
     draws = reference.direction_losses(part, labels.tolist(), dict(enumerate(aims)))
     assert len(draws) == sum(labels < CLASSES - 1) < len(z)
     assert loss_func.terms["class_loss"].item() == pytest.approx(10 * mean(draws), rel=1e-5)
-    contrasted = batch(parts=parts)[0].detach().numpy()
+    shown = rows[:, :OLD], rows[:, OLD : 2 * OLD] if parts > 1 else part
     points, contrasts = (
-        reference.compatible_head_terms(rows, naive_targets(loss_func.head, old), labels.tolist(), 0.1)[kind]
-        for kind, rows in enumerate((contrasted[:, :OLD], contrasted[:, OLD : 2 * OLD] if parts > 1 else part))
+        reference.compatible_head_terms(own, naive_targets(loss_func.head, old), labels.tolist(), 0.1)[kind]
+        for kind, own in enumerate(shown)
     )
     assert loss_func.terms["point_loss"].item() == pytest.approx(10 * mean(points), rel=1e-6)
     assert loss_func.terms["contrast_loss"].item() == pytest.approx(3 * mean(contrasts), rel=1e-6)
