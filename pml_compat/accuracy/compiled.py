@@ -24,16 +24,18 @@ from .threads import in_threads, thread_count
 from .windows import NearItems, decide
 
 _WORTH_IT = 2**22  # scores; numba takes longer to load than torch to count fewer
-_TILE_ROWS = 128  # queries of a product
-_COLUMNS = 8192  # gallery rows of a product: 4 MiB of scores a thread
+_ALIGNED = 16  # columns of a tile are a multiple, a cache line: a product of other widths is far slower
+_TILE_ROWS = 256  # queries of a product
+_TILE = 2**20  # scores of a product: 4 MiB a thread
+_MOST_COLUMNS = 2**16 - _ALIGNED  # of a tile, gallery rows: a place in it is a uint16
+_MANY_POSITIVES = 2**12  # reading a query's tables for each tile takes long then: tiles are twice as large
 _ROWS = 512  # queries of a block
 _FEWEST_ROWS = 32  # a product of fewer would spend its time reading the gallery
 _BLOCKS = 4  # of a thread, at the least: none waits long for another
-_ALIGNED = 16  # columns of a tile are a multiple, a cache line: a product of other widths is far slower
 _BYTES = 16 * 2**20  # of the queries' tables and counts
 _BYTES_A_POSITIVE = 64
 _NEAR_BYTES = 8 * 2**20  # a thread's, for the rows of items near a positive
-_BUCKETS = 2**11, 2**15  # the fewest and the most of a query
+_BUCKETS = 2**11, 2**16 - 2**8  # the fewest and the most of a query
 _BUCKETS_A_POSITIVE = 4
 _MOST_POSITIVES = 2**15 - 2**8  # that a table of uint16 can lead to
 
@@ -41,13 +43,13 @@ Runs = tuple[np.ndarray, np.ndarray, np.ndarray]  # a list of gallery rows, wher
 
 
 @cache
-def kernels() -> tuple[Any, Any] | None:
+def kernels() -> tuple[Any, Any, Any] | None:
     """Return the compiled loops; None without numba, or with no place to keep what it compiles."""
     try:
-        from . import counting_kernel, places_kernel
+        from . import counting_kernel, nearest_kernel, places_kernel
     except (ImportError, RuntimeError):
         return None
-    return counting_kernel, places_kernel
+    return counting_kernel, places_kernel, nearest_kernel
 
 
 def can_compile(query: torch.Tensor, gallery: Gallery, positives: Matches, thresholds: int = 1) -> bool:
@@ -58,7 +60,7 @@ def can_compile(query: torch.Tensor, gallery: Gallery, positives: Matches, thres
     return large and here and thresholds * most < _MOST_POSITIVES and kernels() is not None
 
 
-def _loops() -> tuple[Any, Any]:
+def _loops() -> tuple[Any, Any, Any]:
     found = kernels()
     assert found is not None  # or can_compile said no
     return found
@@ -106,7 +108,8 @@ def tiles(
     query: torch.Tensor, gallery: Gallery, start: int, stop: int, buffer: torch.Tensor
 ) -> Iterator[tuple[slice, int, np.ndarray]]:
     """Yield tiles of gallery rows from ``start`` to ``stop``: which queries, the first row's number, and the scores."""
-    parts = math.ceil((stop - start) / _COLUMNS)
+    most = min(_MOST_COLUMNS, len(buffer) // min(len(query), _TILE_ROWS) // _ALIGNED * _ALIGNED)
+    parts = math.ceil((stop - start) / most)
     size = max(1, math.ceil((stop - start) / max(parts, 1) / _ALIGNED) * _ALIGNED)
     for top, first in itertools.product(range(0, len(query), _TILE_ROWS), range(start, stop, size)):
         rows, last = slice(top, min(top + _TILE_ROWS, len(query))), min(first + size, stop)
@@ -211,12 +214,14 @@ class CompiledCounting:
             self._own.near = np.empty(_NEAR_BYTES // 4, dtype=np.int32)
         return self._own.near[: n_query * min(len(self._own.near) // n_query, self.thresholds * len(self.gallery))]
 
-    @property
-    def buffer(self) -> torch.Tensor:
-        """This thread's place for a tile of scores."""
-        if not hasattr(self._own, "buffer"):  # made once: new memory costs more than the work in it
-            self._own.buffer = torch.empty(_TILE_ROWS * min(_COLUMNS, len(self.gallery)))
-        return self._own.buffer
+    def buffer(self, positives: int) -> torch.Tensor:
+        """Return this thread's place for a tile of scores of queries with so many positives."""
+        size = min((1 + (positives > _MANY_POSITIVES)) * _TILE, _TILE_ROWS * (len(self.gallery) + _ALIGNED))
+        if (
+            not hasattr(self._own, "buffer") or len(self._own.buffer) < size
+        ):  # new memory costs more than the work in it
+            self._own.buffer = torch.empty(size)
+        return self._own.buffer[:size]
 
     def chunks(self, positives: Matches) -> list[torch.Tensor]:
         """Return all queries' numbers: some by which to judge, and the others."""
@@ -256,7 +261,7 @@ class CompiledCounting:
             own, items, found = block.own_scores(self.gallery)
             own.sort(axis=1)
             thresholds = Thresholds(block, own, found, self.near_rows(len(block)))
-            thresholds.count(self.gallery, 0, len(self.gallery), self.buffer)
+            thresholds.count(self.gallery, 0, len(self.gallery), self.buffer(block.width))
             wrong, near = thresholds.wrong(), thresholds.near
             ranks, unsure = find_places(own, found, block.tolerance, wrong, cuts)
             both = self.gallery, self.gallery
@@ -272,12 +277,12 @@ class CompiledCounting:
         """Yield some of the queries, the scores of their nearest positive and wrong item, and how many are right."""
 
         def work(block: QueryBlock) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            own, _, found = block.own_scores(self.gallery)
-            wrong = np.full(len(block), np.inf, dtype=np.float32)
-            for rows, column, scores in tiles(block.query, self.gallery, 0, len(self.gallery), self.buffer):
-                _loops()[0].remove_right(scores, column, *block.rows(rows))
+            right, wrong = np.full((2, len(block)), np.inf, dtype=np.float32)
+            found = np.zeros(len(block), dtype=np.int64)
+            for rows, column, scores in tiles(block.query, self.gallery, 0, len(self.gallery), self.buffer(1)):
+                _loops()[2].nearest_right(scores, column, *block.rows(rows), right[rows], found[rows])
                 np.minimum(wrong[rows], scores.min(axis=1), out=wrong[rows])
-            return torch.from_numpy(own.min(axis=1)), torch.from_numpy(wrong), torch.from_numpy(found).long()
+            return torch.from_numpy(right), torch.from_numpy(wrong), torch.from_numpy(found)
 
         for part, found in self.over_blocks(work, numbers, positives, excluded):
             yield part, *found

@@ -16,6 +16,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .nearest_kernel import remove
+
 LANES = 64  # a power of 2
 _SAMPLED = 16  # one score of so many tells how many matter
 
@@ -72,33 +74,23 @@ def _fill_table(own: np.ndarray, near: float, low: float, scale: float, to_cell:
         to_cell[LANES + buckets + lane] = 2 * (LANES + len(own) + lane)
 
 
-@njit(nogil=True, cache=True)
-def _remove(row: np.ndarray, column: int, items: np.ndarray, first: int, length: int, value: float) -> None:
-    """Set the scores of some gallery items, of which ``row`` has those from ``column``."""
-    place = first + np.searchsorted(items[first : first + length], column)
-    while place < first + length and items[place] < column + len(row):
-        row[items[place] - column] = value
-        place += 1
+@njit(inline="always")
+def _is_before(threshold: float, score: float, equal: bool) -> bool:
+    return threshold < score or (equal and threshold == score)
 
 
 @njit(inline="always")
-def _first_from(own: np.ndarray, shift: float, score: float, start: int, stop: int) -> int:
-    """Return the first threshold from ``start`` that, shifted, is at least ``score``; ``stop`` where none is."""
+def _first_from(own: np.ndarray, shift: float, score: float, start: int, stop: int, equal: bool = False) -> int:
+    """Return the first threshold from ``start`` that, shifted, is at least ``score``, or with ``equal`` above it;
+    ``stop`` where none is."""
+    step = 1
+    while start + step <= stop and _is_before(own[np.uint64(start + step - 1)] + shift, score, equal):
+        start += step  # it is mostly among the next
+        step *= 2
+    stop = min(stop, start + step - 1)
     while start < stop:
         middle = (start + stop) >> 1
-        if own[np.uint64(middle)] + shift < score:
-            start = middle + 1
-        else:
-            stop = middle
-    return start
-
-
-@njit(inline="always")
-def _first_above(own: np.ndarray, shift: float, score: float, start: int, stop: int) -> int:
-    """Return the first threshold from ``start`` that, shifted, is above ``score``; ``stop`` where none is."""
-    while start < stop:
-        middle = (start + stop) >> 1
-        if own[np.uint64(middle)] + shift <= score:
+        if _is_before(own[np.uint64(middle)] + shift, score, equal):
             start = middle + 1
         else:
             stop = middle
@@ -162,8 +154,8 @@ def count_scores(
             continue
         row, to_cell, count, near = scores[i], table[i], counts[i], tolerance[i]
         far = 2 * largest[i]
-        _remove(row, column, items, first[i], length[i], far)
-        _remove(row, column, out_items, out_first[i], out_length[i], far)
+        remove(row, column, items, first[i], length[i], far)
+        remove(row, column, out_items, out_first[i], out_length[i], far)
 
         high = own[i, size[i] - 1] + near
         few = 16 * _estimate_up_to(row, high) < n  # scores that matter: these together
@@ -194,17 +186,15 @@ def _compare(
     last, n_near = len(own), 0
     for place in range(len(compared)):
         j = np.uint64(compared[place])
-        score, bucket = values[j], np.uint64(buckets[j])
-        lower = np.int64(to_cell[bucket] >> 1) - LANES
-        upper = min(np.int64(to_cell[bucket + np.uint64(1)] >> 1) - LANES, last)
-        maybe = _first_from(own, near, score, lower, upper)
+        score = values[j]
+        maybe = _first_from(own, near, score, np.int64(to_cell[np.uint64(buckets[j])] >> 1) - LANES, last)
         count[np.uint64(2 * (maybe + LANES))] += 1
         if maybe < last and own[maybe] - near <= score:
             for kind in range(4):
                 shifts[kind, maybe] -= 1
             shifts[0, _first_from(own, np.float32(0), score, maybe, last)] += 1
-            shifts[1, _first_above(own, np.float32(0), score, maybe, last)] += 1
-            shifts[2, _first_above(own, -near, score, maybe, last)] += 1
+            shifts[1, _first_from(own, np.float32(0), score, maybe, last, True)] += 1
+            shifts[2, _first_from(own, -near, score, maybe, last, True)] += 1
             if n_near < len(near_places):
                 near_places[n_near] = j
             n_near += 1
@@ -280,20 +270,3 @@ def sum_counts(size: np.ndarray, counts: np.ndarray, shifts: np.ndarray, wrong: 
                 wrong[i, kind + 1, k] = total + by_kind[kind]
     counts[:] = 0
     shifts[:] = 0
-
-
-@njit(nogil=True, cache=True)
-def remove_right(
-    scores: np.ndarray,
-    column: int,
-    items: np.ndarray,
-    first: np.ndarray,
-    length: np.ndarray,
-    out_items: np.ndarray,
-    out_first: np.ndarray,
-    out_length: np.ndarray,
-) -> None:
-    """Leave the scores of wrong items alone in a tile, as :func:`count_scores` does: infinity for the others."""
-    for i in range(len(scores)):
-        _remove(scores[i], column, items, first[i], length[i], np.float32(np.inf))
-        _remove(scores[i], column, out_items, out_first[i], out_length[i], np.float32(np.inf))

@@ -58,7 +58,7 @@ def mixed_ranks(
         thresholds = Thresholds(block, np.take_along_axis(own, order, axis=1), 2 * size, counting.near_rows(len(block)))
 
         def count(gallery: Gallery, start: int, stop: int) -> np.ndarray:
-            thresholds.count(gallery, start, stop, counting.buffer)
+            thresholds.count(gallery, start, stop, counting.buffer(2 * block.width))
             return thresholds.wrong()
 
         wrong_old = [count(galleries[0], start, stop) for start, stop in stretches]

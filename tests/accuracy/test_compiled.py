@@ -122,7 +122,8 @@ def test_ranks_and_doubts_are_those_of_torch(k, monkeypatch):
 @pytest.mark.parametrize("classes", [2, 30, 3000])
 @pytest.mark.parametrize(("noise", "copies"), [(0.0, 0), (0.5, 0), (3.0, 0), (0.5, 100)])
 def test_a_large_gallery_in_several_tiles(classes, noise, copies, monkeypatch):
-    monkeypatch.setattr(compiled, "_COLUMNS", 700)
+    monkeypatch.setattr(compiled, "_MOST_COLUMNS", 704)
+    monkeypatch.setattr(compiled, "_MANY_POSITIVES", 1000)
     monkeypatch.setattr(compiled, "_ROWS", 50)
     generator = torch.Generator().manual_seed(0)
     labels = [torch.randint(classes, (n,), generator=generator) for n in (120, 6000)]

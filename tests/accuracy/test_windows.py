@@ -108,7 +108,7 @@ def test_windows_give_what_brute_force_does(sorted_queries):
 @pytest.mark.parametrize("classes", [2, 30, 3000])
 def test_a_large_gallery_in_several_tiles(kind, classes, sorted_queries, monkeypatch):
     """Hardly a wrong item is near, in rows of which few scores matter and in others."""
-    monkeypatch.setattr(compiled, "_COLUMNS", 700)
+    monkeypatch.setattr(compiled, "_MOST_COLUMNS", 700)
     monkeypatch.setattr(compiled, "_ROWS", 50)
     generator = torch.Generator().manual_seed(0)
     labels = [torch.randint(classes, (n,), generator=generator) for n in (120, 6000)]
