@@ -15,6 +15,7 @@ step of the backfill. Where numba is missing, or with ``--torch``, torch's path 
     pip install "pml-compat[faiss-cpu,fast]"
     python benchmarks/accuracy.py --threads 2 --repeats 5
     python benchmarks/accuracy.py --steps
+    python benchmarks/accuracy.py --passes     # of the path for GPUs
     python benchmarks/accuracy.py --million    # a million gallery rows, ten thousand queries
 """
 
@@ -25,14 +26,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 
 import numpy as np
 import torch
 from frozen_classifier import hardware
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sklearn.metrics import average_precision_score
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pml_compat.accuracy import CrossModelAccuracyCalculator, compiled, mixed_accuracy
+from pml_compat.accuracy import CrossModelAccuracyCalculator, compiled, mixed_accuracy, ranking
 from pml_compat.accuracy.calculator import RANK_METRICS
 from pml_compat.upgrade import evaluate
 
@@ -208,12 +211,59 @@ def million():
     print(accuracy)
 
 
+class Passes(TorchDispatchMode):
+    """Counts operations on tensors of so many numbers or more, and those that make the host wait for a GPU."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.passes, self.waits = size, Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        name = function.__name__.split(".")[0]
+        tensors = [one for one in (*arguments, out) if isinstance(one, torch.Tensor)]
+        if not function.is_view and name not in VIEWS and any(one.numel() >= self.size for one in tensors):
+            self.passes[name] += 1
+        if name in WAITS or (name.startswith("index") and any(is_mask(one) for one in arguments)):
+            self.waits[name] += 1
+        return out
+
+
+VIEWS = ("detach", "empty", "new_empty", "t", "slice", "split", "view", "_unsafe_view", "expand", "unsqueeze")
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2")
+
+
+def is_mask(indices):
+    return isinstance(indices, list | tuple) and any(
+        isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in indices
+    )
+
+
+def passes():
+    """Count what torch's path would have a GPU do for one chunk of queries."""
+    ranking._sort_values = lambda matrix: matrix.sort(dim=1).values  # as on a GPU
+    compiled.kernels = lambda: None
+    gallery, chunk = 40_960, ranking._COUNTED_ELEMENTS // 40_960
+    found = []
+    for chunks in (1, 2):
+        arrays = data(chunks * ranking._CHUNK_ELEMENTS // gallery, gallery, 128)
+        calculator = CrossModelAccuracyCalculator(include=RANK_METRICS, device="cpu")
+        with Passes(chunk * gallery) as counted:
+            calculator.get_accuracy(*arrays)
+        found.append((counted.passes, counted.waits))
+    (passes_1, waits_1), (passes_2, waits_2) = found
+    print("of a chunk of 16 MiB of scores, counted in 4 parts:")
+    print("passes over scores:", dict(passes_2 - passes_1))
+    print("waits of the host:", dict(waits_2 - waits_1), "and once:", dict(waits_1 - (waits_2 - waits_1)))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--million", action="store_true")
+    parser.add_argument("--passes", action="store_true", help="count what torch's path does")
     parser.add_argument("--torch", action="store_true", help="without compiled loops")
     parser.add_argument("--memory", metavar="FOLDER", help="print the extra MiB for the arrays in a folder")
     arguments = parser.parse_args()
@@ -221,6 +271,8 @@ if __name__ == "__main__":
         compiled.kernels = lambda: None
     if arguments.memory:
         print_memory(arguments.memory, arguments.threads)
+    elif arguments.passes:
+        passes()
     elif arguments.steps:
         torch.set_num_threads(arguments.threads)
         steps(arguments.repeats)
