@@ -23,6 +23,7 @@ sys.path += [str(EXAMPLES / "cifar100"), str(EXAMPLES / "open_set")]
 
 import data as cifar  # noqa: E402
 from networks import resnet8  # noqa: E402
+from training import bfloat16_is_faster, info_nce, recolor  # noqa: E402
 
 from pml_compat.data import open_classes  # noqa: E402
 
@@ -67,7 +68,7 @@ class Protocol:
         loss_lr: of the loss's own parameters.
         augment: of a batch of training images.
         one_cycle: whether the learning rate rises and falls to 0; it is constant otherwise.
-        bfloat16: whether the network runs in bfloat16.
+        bfloat16: whether the network runs in bfloat16, where that is faster.
         open: whether the test classes are nobody's.
     """
 
@@ -98,7 +99,7 @@ class Protocol:
         """Return float32 embeddings."""
         if images.ndim == 4 and images.shape[1] == 3:
             images = cifar.scaled(images, None)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16 and bfloat16_is_faster("cpu")):
             return model(images).float()
 
     @torch.no_grad()
@@ -284,7 +285,6 @@ PROTOCOLS = {
 
 def train_without_labels(protocol: Protocol, network: torch.nn.Module, images: torch.Tensor) -> None:
     """Train a network for side-information: SimCLR, as long as the models that learn from labels."""
-    from training import info_nce
 
     def loss_of(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return info_nce(embeddings)
@@ -312,8 +312,6 @@ class SideViews:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Return the views, twice as many as the images."""
         if images.ndim == 4 and images.dtype == torch.uint8:
-            from training import recolor
-
             return torch.cat([recolor(cifar.crop(images, flip=True)) for _ in range(2)])
         return torch.cat([_noisy(images) for _ in range(2)])
 

@@ -262,11 +262,11 @@ def main() -> None:
     for name in ("epochs", "side_epochs"):
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=argparse.SUPPRESS, help="in place of the profile's")
-    parser.add_argument("--float32", action="store_true", help="not bfloat16; for processors that do not have it")
+    parser.add_argument("--float32", action="store_true", help="even where bfloat16 is faster")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     given = {name: getattr(options, name) for name in ("epochs", "side_epochs") if name in options}
-    profile = dataclasses.replace(PROFILES[options.profile], bfloat16=not options.float32, **given)
+    profile = dataclasses.replace(PROFILES[options.profile], bfloat16=False if options.float32 else None, **given)
     known = ["old", *networks_of(100), *MAPS, *AT_QUERY_TIME]
     methods = known if options.methods == ["all"] else ["old", "independent", *options.methods]
     unknown = set(methods) - set(known)

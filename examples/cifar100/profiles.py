@@ -21,7 +21,7 @@ class Profile:
         batch_size: images a step.
         lr: of SGD with momentum 0.9 and Nesterov's step.
         weight_decay: of every parameter.
-        bfloat16: whether networks run in bfloat16, or in float32, which is faster on processors without it.
+        bfloat16: whether networks run in bfloat16, or in float32; None: in the one that is faster here.
         flip: whether half of the training images are mirrored.
         fct_mixtures: mixtures of images beside each image, for the methods that train a map on these too.
     """
@@ -33,7 +33,7 @@ class Profile:
     batch_size: int
     lr: float
     weight_decay: float
-    bfloat16: bool = True
+    bfloat16: bool | None = None
     flip: bool = True
     fct_mixtures: int = 3
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -92,8 +94,26 @@ def recolor(images: torch.Tensor) -> torch.Tensor:
 
 def embed_batch(model: torch.nn.Module, images: torch.Tensor, profile: Profile) -> torch.Tensor:
     """Return float32 embeddings, computed in the profile's precision."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=profile.bfloat16):
+    device, wanted = images.device.type, profile.bfloat16
+    with torch.autocast(device, torch.bfloat16, enabled=bfloat16_is_faster(device) if wanted is None else wanted):
         return model(scaled(images, profile.size)).float()
+
+
+@cache
+def bfloat16_is_faster(device: str) -> bool:
+    """Measure it: some processors compute in bfloat16, others imitate it, many times slower than float32."""
+    if device != "cpu":
+        return True
+    images, weight = torch.ones(16, 32, 16, 16), torch.ones(32, 32, 3, 3)
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.nn.functional.conv2d(images.to(dtype), weight.to(dtype), padding=1)
+            times.append(time.perf_counter() - start)
+        seconds.append(min(times))
+    return seconds[1] < seconds[0]
 
 
 @torch.no_grad()
