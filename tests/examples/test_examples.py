@@ -201,5 +201,5 @@ def test_notebook(capsys):
     finally:
         torch.set_num_threads(threads)
     assert verdicts[1] == "Swap now"
-    assert verdicts[2] in ("Swap with a transformed gallery", "Not enough queries to say")  # by the processor: ten classes
+    assert verdicts[2] in ("Swap with a transformed gallery", "Not enough queries to say")  # ten classes
     assert path.stat().st_size < 50_000
