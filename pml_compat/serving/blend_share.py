@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import normalize
 
-from .rotation import coefficients, procrustes
+from .rotation import coefficients, procrustes, whitened
 
 _SHARES = tuple(step / 10 for step in range(11))
 _FOLDS = 4
 _NEIGHBORS = 10  # of both models together, which are right where there are no labels
 _BLOCK = 512  # rows of scores at once
 _RELATED = 0.6  # share of items that a rotated query of a related model puts below its own; of another model's a half
+
+
+Map = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # fitted to new and old rows
+
+
+def as_they_are(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Return the map to the first coordinates."""
+    return torch.eye(new.shape[1], old.shape[1], device=new.device)
+
+
+def turned_and_whitened(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Return the rotation, whitened by the old rows."""
+    return whitened(procrustes(new, old), old)
 
 
 class ShareJudge:
@@ -38,22 +53,45 @@ class ShareJudge:
         fold = fold[torch.randperm(len(fold), generator=generator)][groups].to(u.device)
         self.folds = [fold == number for number in range(int(fold.max()) + 1)]
 
-    def best_share(self, turned: bool) -> tuple[float, float]:
-        """Return the middle one of the shares up to the best and within a standard error of it, and the best's hits."""
+    def choose(self) -> tuple[Map, float]:
+        """Return how new queries are to be mapped, and the share.
+
+        A new model that by itself finds more than the old one is what the blend is measured by: it is left alone unless
+        a blend of the two adds more than it does. Such a model was trained to fit, mostly on the very items given here.
+        """
+        plain, fits = self._hits_by_share(as_they_are)
+        turned, related = self._hits_by_share(procrustes)
+        if not related:
+            return procrustes, 0.0  # of two models that have nothing in common no one knows who is right
+        gain = plain[-1] - plain[0]
+        most, added = float(plain.sum(1).max() - plain[-1].sum()), float(gain.sum())
+        if fits and added > _error(gain) and added >= most:
+            return as_they_are, 1.0
+        flat, _ = self._hits_by_share(turned_and_whitened)
+        fit, hits = (turned_and_whitened, flat) if _adds(flat, turned) else (procrustes, turned)
+        if fits and float(plain.sum(1).max()) > float(hits.sum(1).max()):
+            fit, hits = as_they_are, plain
+        return fit, self._cautious(hits)
+
+    def _hits_by_share(self, fit: Map) -> tuple[torch.Tensor, bool]:
+        """Return ``(shares, N)``, which queries find something right first, and whether the models have to do with each
+        other, which labels tell by themselves."""
         hits = torch.zeros(len(_SHARES), len(self.u), dtype=torch.float64)
         for queries in self.folds:
-            rotation = torch.eye(self.v.shape[1], self.u.shape[1], device=self.u.device)
-            if turned:
-                rotation = procrustes(self.v[~queries], self.u[~queries])
-            hits[:, queries.cpu()] = self._hits(queries.nonzero()[:, 0], rotation, _SHARES).cpu()
-        if self.labels is None and float(self.above.mean()) < _RELATED:
-            return 0.0, float(hits[0].sum())  # of two models that have nothing in common no one knows who is right
-        totals = hits.sum(1)
-        best = int(totals.argmax())
-        differences = hits[best] - hits
-        error = differences.var(1).mul(len(self.u)).sqrt()
-        near = (differences.sum(1) <= error)[: best + 1].nonzero()[:, 0]
-        return _SHARES[int(near[len(near) // 2])], float(totals[best])
+            mapped = fit(self.v[~queries], self.u[~queries])
+            hits[:, queries.cpu()] = self._hits(queries.nonzero()[:, 0], mapped, _SHARES).cpu()
+        return hits, self.labels is not None or float(self.above.mean()) >= _RELATED
+
+    @staticmethod
+    def _cautious(hits: torch.Tensor) -> float:
+        """Return the share a third of the way among those up to the best that are within a standard error of it."""
+        best = int(hits.sum(1).argmax())
+        near = [
+            place
+            for place in range(best + 1)
+            if float((hits[best] - hits[place]).sum()) <= _error(hits[best] - hits[place])
+        ]
+        return _SHARES[near[len(near) // 3]]
 
     def hits(self, rotation: torch.Tensor, share: float) -> int:
         """Return how many of all queries find something right first."""
@@ -79,6 +117,17 @@ class ShareJudge:
         if self.labels is not None:
             return (self.labels[first] == self.labels[numbers]).double()
         return (self.right[numbers] == first[:, :, None]).any(2).double()
+
+
+def _adds(hits: torch.Tensor, less: torch.Tensor) -> bool:
+    """Tell whether the best share of ``hits`` finds more than that of ``less``, by more than two standard errors."""
+    more = hits[hits.sum(1).argmax()] - less[less.sum(1).argmax()]
+    return float(more.sum()) > 2 * _error(more)
+
+
+def _error(differences: torch.Tensor) -> float:
+    """Return the standard error of the sum of the queries' differences."""
+    return float(differences.var().mul(len(differences)).sqrt())
 
 
 def _found_by_both(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from .._extras import import_extra
 from .._files import load_tensors, save_tensors, whole_file
 from .._rows import precise_dtype, unit_rows_as_given
 from .blend_share import ShareJudge
-from .rotation import interpolate, procrustes, unit_embeddings
+from .rotation import interpolate, unit_embeddings
 
 _FORMAT = "pml_compat.QueryBlend/1"
 _ROTATION_ROWS = 2**15  # that the rotation is fitted to, at most
@@ -29,18 +29,21 @@ class QueryBlend:
         q = \frac{\sin((1 - a) \theta)\, u + \sin(a \theta)\, v}{\sin \theta}
 
     :math:`u` is the old model's unit query, :math:`R` the semi-orthogonal map that best takes the new model's unit rows
-    to the old model's (orthogonal Procrustes, uncentred). The share :math:`a` is 0 where the old query is best alone.
-    Both encoders run at query time; the gallery, and new/new, stay as they are.
+    to the old model's (orthogonal Procrustes, uncentred), times :math:`C^{-0.2}` where that finds significantly more:
+    :math:`C` are the second moments of the old model's unit rows, whose largest directions are those in which all items
+    are alike. The share :math:`a` is 0 where the old query is best alone. Both encoders run at query time; the gallery,
+    and new/new, stay as they are.
 
     A query is rotated, as a regression draws it to the mean and loses what tells classes apart; where the *gallery* is
     mapped, a regression is right (:class:`pml_compat.transformations.LinearTransformation`).
 
     Models that already fit each other (BCT, LCE, a head's ``old_part``) blend too: no rotation at all, the first
-    coordinates as they are, is among the choices.
+    coordinates as they are, is among the choices. A new model that by itself finds more than the old one keeps its own
+    queries (``share`` 1) unless a blend adds more than it does.
 
     Attributes:
         share: :math:`a`, in [0, 1].
-        rotation: :math:`R`, ``(D_new, D_old)`` float32.
+        rotation: :math:`R`, ``(D_new, D_old)`` float32, whitening included.
         old_fingerprint: of the old model behind what it was fitted to, where that said so.
         new_fingerprint: of the new model, likewise.
     Example:
@@ -51,10 +54,11 @@ class QueryBlend:
         True
 
     Reference:
-        "Rotate, then interpolate", arXiv:2609.39836, 2026. Differs in: the share is chosen on folds that neither the
-        rotation nor, with labels, any class was seen in, the middle one of those up to the best and within a standard
-        error of it; without labels what is right is what both models' similarities together rank first, as an item of
-        a single modality always finds itself.
+        "Rotate, then interpolate", arXiv:2609.39836, 2026. Differs in: queries may be whitened, as in Jegou and Chum,
+        "Negative evidences and co-occurences in image retrieval", ECCV 2012, in part and on one side only, as the
+        gallery stays; the share is chosen on folds that neither the rotation nor, with labels, any class was seen in, a
+        third of the way among those up to the best and within a standard error of it; without labels what is right is
+        what both models' similarities together rank first, as an item of a single modality always finds itself.
     """
 
     share: float
@@ -97,10 +101,8 @@ class QueryBlend:
         few = _JUDGED_ROWS
         judge = ShareJudge(u[:few], v[:few], None if labels is None else labels[:few], generator)
         self.old_fingerprint, self.new_fingerprint = (getattr(rows, "fingerprint", None) for rows in (old, new))
-        rotations = [torch.eye(v.shape[1], u.shape[1], device=u.device), procrustes(v, u)]
-        found = [judge.best_share(turned) for turned in (False, True)]
-        turned = found[0][0] == 0 or found[1][1] >= found[0][1]
-        self.share, self.rotation = found[turned][0], rotations[turned]
+        fit_map, self.share = judge.choose()
+        self.rotation = fit_map(v, u)
         if judge.hits(self.rotation, self.share) < judge.hits(self.rotation, 0.0):
             self.share = 0.0
         self._agreement = float((u * normalize(v @ self.rotation, dim=1)).sum(1).mean())

@@ -12,12 +12,26 @@ from .._rows import unit_rows_as_given
 from ..transformations import OrthogonalTransformation
 
 _SHORT_ARC, _NEAR_OPPOSITE = 1e-4, 2e-3  # radians
+_POWER = 0.2  # of the old rows' second moments, by which whitened queries are divided
+_LEAST_MOMENT = 1e-3  # of the mean one
 
 
 def procrustes(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return the ``(D_source, D_target)`` semi-orthogonal map that best takes unit rows to unit rows, float32."""
     fitted = OrthogonalTransformation(source.shape[1], target.shape[1]).fit(source, target)
     return fitted.base.to(source.device, torch.float32)
+
+
+def whitened(rotation: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return a rotation to the space of ``target`` times the power -0.2 of its rows' second moments, float32.
+
+    Cosines are mostly made of the few directions in which all rows are alike; queries have less of these then.
+    """
+    rows = target.double()
+    moments, axes = torch.linalg.eigh(rows.t() @ rows / len(rows))
+    moments = moments.clamp(min=_LEAST_MOMENT * float(moments.mean()))
+    flat = (axes * (moments / moments[-1]) ** -_POWER) @ axes.t()
+    return rotation @ flat.to(rotation)
 
 
 def interpolate(u: torch.Tensor, v: torch.Tensor, share: float) -> torch.Tensor:

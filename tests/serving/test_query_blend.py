@@ -92,7 +92,7 @@ def test_by_hand():
     u, v = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     torch.testing.assert_close(interpolate(u, v, 1 / 3), torch.tensor([[0.75**0.5, 0.5]]))
     old, quarter = torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
-    torch.testing.assert_close(query_blend.procrustes(old @ quarter, old), quarter.t())
+    torch.testing.assert_close(blend_share.procrustes(old @ quarter, old), quarter.t())
     blend = QueryBlend().fit(old, old)
     blend.rotation, blend.share = quarter.t(), 0.5  # the new query, turned back, is at (0, 1)
     torch.testing.assert_close(blend.query_rows(u, torch.tensor([[-7.0, 0.0]])), torch.tensor([[0.5**0.5, 0.5**0.5]]))
@@ -186,6 +186,47 @@ def test_never_below_the_old_query_on_what_it_was_fitted_to(size, classes, noise
     assert precision(blend.query_rows(old, new), labels, old) >= precision(old, labels, old)
 
 
+def common_directions(n=1200, classes=40, width=16, seed=0):
+    """Items whose cosines are mostly made of two directions that say nothing of their class."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    labels = torch.arange(n) % classes
+    nothing = torch.cat([5 * draw(n, 2), torch.zeros(n, width - 2)], 1)
+    centers = torch.cat([torch.zeros(classes, 2), draw(classes, width - 2)], 1)
+    old, new = (nothing + centers[labels] + noise * draw(n, width) for noise in (0.9, 0.6))
+    return labels, old, new @ torch.linalg.qr(draw(width, width))[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_new_queries_are_whitened_where_that_finds_more(seed):
+    labels, old, new = common_directions(seed=seed)
+    blend = QueryBlend().fit(old, new, labels)
+    u, v = (np.array([reference.unit(row) for row in rows.double().numpy()]) for rows in (old, new))
+    moments, axes = np.linalg.eigh(u.T @ u / len(u))
+    flat = axes @ np.diag((moments / moments.max()) ** -0.2) @ axes.T
+    np.testing.assert_allclose(blend.rotation, reference.procrustes(v, u) @ flat, atol=1e-4)
+    turned = QueryBlend().fit(old, new, labels)
+    turned.rotation = torch.from_numpy(reference.procrustes(v, u)).float()
+    found = [precision(one.query_rows(old, new), labels, old) for one in (blend, turned)]
+    assert found[0] > found[1] > precision(old, labels, old)
+
+
+def test_whitening_of_few_rows_is_finite():
+    _, old, new = common_directions(n=24, classes=3, width=64)
+    rotation = blend_share.turned_and_whitened(normalize(new), normalize(old))
+    assert rotation.isfinite().all() and float(rotation.abs().max()) < 20
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_that_fits_and_finds_more_is_left_alone(seed):
+    labels, old, new = items(n=600, noise=(1.2, 0.4), turned=False, seed=seed)
+    blend = QueryBlend().fit(old, new, labels)
+    assert blend.share == 1 and blend.rotation.equal(torch.eye(8))
+    torch.testing.assert_close(blend.query_rows(old, new), normalize(new))
+    worse = QueryBlend().fit(new, old, labels)  # it fits as well, and finds less
+    assert worse.share < 1
+
+
 def test_the_seed_decides():
     labels, old, new = items()
     state = torch.get_rng_state()
@@ -197,7 +238,7 @@ def test_the_seed_decides():
 
 def source_rows(monkeypatch, old, new, labels):
     """Fit, and return which rows of ``new`` each rotation was fitted to."""
-    unit, seen, procrustes = normalize(new), [], query_blend.procrustes
+    unit, seen, procrustes = normalize(new), [], blend_share.procrustes
 
     def recording(source, target):
         distances = torch.cdist(source.double(), unit.double())
@@ -205,8 +246,7 @@ def source_rows(monkeypatch, old, new, labels):
         assert len(seen[-1]) == len(source) and float(distances.amin(1).max()) < 1e-5
         return procrustes(source, target)
 
-    for module in (query_blend, blend_share):
-        monkeypatch.setattr(module, "procrustes", recording)
+    monkeypatch.setattr(blend_share, "procrustes", recording)
     QueryBlend().fit(old, new, labels)
     return seen
 
@@ -219,13 +259,13 @@ def test_the_share_is_judged_on_classes_that_the_rotation_has_not_seen(monkeypat
         if rows != everything:
             judged += everything - rows
             assert not {int(labels[row]) for row in rows} & {int(labels[row]) for row in everything - rows}
-    assert sorted(judged) == sorted(everything)  # each item once
+    assert sorted(judged) == sorted([*everything, *everything])  # each item once, and once with whitening
 
 
 def test_without_labels_each_item_is_judged_once(monkeypatch):
     _, old, new = items(n=48)
     judged = [row for rows in source_rows(monkeypatch, old, new, None) for row in set(range(48)) - rows]
-    assert sorted(judged) == list(range(48))
+    assert sorted(judged) == sorted([*range(48), *range(48)])  # and once with whitening
 
 
 @pytest.mark.parametrize(("size", "neighbors"), [(12, 1), (48, 3), (200, 10)])
@@ -263,9 +303,12 @@ def test_blocks_do_not_change_the_fit(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(dtype):
     labels, old, new = items(n=60, noise=(0.8, 0.1))
-    expected = QueryBlend().fit(old, new, labels).query_rows(old, new)
+    single = QueryBlend().fit(old, new, labels)
+    expected = single.query_rows(old, new)
     old, new = old.to(dtype), new.to(dtype)
     blend = QueryBlend().fit(old, new, labels)
+    assert blend.share == pytest.approx(single.share, abs=0.1)
+    blend.share = single.share
     blended = blend.query_rows(old, new)
     assert blended.dtype == old.dtype and blend.rotation.dtype == torch.float32
     torch.testing.assert_close(blended.float(), expected, atol=4 * max(1e-5, torch.finfo(dtype).eps), rtol=0)
