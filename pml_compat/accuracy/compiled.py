@@ -217,10 +217,8 @@ class CompiledCounting:
     def buffer(self, positives: int) -> torch.Tensor:
         """Return this thread's place for a tile of scores of queries with so many positives."""
         size = min((1 + (positives > _MANY_POSITIVES)) * _TILE, _TILE_ROWS * (len(self.gallery) + _ALIGNED))
-        if (
-            not hasattr(self._own, "buffer") or len(self._own.buffer) < size
-        ):  # new memory costs more than the work in it
-            self._own.buffer = torch.empty(size)
+        if not hasattr(self._own, "buffer") or len(self._own.buffer) < size:
+            self._own.buffer = torch.empty(size)  # kept: new memory costs more than the work in it
         return self._own.buffer[:size]
 
     def chunks(self, positives: Matches) -> list[torch.Tensor]:

@@ -106,7 +106,7 @@ def test_embeddings_reproduce_the_metrics(out, metrics):
             if method == "two_stage":
                 rows = stored["old"], stored["independent"]
                 found = two_stage_accuracy(*rows, *rows, labels, labels, depth=10, same_items=True)
-                # What is stored is rounded to unit length once more: items as good as equally near may change places.
+                # On some processors by 6e-6: stored rows are not to the last bit those measured.
                 assert {metric: value["mean"] for metric, value in values.items()} == pytest.approx(
                     {metric: found[10][metric] for metric in METRICS}, rel=1e-4
                 )
