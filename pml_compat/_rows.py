@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+_LEAST_MOMENT = 1e-3  # of the mean one
+
 
 def no_autocast(rows: torch.Tensor) -> AbstractContextManager[None]:
     """Leave the autocast of a tensor's device, where there is one: to enter the context takes as long as a small op."""
@@ -124,3 +126,20 @@ def as_wide(
             "gallery with its first coordinates (as BCT does), say so with fit_width=True"
         )
     return fit_width(embeddings, other.shape[1])
+
+
+def second_moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return eigenvalues, upwards, and eigenvectors (columns) of the rows' second moments, float32 or better."""
+    rows = at_least_float32(rows)
+    return tuple(torch.linalg.eigh(rows.t() @ rows / max(1, len(rows))))
+
+
+def whitening(moments: tuple[torch.Tensor, torch.Tensor], power: float) -> torch.Tensor:
+    """Return the ``(D, D)`` negative power of second moments, 1 in their largest direction.
+
+    Directions that hardly occur count as if they had a thousandth of the mean moment.
+    """
+    values, axes = moments
+    least = max(_LEAST_MOMENT * float(values.mean()), torch.finfo(values.dtype).tiny)
+    values = values.clamp(min=least)
+    return (axes * (values / values[-1]) ** -power) @ axes.t()

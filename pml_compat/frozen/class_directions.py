@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import normalize, softplus
 
-_SHARES = (0.0, 0.5, 2 / 3, 0.8, 1.0)  # of the fitted direction; the rest is the mean's
+from .._rows import second_moments, whitening
+
+_SHARES = (0.0, 0.5, 1.0)  # of the fitted direction; the rest is the mean's
+_POWERS = (0.0, 0.1, 0.2)  # of the rows' second moments, that a direction is divided by
 _MISS = 0.75  # of the way from a class's direction to where a linear map lands
 _RIDGE = 1e-3  # of that map, in mean squared entries
 _JUDGED_ROWS = 2048
@@ -37,6 +41,7 @@ class Prospects:
         near_directions: queries that miss it as a new model might: by three quarters of what a linear map of the old
             embeddings misses it by.
         fitted_share: of the fitted direction in :func:`class_directions`, 0 for means alone.
+        whitening: the power of the old embeddings' second moments that directions are divided by there, 0 for none.
     """
 
     old: Found
@@ -44,20 +49,23 @@ class Prospects:
     at_directions: Found
     near_directions: Found
     fitted_share: float
+    whitening: float
 
 
 def class_directions(
     rows: torch.Tensor, classes: torch.Tensor, means: torch.Tensor, seed: int = 0
 ) -> tuple[torch.Tensor, Prospects]:
-    r"""Return the direction for each class's queries, its mean and a fitted direction mixed, and what it promises.
+    r"""Return the direction for each class's queries and what it promises: mean and fitted direction mixed, whitened.
 
-    .. math:: t_y \propto \rho \, a_y + (1 - \rho) \, c_y
+    .. math:: t_y \propto (\rho \, a_y + (1 - \rho) \, c_y) \, C^{-\kappa}
 
-    :math:`c` are class means, :math:`a` is what :func:`fit_directions` finds. Means find little where the old model
-    does not keep classes apart; fitted directions find much, but where its embeddings all lie close together a query
-    has to meet them exactly. So the share :math:`\rho` is measured: directions are fitted to one half of the rows, and
-    the other half are queries that miss them as a new model might. For that a linear map from old embeddings to
-    directions stands in, which mistakes one class for another where the old model does.
+    :math:`c` are class means, :math:`a` is what :func:`fit_directions` finds, :math:`C` are the second moments of the
+    rows. Means find little where the old model does not keep classes apart; fitted directions find much, but where its
+    embeddings all lie close together a query has to meet them exactly. Cosines are mostly made of the few directions in
+    which all rows are alike; a whitened query has less of these. So the share :math:`\rho` and the power
+    :math:`\kappa` are measured: directions are fitted to one half of the rows, and the other half are queries that
+    miss them as a new model might. For that a linear map from old embeddings to directions stands in, which mistakes
+    one class for another where the old model does.
 
     Args:
         rows: ``(N, D)``, old embeddings as unit rows.
@@ -71,18 +79,25 @@ def class_directions(
     order = torch.randperm(len(rows), generator=generator).to(rows.device)
     fitting, judging = order.tensor_split(2)
     judging = judging[:_JUDGED_ROWS]
-    seen, seen_classes, gallery, own = rows[fitting], classes[fitting], rows[judging], classes[judging]
-    fitted = fit_directions(seen, seen_classes, means, generator)
-    found = []
-    for share in _SHARES:
-        directions = _mixed(fitted, means, share)
-        landed = _linear_map(seen, directions[seen_classes], gallery)
-        found.append(found_by(normalize(torch.lerp(directions[own], landed, _MISS), dim=1), own, gallery, own))
-    best = max(range(len(_SHARES)), key=lambda i: found[i].precision_at_1 + found[i].mean_average_precision)
-    share = _SHARES[best]
-    at_means, at_directions = (found_by(_mixed(fitted, means, s)[own], own, gallery, own) for s in (0.0, share))
-    prospects = Prospects(found_by(gallery, own, gallery, own), at_means, at_directions, found[best], share)
-    return _mixed(fit_directions(rows, classes, means, generator), means, share) if share else means, prospects
+    seen, gallery, own = rows[fitting], rows[judging], classes[judging]
+    fitted = fit_directions(seen, classes[fitting], means, generator)
+    moments = second_moments(rows)
+    landing = _linear_map(seen, classes[fitting], len(means), gallery)
+    near: dict[tuple[float, float], Found] = {}
+    for share, power in itertools.product(_SHARES, _POWERS):
+        directions = _mixed(fitted, means, share, whitening(moments, power))
+        queries = torch.lerp(directions[own], normalize(landing @ directions, dim=1), _MISS)
+        near[share, power] = found_by(normalize(queries, dim=1), own, gallery, own)
+    share, power = max(near, key=lambda choice: near[choice].precision_at_1 + near[choice].mean_average_precision)
+    flat = whitening(moments, power)
+    at_means, at_directions = (
+        found_by(directions[own], own, gallery, own) for directions in (means, _mixed(fitted, means, share, flat))
+    )
+    old = found_by(gallery, own, gallery, own)
+    prospects = Prospects(old, at_means, at_directions, near[share, power], share, power)
+    if share:
+        fitted = fit_directions(rows, classes, means, generator)
+    return _mixed(fitted, means, share, flat), prospects
 
 
 def fit_directions(
@@ -174,17 +189,17 @@ def _differences(rows: torch.Tensor, classes: torch.Tensor, count: int) -> torch
     return differences / length.clamp(min=1e-6)
 
 
-def _linear_map(rows: torch.Tensor, targets: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Return where the affine map that takes ``rows`` to ``targets`` takes others, as unit rows."""
+def _linear_map(rows: torch.Tensor, classes: torch.Tensor, count: int, others: torch.Tensor) -> torch.Tensor:
+    """Return what ``others`` weigh each class, ``(M, C)``, by the affine map from ``rows`` to their classes."""
     if len(rows) == 0:
-        return torch.zeros_like(others)
-    center, goal = rows.mean(0), targets.mean(0)
+        return others.new_zeros(len(others), count)
+    center, goal = rows.mean(0), torch.bincount(classes, minlength=count).to(rows) / len(rows)
     centered = rows - center
     gram = centered.t() @ centered
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
-    weight = torch.linalg.lstsq(gram, centered.t() @ (targets - goal)).solution
-    return normalize((others - center) @ weight + goal, dim=1)
+    sums = centered.new_zeros(count, rows.shape[1]).index_add_(0, classes, centered)
+    return (others - center) @ torch.linalg.lstsq(gram, sums.t()).solution + goal
 
 
-def _mixed(fitted: torch.Tensor, means: torch.Tensor, share: float) -> torch.Tensor:
-    return normalize(torch.lerp(means, fitted, share), dim=1)
+def _mixed(fitted: torch.Tensor, means: torch.Tensor, share: float, flat: torch.Tensor) -> torch.Tensor:
+    return normalize(torch.lerp(means, fitted, share) @ flat, dim=1)

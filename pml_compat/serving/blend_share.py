@@ -56,12 +56,13 @@ class ShareJudge:
     def choose(self) -> tuple[Map, float]:
         """Return how new queries are to be mapped, and the share.
 
-        A new model that by itself finds more than the old one is what the blend is measured by: it is left alone unless
-        a blend of the two adds more than it does. Such a model was trained to fit, mostly on the very items given here.
+        A new model that fits the old one as it is, and by itself finds more, is what the blend is measured by: it is
+        left alone unless a blend of the two adds more than it does. Such a model was trained to fit, mostly on the very
+        items given here, and no other map is taken for it that does not find significantly more.
         """
         plain, fits = self._hits_by_share(as_they_are)
         turned, related = self._hits_by_share(procrustes)
-        if not related:
+        if self.labels is None and not related:
             return procrustes, 0.0  # of two models that have nothing in common no one knows who is right
         gain = plain[-1] - plain[0]
         most, added = float(plain.sum(1).max() - plain[-1].sum()), float(gain.sum())
@@ -69,18 +70,18 @@ class ShareJudge:
             return as_they_are, 1.0
         flat, _ = self._hits_by_share(turned_and_whitened)
         fit, hits = (turned_and_whitened, flat) if _adds(flat, turned) else (procrustes, turned)
-        if fits and float(plain.sum(1).max()) > float(hits.sum(1).max()):
+        if fits and not _adds(hits, plain):
             fit, hits = as_they_are, plain
         return fit, self._cautious(hits)
 
     def _hits_by_share(self, fit: Map) -> tuple[torch.Tensor, bool]:
-        """Return ``(shares, N)``, which queries find something right first, and whether the models have to do with each
-        other, which labels tell by themselves."""
+        """Return ``(shares, N)``, which queries find something right first, and whether the models, so mapped, have to
+        do with each other."""
         hits = torch.zeros(len(_SHARES), len(self.u), dtype=torch.float64)
         for queries in self.folds:
             mapped = fit(self.v[~queries], self.u[~queries])
             hits[:, queries.cpu()] = self._hits(queries.nonzero()[:, 0], mapped, _SHARES).cpu()
-        return hits, self.labels is not None or float(self.above.mean()) >= _RELATED
+        return hits, float(self.above.mean()) >= _RELATED
 
     @staticmethod
     def _cautious(hits: torch.Tensor) -> float:

@@ -8,12 +8,11 @@ import torch
 from torch.nn.functional import normalize
 
 from .._checks import check_matrix, stored_rows
-from .._rows import unit_rows_as_given
+from .._rows import second_moments, unit_rows_as_given, whitening
 from ..transformations import OrthogonalTransformation
 
 _SHORT_ARC, _NEAR_OPPOSITE = 1e-4, 2e-3  # radians
 _POWER = 0.2  # of the old rows' second moments, by which whitened queries are divided
-_LEAST_MOMENT = 1e-3  # of the mean one
 
 
 def procrustes(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -27,11 +26,7 @@ def whitened(rotation: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     Cosines are mostly made of the few directions in which all rows are alike; queries have less of these then.
     """
-    rows = target.double()
-    moments, axes = torch.linalg.eigh(rows.t() @ rows / len(rows))
-    moments = moments.clamp(min=_LEAST_MOMENT * float(moments.mean()))
-    flat = (axes * (moments / moments[-1]) ** -_POWER) @ axes.t()
-    return rotation @ flat.to(rotation)
+    return rotation @ whitening(second_moments(target), _POWER).to(rotation)
 
 
 def interpolate(u: torch.Tensor, v: torch.Tensor, share: float) -> torch.Tensor:

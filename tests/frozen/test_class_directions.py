@@ -11,7 +11,7 @@ from pml_compat.frozen.class_directions import class_directions, fit_directions,
 from pml_compat.frozen.prototypes import refine_prototypes
 from tests import reference
 
-SHARES = (0.0, 0.5, 2 / 3, 0.8, 1.0)
+SHARES, POWERS = (0.0, 0.5, 1.0), (0.0, 0.1, 0.2)
 
 
 def random_rows(seed=0, n=30, classes=4, width=5, dtype=torch.float64):
@@ -111,29 +111,48 @@ def test_means_stay_where_nothing_is_better():
     rows, labels = random_rows(n=60, dtype=torch.float32)
     means = means_of(rows, labels, 4)
     directions, prospects = class_directions(rows, labels, means)
-    assert (prospects.fitted_share == 0) == directions.equal(means)
+    stayed = prospects.fitted_share == prospects.whitening == 0
+    assert stayed == torch.allclose(directions, means, atol=1e-5)
     rows, labels = distinct_classes(noise=0.01)
     directions, prospects = class_directions(rows, labels, means_of(rows, labels, 5))
     assert prospects.at_means == prospects.at_directions  # all of it
     assert as_pair(prospects.at_means) == pytest.approx((1.0, 1.0))
 
 
+def naive_whitening(rows, power):
+    """The power of the second moments, 1 at the largest of them, no moment below a thousandth of their mean."""
+    rows = rows.double().numpy()
+    moments, axes = np.linalg.eigh(sum(np.outer(row, row) for row in rows) / len(rows))
+    moments = np.maximum(moments, 1e-3 * moments.mean()) / moments.max()
+    return torch.tensor(sum(m**-power * np.outer(axis, axis) for m, axis in zip(moments, axes.T, strict=True)))
+
+
 @pytest.mark.parametrize("make", [hidden_classes, distinct_classes])
-def test_directions_lie_on_the_way_from_means_to_what_is_fitted(make, few_steps):
+def test_directions_lie_on_the_way_from_means_to_what_is_fitted_and_are_whitened(make, few_steps):
     rows, labels = make()
     means = means_of(rows, labels, int(labels.max()) + 1)
     directions, prospects = class_directions(rows, labels, means)
-    assert prospects.fitted_share in SHARES
-    if prospects.fitted_share == 0:
-        assert directions.equal(means)
-        return
+    assert prospects.fitted_share in SHARES and prospects.whitening in POWERS
     generator = torch.Generator().manual_seed(0)  # drawn from, in this order, by both fits
     order = torch.randperm(len(rows), generator=generator)
     half = order[: len(rows) // 2]
     fit_directions(rows[half], labels[half], means, generator)
     fitted = fit_directions(rows, labels, means, generator)
     mixed = prospects.fitted_share * fitted + (1 - prospects.fitted_share) * means
-    torch.testing.assert_close(directions, normalize(mixed, dim=1))
+    whitened = mixed.double() @ naive_whitening(rows, prospects.whitening)
+    torch.testing.assert_close(directions, normalize(whitened, dim=1).float(), rtol=0, atol=1e-4)
+
+
+def test_directions_are_whitened_where_that_finds_more(few_steps, monkeypatch):
+    """Where all rows are alike in one direction, which tells no class from another, and not where all is found."""
+    rows, labels = hidden_classes()
+    _, prospects = class_directions(rows, labels, means_of(rows, labels, 4))
+    easy, easy_labels = distinct_classes(noise=0.01)
+    assert class_directions(easy, easy_labels, means_of(easy, easy_labels, 5))[1].whitening == 0
+    monkeypatch.setattr(module, "_POWERS", (0.0,))
+    _, plain = class_directions(rows, labels, means_of(rows, labels, 4))
+    assert prospects.whitening > 0 == plain.whitening
+    assert sum(as_pair(prospects.near_directions)) > sum(as_pair(plain.near_directions))
 
 
 def ranking_error(directions, rows, labels):
