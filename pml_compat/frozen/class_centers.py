@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._checks import as_tensor, check_embeddings, check_finite, check_labels, stored_rows
+from .._checks import as_tensor, check_embeddings, check_finite, check_labels, check_matrix, stored_rows
 from .._files import load_tensors, save_tensors
 from .._rows import precise_dtype
 from . import measured_classes as measured
@@ -39,6 +39,7 @@ class ClassCenters(torch.nn.Module):
         boundaries: ``(C,)`` angles in radians, in [0, pi]; None where none were measured.
         counts: ``(C,)`` number of samples behind each row; None where it is not known.
         directions: ``(C, D)`` where queries of each class should stand; kept as unit rows. None: on the centres.
+        whitening: ``(D, D)``, see :attr:`whitening`.
         scale: of cosines with the centres, see :attr:`scale`.
     Raises:
         ValueError: shapes that disagree, NaN or infinity, a centre of length 0, labels that repeat.
@@ -57,6 +58,7 @@ class ClassCenters(torch.nn.Module):
     boundaries: torch.Tensor | None
     counts: torch.Tensor | None
     fitted_directions: torch.Tensor | None
+    fitted_whitening: torch.Tensor | None
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class ClassCenters(torch.nn.Module):
         counts: Any = None,
         *,
         directions: Any = None,
+        whitening: Any = None,
         scale: float | None = None,
     ) -> None:
         super().__init__()
@@ -93,6 +96,11 @@ class ClassCenters(torch.nn.Module):
                 raise ValueError(f"directions must be one a centre, {len(centers)}, got {len(directions)}")
             directions = _unit_centers(directions, self.labels).to(self.centers)
         self.register_buffer("fitted_directions", directions)
+        if whitening is not None:
+            whitening = check_matrix(whitening, "whitening", self.centers.shape[1]).detach().to(self.centers)
+            if len(whitening) != whitening.shape[1]:
+                raise ValueError(f"whitening must be square, (D, D), got shape {tuple(whitening.shape)}")
+        self.register_buffer("fitted_whitening", whitening)
         self._scale = None if scale is None else float(scale)
         self._sample: tuple[torch.Tensor, torch.Tensor] | None = None
         self._prospects: Prospects | None = None
@@ -107,6 +115,15 @@ class ClassCenters(torch.nn.Module):
         """The ``(C, D)`` unit rows on which queries of each class should stand; else the centres."""
         self._measure()
         return self.centers if self.fitted_directions is None else self.fitted_directions
+
+    @property
+    def whitening(self) -> torch.Tensor | None:
+        """The ``(D, D)`` matrix that queries of these embeddings find more by, multiplied by it; None where they do not.
+
+        A negative power of the embeddings' second moments: what all of them have in common then counts less.
+        """
+        self._measure()
+        return self.fitted_whitening
 
     @property
     def scale(self) -> float | None:
@@ -130,7 +147,7 @@ class ClassCenters(torch.nn.Module):
         index = measured.sampled(len(labels))
         rows = measured.unit_directions(stored_rows(embeddings, index, "embeddings")).float()
         self._sample = rows, self.index_of(labels[index.to(labels.device)])
-        self.fitted_directions = self._scale = self._prospects = None
+        self.fitted_directions = self.fitted_whitening = self._scale = self._prospects = None
         return self
 
     def _measure(self) -> None:
@@ -141,8 +158,9 @@ class ClassCenters(torch.nn.Module):
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):  # wherever it is first asked for
             rows, classes = (tensor.to(device) for tensor in self._sample)
             centers = self.centers.float()
-            found, self._prospects = class_directions(rows, classes, centers)
+            found, flat, self._prospects = class_directions(rows, classes, centers)
             self.fitted_directions = _unit_centers(found, self.labels).to(self.centers)
+            self.fitted_whitening = None if flat is None else flat.to(self.centers)
             self._scale = fitting_scale(rows, classes, len(centers))
         self._sample = None
 
@@ -220,12 +238,16 @@ class ClassCenters(torch.nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Take directions that were fitted before a state was saved; keep those that are here where it has none."""
-        name = f"{prefix}fitted_directions"
-        if state_dict.get(name) is not None:
-            self.fitted_directions = torch.empty_like(state_dict[name], device=self.centers.device)
+        names = f"{prefix}fitted_directions", f"{prefix}fitted_whitening"
+        if state_dict.get(names[0]) is not None:
+            self.fitted_directions = torch.empty_like(state_dict[names[0]], device=self.centers.device)
+            flat = state_dict.get(names[1])
+            self.fitted_whitening = None if flat is None else torch.empty_like(flat, device=self.centers.device)
             self._sample = None
         elif self.fitted_directions is not None:
-            state_dict[name] = self.fitted_directions
+            state_dict[names[0]] = self.fitted_directions
+            if self.fitted_whitening is not None:
+                state_dict[names[1]] = self.fitted_whitening
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def summary(self) -> CentersSummary:
@@ -242,10 +264,11 @@ class ClassCenters(torch.nn.Module):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write centres, labels, boundaries, counts and directions to a safetensors file, whole or not at all."""
+        """Write centres, labels, boundaries, counts, directions and whitening to a safetensors file, whole or not at all."""
         self._measure()
         tensors = {"centers": self.centers, "labels": self.labels}
         optional = {"boundaries": self.boundaries, "counts": self.counts, "directions": self.fitted_directions}
+        optional["whitening"] = self.fitted_whitening
         tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
         if self._scale is not None:
             tensors["scale"] = torch.tensor(self._scale, dtype=torch.float64)

@@ -41,7 +41,7 @@ class Prospects:
         near_directions: queries that miss it as a new model might: by three quarters of what a linear map of the old
             embeddings misses it by.
         fitted_share: of the fitted direction in :func:`class_directions`, 0 for means alone.
-        whitening: the power of the old embeddings' second moments that directions are divided by there, 0 for none.
+        whitening: the power of the old embeddings' second moments there, 0 for none.
     """
 
     old: Found
@@ -54,15 +54,15 @@ class Prospects:
 
 def class_directions(
     rows: torch.Tensor, classes: torch.Tensor, means: torch.Tensor, seed: int = 0
-) -> tuple[torch.Tensor, Prospects]:
-    r"""Return the direction for each class's queries and what it promises: mean and fitted direction mixed, whitened.
+) -> tuple[torch.Tensor, torch.Tensor | None, Prospects]:
+    r"""Return the direction for each class's queries, how they are whitened, and what that promises.
 
-    .. math:: t_y \propto (\rho \, a_y + (1 - \rho) \, c_y) \, C^{-\kappa}
+    .. math:: t_y \propto (\rho \, a_y + (1 - \rho) \, c_y) \, W, \quad W = C^{-\kappa}
 
     :math:`c` are class means, :math:`a` is what :func:`fit_directions` finds, :math:`C` are the second moments of the
     rows. Means find little where the old model does not keep classes apart; fitted directions find much, but where its
     embeddings all lie close together a query has to meet them exactly. Cosines are mostly made of the few directions in
-    which all rows are alike; a whitened query has less of these. So the share :math:`\rho` and the power
+    which all rows are alike, and a whitened query has less of these. So the share :math:`\rho` and the power
     :math:`\kappa` are measured: directions are fitted to one half of the rows, and the other half are queries that
     miss them as a new model might. For that a linear map from old embeddings to directions stands in, which mistakes
     one class for another where the old model does.
@@ -73,7 +73,7 @@ def class_directions(
         means: ``(C, D)``, unit rows.
         seed: of what is drawn.
     Shape:
-        - output: ``(C, D)``, unit rows of the dtype of ``means``
+        - output: ``(C, D)``, unit rows of the dtype of ``means``; ``(D, D)`` :math:`W`, None where there is no whitening
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator).to(rows.device)
@@ -97,7 +97,7 @@ def class_directions(
     prospects = Prospects(old, at_means, at_directions, near[share, power], share, power)
     if share:
         fitted = fit_directions(rows, classes, means, generator)
-    return _mixed(fitted, means, share, flat), prospects
+    return _mixed(fitted, means, share, flat), flat if power else None, prospects
 
 
 def fit_directions(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .._checks import check_integer, check_matrix, check_number, check_same_device
-from .._rows import unit_rows_as_given
+from .._rows import no_autocast, precise_dtype, unit_rows_as_given
 from ..frozen import WithinClassWhitening
 from ..transformations.batch_norm import BatchNorm
 
@@ -17,7 +19,7 @@ class CompatibleHead(torch.nn.Module):
         [\, p^1 ; \dots ; p^k \,] = W_2 \operatorname{ReLU}(\operatorname{BN}(W_1 u)) + b, \quad f = g(u), \quad
         p = \textstyle\sum_m p^m / \lVert p^m \rVert
 
-    New queries find old vectors by :math:`p` (:meth:`old_part`), and new vectors by :meth:`whole`: by both,
+    New queries find old vectors by :math:`p`, whitened (:meth:`old_part`), and new vectors by :meth:`whole`: by both,
     :math:`\rho \cos(p, p') + (1 - \rho) \cos(f, f')` with an ``old_share`` :math:`\rho`, or at 0 by :math:`f` alone.
     Nothing of the old model holds :math:`f` back.
 
@@ -29,7 +31,8 @@ class CompatibleHead(torch.nn.Module):
     :class:`pml_compat.serving.MixedGallery`.
 
     With ``whitening`` :math:`p` lives in the old space whitened by its scatter within classes, and :meth:`old_part`
-    leads back: the head aims at what tells classes apart.
+    leads back: the head aims at what tells classes apart. Without, the loss whitens queries where that finds more
+    (:meth:`whiten_queries`).
 
     For a model that is finished: hold its trunk in a :class:`~pml_compat.frozen.FrozenModel`, give its last layer as
     ``free=FrozenModel(layer, save=True)``, or None where its embeddings are the features themselves, and train the head
@@ -69,6 +72,8 @@ class CompatibleHead(torch.nn.Module):
         themselves, and no independent model is trained first.
     """
 
+    query_whitening: torch.Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -98,6 +103,7 @@ class CompatibleHead(torch.nn.Module):
         if self.trunk_gradient > 1:
             raise ValueError(f"trunk_gradient must be in [0, 1], got {trunk_gradient!r}")
         self.whitening = whitening
+        self.register_buffer("query_whitening", None)
         self.free = torch.nn.Identity() if free is None else free
         self.compatible = torch.nn.Sequential(
             torch.nn.Linear(self.in_features, hidden, bias=False),
@@ -121,7 +127,35 @@ class CompatibleHead(torch.nn.Module):
     def old_part(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the unit rows ``(N, old_features)`` that are compared with old embeddings, by cosine."""
         part = self._mean_part(embeddings)
+        if self.query_whitening is not None:
+            precise = precise_dtype(part.dtype)
+            with no_autocast(part):
+                return unit_rows_as_given(part.to(precise) @ self.query_whitening.to(precise)).to(part.dtype)
         return part if self.whitening is None else self.whitening.query(part)
+
+    def whiten_queries(self, whitening: torch.Tensor | None) -> None:
+        """Let :meth:`old_part` multiply by a ``(D, D)`` matrix, ``ClassCenters.whitening``, from now on; None: by none.
+
+        :class:`~pml_compat.losses.CompatibleHeadLoss` does so; the matrix is in ``state_dict()``.
+
+        Raises:
+            ValueError: the head has a ``whitening`` of its own; another size.
+        """
+        if whitening is not None:
+            if self.whitening is not None:
+                raise ValueError("whitening must be None for a head that was made with one, got both")
+            check_matrix(whitening, "whitening", self.old_features)
+            if len(whitening) != self.old_features:
+                raise ValueError(f"whitening must be square, (D, D), got shape {tuple(whitening.shape)}")
+            whitening = whitening.detach().to(next(self.compatible.parameters()), copy=True)
+        self.query_whitening = whitening
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Take the whitening of queries that a state has; one without it is of a head that has none."""
+        given = state_dict.get(f"{prefix}query_whitening")
+        device = next(self.compatible.parameters()).device
+        self.query_whitening = None if given is None else torch.empty_like(given, device=device)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def compatible_parts(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the ``parts``, each ``(N, old_features)``, as they are."""

@@ -32,7 +32,8 @@ class CompatibleHeadLoss(CompatibleLoss):
         - \lambda_c \operatorname{mean}_i \operatorname{mean}_{j: y_j = y_i}
         \log \operatorname{softmax}_j \langle n(p_i), t_j \rangle / \tau
 
-    :math:`t = ` ``head.target(old_embeddings)``, and :math:`T` are the classes' directions. The first added term
+    :math:`t = ` ``head.target(old_embeddings)``, and :math:`T` are the classes' directions. With ``centers`` the head
+    is given their whitening for its queries when this loss is made (:meth:`CompatibleHead.whiten_queries`). The first added term
     (:class:`PointAlignmentLoss`, weight 10) teaches the head the old space itself; the second (weight 10), with
     ``centers``, where queries of each class find the old embeddings; the third (weight 3, without ``centers`` 5,
     :math:`\tau = 0.1`) what tells the classes of the batch apart, 0 for a batch of one class. A head of several parts
@@ -172,6 +173,8 @@ class _ClassTerm(torch.nn.Module):
     def __init__(self, centers: OldSystem, head: CompatibleHead) -> None:
         super().__init__()
         centers = as_centers(centers, width=head.old_features)
+        if head.whitening is None:
+            head.whiten_queries(centers.whitening)
         rows = head.target(centers.directions)
         self.classifier = FrozenClassifier(rows, labels=centers.labels, kind="cosine")
         self.needs_ref_emb, self.needs_labels = False, True

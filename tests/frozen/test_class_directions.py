@@ -110,11 +110,12 @@ def test_directions_find_what_means_do_not():
 def test_means_stay_where_nothing_is_better():
     rows, labels = random_rows(n=60, dtype=torch.float32)
     means = means_of(rows, labels, 4)
-    directions, prospects = class_directions(rows, labels, means)
+    directions, flat, prospects = class_directions(rows, labels, means)
     stayed = prospects.fitted_share == prospects.whitening == 0
+    assert (flat is None) == (prospects.whitening == 0)
     assert stayed == torch.allclose(directions, means, atol=1e-5)
     rows, labels = distinct_classes(noise=0.01)
-    directions, prospects = class_directions(rows, labels, means_of(rows, labels, 5))
+    directions, _, prospects = class_directions(rows, labels, means_of(rows, labels, 5))
     assert prospects.at_means == prospects.at_directions  # all of it
     assert as_pair(prospects.at_means) == pytest.approx((1.0, 1.0))
 
@@ -131,7 +132,7 @@ def naive_whitening(rows, power):
 def test_directions_lie_on_the_way_from_means_to_what_is_fitted_and_are_whitened(make, few_steps):
     rows, labels = make()
     means = means_of(rows, labels, int(labels.max()) + 1)
-    directions, prospects = class_directions(rows, labels, means)
+    directions, flat, prospects = class_directions(rows, labels, means)
     assert prospects.fitted_share in SHARES and prospects.whitening in POWERS
     generator = torch.Generator().manual_seed(0)  # drawn from, in this order, by both fits
     order = torch.randperm(len(rows), generator=generator)
@@ -139,18 +140,23 @@ def test_directions_lie_on_the_way_from_means_to_what_is_fitted_and_are_whitened
     fit_directions(rows[half], labels[half], means, generator)
     fitted = fit_directions(rows, labels, means, generator)
     mixed = prospects.fitted_share * fitted + (1 - prospects.fitted_share) * means
-    whitened = mixed.double() @ naive_whitening(rows, prospects.whitening)
+    power = prospects.whitening
+    whitened = mixed.double() @ naive_whitening(rows, power)
     torch.testing.assert_close(directions, normalize(whitened, dim=1).float(), rtol=0, atol=1e-4)
+    if flat is None:
+        assert power == 0
+    else:
+        torch.testing.assert_close(flat, naive_whitening(rows, power).float(), rtol=0, atol=1e-4)
 
 
 def test_directions_are_whitened_where_that_finds_more(few_steps, monkeypatch):
     """Where all rows are alike in one direction, which tells no class from another, and not where all is found."""
     rows, labels = hidden_classes()
-    _, prospects = class_directions(rows, labels, means_of(rows, labels, 4))
+    _, _, prospects = class_directions(rows, labels, means_of(rows, labels, 4))
     easy, easy_labels = distinct_classes(noise=0.01)
-    assert class_directions(easy, easy_labels, means_of(easy, easy_labels, 5))[1].whitening == 0
+    assert class_directions(easy, easy_labels, means_of(easy, easy_labels, 5))[2].whitening == 0
     monkeypatch.setattr(module, "_POWERS", (0.0,))
-    _, plain = class_directions(rows, labels, means_of(rows, labels, 4))
+    _, _, plain = class_directions(rows, labels, means_of(rows, labels, 4))
     assert prospects.whitening > 0 == plain.whitening
     assert sum(as_pair(prospects.near_directions)) > sum(as_pair(plain.near_directions))
 
@@ -205,12 +211,12 @@ EDGES = {
 def test_edges_give_unit_rows_and_finite_prospects(name, few_steps):
     rows, classes, count = EDGES[name]
     means = normalize(torch.randn(count, 4, generator=torch.Generator().manual_seed(0)), dim=1)
-    directions, prospects = class_directions(rows, classes, means)
+    directions, flat, prospects = class_directions(rows, classes, means)
     assert directions.shape == means.shape and directions.dtype == means.dtype
     torch.testing.assert_close(directions.norm(dim=1), torch.ones(count))
     for found in (prospects.old, prospects.at_means, prospects.at_directions, prospects.near_directions):
         assert all(0 <= value <= 1 for value in as_pair(found))
-    assert prospects.fitted_share in SHARES
+    assert prospects.fitted_share in SHARES and (flat is None) == (prospects.whitening == 0)
     if count == 1 or len(rows) <= 1:
         torch.testing.assert_close(directions, means)
 
@@ -229,7 +235,7 @@ def test_centres_of_few_embeddings_have_directions(name, few_steps):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_prospects_are_shares(make, seed, few_steps):
     rows, labels = make(seed)
-    prospects = class_directions(rows.float(), labels, means_of(rows.float(), labels, int(labels.max()) + 1))[1]
+    prospects = class_directions(rows.float(), labels, means_of(rows.float(), labels, int(labels.max()) + 1))[2]
     for found in (prospects.old, prospects.at_means, prospects.at_directions, prospects.near_directions):
         assert all(0 <= value <= 1 for value in as_pair(found))
 
