@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._checks import as_tensor, check_embeddings, check_finite, check_labels, check_matrix, stored_rows
+from .._checks import check_embeddings, check_labels, stored_rows
 from .._files import load_tensors, save_tensors
 from .._rows import precise_dtype
 from . import measured_classes as measured
@@ -75,9 +75,9 @@ class ClassCenters(torch.nn.Module):
         centers = check_embeddings(centers, "centers").detach()
         check_labels(labels, length=len(centers))
         self.label_map = LabelMap(labels)
-        self.register_buffer("centers", _unit_centers(centers, self.labels).to(precise_dtype(centers.dtype)))
+        self.register_buffer("centers", measured.unit_centers(centers, self.labels).to(precise_dtype(centers.dtype)))
         if boundaries is not None:
-            boundaries = _check_per_class(boundaries, "boundaries", len(centers))
+            boundaries = measured.check_per_class(boundaries, "boundaries", len(centers))
             if not bool(((boundaries >= 0) & (boundaries <= math.pi + 1e-6)).all()):
                 raise ValueError(
                     "boundaries must be angles in radians in [0, pi], got values in "
@@ -94,10 +94,10 @@ class ClassCenters(torch.nn.Module):
             directions = check_embeddings(directions, "directions", self.centers.shape[1]).detach()
             if len(directions) != len(centers):
                 raise ValueError(f"directions must be one a centre, {len(centers)}, got {len(directions)}")
-            directions = _unit_centers(directions, self.labels).to(self.centers)
+            directions = measured.unit_centers(directions, self.labels).to(self.centers)
         self.register_buffer("fitted_directions", directions)
         if whitening is not None:
-            whitening = check_matrix(whitening, "whitening", self.centers.shape[1]).detach().to(self.centers)
+            whitening = check_embeddings(whitening, "whitening", self.centers.shape[1]).detach().to(self.centers)
             if len(whitening) != whitening.shape[1]:
                 raise ValueError(f"whitening must be square, (D, D), got shape {tuple(whitening.shape)}")
         self.register_buffer("fitted_whitening", whitening)
@@ -118,7 +118,7 @@ class ClassCenters(torch.nn.Module):
 
     @property
     def whitening(self) -> torch.Tensor | None:
-        """The ``(D, D)`` matrix that queries of these embeddings find more by, multiplied by it; None where they do not.
+        """The ``(D, D)`` matrix times which queries find more of these embeddings; None where they do not.
 
         A negative power of the embeddings' second moments: what all of them have in common then counts less.
         """
@@ -159,7 +159,7 @@ class ClassCenters(torch.nn.Module):
             rows, classes = (tensor.to(device) for tensor in self._sample)
             centers = self.centers.float()
             found, flat, self._prospects = class_directions(rows, classes, centers)
-            self.fitted_directions = _unit_centers(found, self.labels).to(self.centers)
+            self.fitted_directions = measured.unit_centers(found, self.labels).to(self.centers)
             self.fitted_whitening = None if flat is None else flat.to(self.centers)
             self._scale = fitting_scale(rows, classes, len(centers))
         self._sample = None
@@ -227,7 +227,7 @@ class ClassCenters(torch.nn.Module):
             )
         sample = measured.Sample()
         sums, labels, counts, dtype = measured.sum_classes(batches, normalize, sample)
-        centers = _unit_centers(sums, labels)
+        centers = measured.unit_centers(sums, labels)
         boundaries = None
         if boundary is not None:
             boundaries = measured.measure_boundaries(batches, centers, LabelMap(labels), counts, boundary)
@@ -264,7 +264,7 @@ class ClassCenters(torch.nn.Module):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write centres, labels, boundaries, counts, directions and whitening to a safetensors file, whole or not at all."""
+        """Write centres, labels, boundaries, counts, directions and whitening to a safetensors file, or nothing."""
         self._measure()
         tensors = {"centers": self.centers, "labels": self.labels}
         optional = {"boundaries": self.boundaries, "counts": self.counts, "directions": self.fitted_directions}
@@ -296,21 +296,3 @@ def check_centers(centers: Any, name: str = "centers", width: int | None = None)
         )
     if width is not None and centers.centers.shape[1] != width:
         raise ValueError(f"{name} must be {width} wide, got width {centers.centers.shape[1]}")
-
-
-def _check_per_class(values: Any, name: str, length: int) -> torch.Tensor:
-    values = as_tensor(values, name).detach()
-    if values.shape != (length,) or not values.is_floating_point():
-        raise ValueError(
-            f"{name} must be floating point of shape ({length},), got {values.dtype} {tuple(values.shape)}"
-        )
-    check_finite(values, name)
-    return values.clone()
-
-
-def _unit_centers(means: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    norms = torch.linalg.vector_norm(means.double(), dim=1, keepdim=True)
-    if not bool((norms > 0).all()):
-        label = int(labels[int((norms[:, 0] == 0).nonzero()[0])])
-        raise ValueError(f"centers must not be 0, the centre of label {label} is: its samples cancel out or are all 0")
-    return means.double() / norms

@@ -73,7 +73,7 @@ def class_directions(
         means: ``(C, D)``, unit rows.
         seed: of what is drawn.
     Shape:
-        - output: ``(C, D)``, unit rows of the dtype of ``means``; ``(D, D)`` :math:`W`, None where there is no whitening
+        - output: ``(C, D)``, unit rows of the dtype of ``means``; ``(D, D)`` :math:`W`, None where there is none
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator).to(rows.device)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from .._checks import check_embeddings, check_labels, check_matrix
+from .._checks import as_tensor, check_embeddings, check_finite, check_labels, check_matrix
 from .._rows import precise_dtype
 from .label_map import LabelMap
 
@@ -156,3 +156,23 @@ def largest_without_outliers(angles: torch.Tensor, rows: torch.Tensor, counts: t
     limit = torch.where(counts >= 4, q3 + 1.5 * (q3 - q1), torch.inf)
     kept = angles <= limit[rows]
     return angles.new_zeros(len(counts)).scatter_reduce_(0, rows[kept], angles[kept], "amax")
+
+
+def check_per_class(values: Any, name: str, length: int) -> torch.Tensor:
+    """Return a copy of one number a class, checked."""
+    values = as_tensor(values, name).detach()
+    if values.shape != (length,) or not values.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating point of shape ({length},), got {values.dtype} {tuple(values.shape)}"
+        )
+    check_finite(values, name)
+    return values.clone()
+
+
+def unit_centers(means: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return rows of length 1, float64; one of length 0 is an error."""
+    norms = torch.linalg.vector_norm(means.double(), dim=1, keepdim=True)
+    if not bool((norms > 0).all()):
+        label = int(labels[int((norms[:, 0] == 0).nonzero()[0])])
+        raise ValueError(f"centers must not be 0, the centre of label {label} is: its samples cancel out or are all 0")
+    return means.double() / norms

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .._checks import check_integer, check_matrix, check_number, check_same_device
+from .._checks import check_embeddings, check_integer, check_matrix, check_number, check_same_device
 from .._rows import no_autocast, precise_dtype, unit_rows_as_given
 from ..frozen import WithinClassWhitening
 from ..transformations.batch_norm import BatchNorm
@@ -144,7 +144,7 @@ class CompatibleHead(torch.nn.Module):
         if whitening is not None:
             if self.whitening is not None:
                 raise ValueError("whitening must be None for a head that was made with one, got both")
-            check_matrix(whitening, "whitening", self.old_features)
+            check_embeddings(whitening, "whitening", self.old_features)
             if len(whitening) != self.old_features:
                 raise ValueError(f"whitening must be square, (D, D), got shape {tuple(whitening.shape)}")
             whitening = whitening.detach().to(next(self.compatible.parameters()), copy=True)

@@ -33,7 +33,7 @@ class CompatibleHeadLoss(CompatibleLoss):
         \log \operatorname{softmax}_j \langle n(p_i), t_j \rangle / \tau
 
     :math:`t = ` ``head.target(old_embeddings)``, and :math:`T` are the classes' directions. With ``centers`` the head
-    is given their whitening for its queries when this loss is made (:meth:`CompatibleHead.whiten_queries`). The first added term
+    is given their whitening for its queries when this loss is made (``head.whiten_queries``). The first added term
     (:class:`PointAlignmentLoss`, weight 10) teaches the head the old space itself; the second (weight 10), with
     ``centers``, where queries of each class find the old embeddings; the third (weight 3, without ``centers`` 5,
     :math:`\tau = 0.1`) what tells the classes of the batch apart, 0 for a batch of one class. A head of several parts

@@ -24,9 +24,9 @@ def as_they_are(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return torch.eye(new.shape[1], old.shape[1], device=new.device)
 
 
-def turned_and_whitened(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """Return the rotation, whitened by the old rows."""
-    return whitened(procrustes(new, old), old)
+def then_whitened(fit: Map) -> Map:
+    """Return the map followed by a whitening by the old rows."""
+    return lambda new, old: whitened(fit(new, old), old)
 
 
 class ShareJudge:
@@ -64,15 +64,23 @@ class ShareJudge:
         turned, related = self._hits_by_share(procrustes)
         if self.labels is None and not related:
             return procrustes, 0.0  # of two models that have nothing in common no one knows who is right
-        gain = plain[-1] - plain[0]
-        most, added = float(plain.sum(1).max() - plain[-1].sum()), float(gain.sum())
-        if fits and added > _error(gain) and added >= most:
-            return as_they_are, 1.0
-        flat, _ = self._hits_by_share(turned_and_whitened)
-        fit, hits = (turned_and_whitened, flat) if _adds(flat, turned) else (procrustes, turned)
+        straight: Map = as_they_are
+        if fits:
+            straight, plain = self._whitened_or_not(straight, plain)
+            gain = plain[-1] - plain[0]
+            most, added = float(plain.sum(1).max() - plain[-1].sum()), float(gain.sum())
+            if added > _error(gain) and added >= most:
+                return straight, 1.0
+        fit, hits = self._whitened_or_not(procrustes, turned)
         if fits and not _adds(hits, plain):
-            fit, hits = as_they_are, plain
+            fit, hits = straight, plain
         return fit, self._cautious(hits)
+
+    def _whitened_or_not(self, fit: Map, hits: torch.Tensor) -> tuple[Map, torch.Tensor]:
+        """Return the map, whitened where that finds significantly more, and what is found by it."""
+        flat = then_whitened(fit)
+        more, _ = self._hits_by_share(flat)
+        return (flat, more) if _adds(more, hits) else (fit, hits)
 
     def _hits_by_share(self, fit: Map) -> tuple[torch.Tensor, bool]:
         """Return ``(shares, N)``, which queries find something right first, and whether the models, so mapped, have to

@@ -32,8 +32,12 @@ class NumpyQueryBlend:
             raise ValueError(f"path must be a file written by QueryBlend.save, {os.fspath(path)!r} is not") from error
 
     def __call__(self, old_query: Any, new_query: Any) -> np.ndarray:
-        """Return the unit rows ``(N, D_old)``, or one row ``(D_old,)``, to search the old gallery with."""
-        u, v = np.asarray(old_query), np.asarray(new_query) @ self.rotation
+        """Return the unit rows ``(N, D_old)``, or one row ``(D_old,)``, to search the old gallery with.
+
+        ``old_query`` may be None where ``share`` is 1.
+        """
+        v = np.asarray(new_query) @ self.rotation
+        u = v if old_query is None and self.share == 1 else np.asarray(old_query)
         if u.size == u.shape[-1]:  # one query, as a server gets them: numbers of Python's are faster than arrays of one
             return self._one(u.ravel(), v.ravel()).reshape(u.shape)
         long_u, long_v = np.maximum(_lengths(u), 1e-12), np.maximum(_lengths(v), 1e-12)

@@ -38,8 +38,8 @@ class QueryBlend:
     mapped, a regression is right (:class:`pml_compat.transformations.LinearTransformation`).
 
     Models that already fit each other (BCT, LCE, a head's ``old_part``) blend too: no rotation at all, the first
-    coordinates as they are, is among the choices. A new model that by itself finds more than the old one keeps its own
-    queries (``share`` 1) unless a blend adds more than it does.
+    coordinates as they are, whitened or not, is among the choices. A new model that by itself finds more than the old
+    one keeps its own queries (``share`` 1) unless a blend adds more than it does; the old model is then not asked.
 
     Attributes:
         share: :math:`a`, in [0, 1].
@@ -114,11 +114,11 @@ class QueryBlend:
         """Return unit rows ``(N, D_old)`` to search the old gallery with, in the dtype of ``old_query``.
 
         Args:
-            old_query: ``(N, D_old)``, the old model's (or a head's ``old_part``).
+            old_query: ``(N, D_old)``, the old model's; None where ``share`` is 1 and nobody asks it.
             new_query: ``(N, D_new)``, the new model's of the same queries.
         Raises:
-            ValueError: not fitted; other widths or numbers of rows, another device; the two models exchanged; the
-                fingerprint of ``FrozenEmbeddings`` is another model's.
+            ValueError: not fitted; None for a blend that needs both; other widths or numbers of rows, another device;
+                the two models exchanged; the fingerprint of ``FrozenEmbeddings`` is another model's.
         """
         rotation = self._fitted().rotation
         for rows, name, own in (
@@ -128,6 +128,10 @@ class QueryBlend:
             given = getattr(rows, "fingerprint", None)
             if given is not None and own is not None and given != own:
                 raise ValueError(f"{name} must be of the model with fingerprint {own!r}, got {given!r}")
+        if old_query is None:
+            if self.share < 1:
+                raise ValueError(f"old_query must be given, got None: the old query has a share of {1 - self.share:g}")
+            return self._new_alone(new_query)
         old, new = (rows[:] if hasattr(rows, "fingerprint") else rows for rows in (old_query, new_query))
         old = check_matrix(old, "old_query", rotation.shape[1])
         new = check_matrix(new, "new_query", rotation.shape[0])
@@ -139,6 +143,13 @@ class QueryBlend:
         if not self._known_to_fit and len(u) >= _SEEN_ROWS and u.shape == v.shape:
             self._check_order(u, unit_rows_as_given(v), rotation)
         return interpolate(u, unit_rows_as_given(v @ rotation), self.share).to(old.dtype)
+
+    def _new_alone(self, new_query: Any) -> torch.Tensor:
+        new = check_matrix(
+            new_query[:] if hasattr(new_query, "fingerprint") else new_query, "new_query", len(self.rotation)
+        )
+        v = new.to(precise_dtype(new.dtype))
+        return unit_rows_as_given(v @ self.rotation.to(v)).to(new.dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write rotation, share and both fingerprints to a safetensors file; it appears whole or not at all."""

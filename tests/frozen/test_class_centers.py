@@ -148,7 +148,8 @@ def test_save_and_load(tmp_path, boundary):
 @pytest.mark.parametrize("directions", [True, False])
 def test_directions_and_scale_are_saved(tmp_path, directions):
     rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    given = {"directions": 3 * rows.flip(0), "scale": 2**0.5} if directions else {}
+    flat = torch.diag(torch.arange(1.0, 7))
+    given = {"directions": 3 * rows.flip(0), "whitening": flat, "scale": 2**0.5} if directions else {}
     centers = ClassCenters(rows, torch.tensor([8, 3, 5, 0]), **given)
     centers.save(tmp_path / "centers.safetensors")
     loaded = ClassCenters.load(tmp_path / "centers.safetensors")
@@ -157,6 +158,41 @@ def test_directions_and_scale_are_saved(tmp_path, directions):
     torch.testing.assert_close(loaded.directions, centers.directions, rtol=0, atol=1e-6)
     expected = rows.flip(0) if directions else rows  # the centres, where there are none
     torch.testing.assert_close(loaded.directions, torch.nn.functional.normalize(expected, dim=1))
+    assert loaded.whitening.equal(flat) if directions else loaded.whitening is None
+
+
+@pytest.mark.parametrize(("flat", "message"), [(torch.ones(2, 4), "square"), (torch.eye(3), "4"), (None, "")])
+def test_a_whitening_is_as_wide_as_the_centres(flat, message):
+    if flat is None:
+        assert ClassCenters(torch.randn(3, 4), torch.arange(3), whitening=torch.eye(4)).whitening.equal(torch.eye(4))
+        return
+    with pytest.raises(ValueError, match=f"whitening .*{message}"):
+        ClassCenters(torch.randn(3, 4), torch.arange(3), whitening=flat)
+
+
+def whitened_centers(seed=0):
+    """Centres of embeddings that are mostly alike, whose queries find more whitened."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(120) % 4
+    own = 0.15 * (torch.eye(4) - 1 / 4)[labels]
+    return ClassCenters.from_embeddings(
+        torch.cat([torch.ones(120, 1), torch.randn(120, 3, generator=generator), own], 1), labels
+    )
+
+
+def test_the_whitening_goes_along_with_the_directions(monkeypatch):
+    monkeypatch.setattr("pml_compat.frozen.class_directions._STEPS", 20)
+    first, second = whitened_centers(), whitened_centers(1)
+    flat = first.whitening
+    assert flat is not None and flat.shape == (8, 8) and flat.dtype == first.directions.dtype
+    assert first.fitted_directions is not None and first.prospects.whitening > 0  # measured together
+    assert not second.whitening.equal(flat)
+    second.load_state_dict(first.state_dict())
+    assert second.whitening.equal(flat) and second.directions.equal(first.directions)
+    plain = ClassCenters(first.centers, first.labels, first.boundaries, first.counts, directions=first.directions)
+    second.load_state_dict(plain.state_dict())
+    assert second.whitening is None
+    assert first.to("meta").whitening.device.type == "meta"
 
 
 def test_measured_directions_are_saved_though_nobody_asked_for_them(tmp_path, monkeypatch):

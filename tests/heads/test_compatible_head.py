@@ -334,6 +334,58 @@ def test_copies(duplicate, whitened):
     assert head.old_part(head(u)).equal(expected) and not copied.old_part(copied(u)).equal(expected)
 
 
+@every_number
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_queries_are_whitened_as_they_were_told(parts, dtype):
+    head, z = build(whitened=False, dtype=dtype, parts=parts), build(whitened=False, parts=parts)(trunk()).to(dtype)
+    before, whole = head.old_part(z), head.whole(z)
+    matrix = torch.randn(OLD, OLD, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    head.whiten_queries(matrix)
+    asked = mean_part(z, parts) @ matrix.to(dtype).double()
+    expected = torch.tensor(np.array([reference.unit(row) for row in asked.numpy()]))
+    close = 1e-9 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps
+    assert head.old_part(z).dtype == dtype
+    torch.testing.assert_close(head.old_part(z).double(), expected, rtol=0, atol=close)
+    if dtype != torch.float16:  # a CPU's autocast knows no other half precision than its own
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(head.old_part(z).double(), expected, rtol=0, atol=close)
+    torch.testing.assert_close(head.whole(z), whole)  # of new vectors nothing changes
+    matrix.zero_()
+    assert head.old_part(z).double().sub(expected).abs().max() <= close  # a copy
+    head.whiten_queries(None)
+    assert head.old_part(z).equal(before)
+
+
+def test_how_queries_are_whitened_is_in_the_state():
+    source, target, z = build(whitened=False), build(whitened=False), build(whitened=False)(trunk())
+    plain, state = source.old_part(z), source.state_dict()
+    assert "query_whitening" not in state
+    source.whiten_queries(torch.diag(torch.arange(1.0, OLD + 1)))
+    target.load_state_dict(source.state_dict())
+    assert target.old_part(z).equal(source.old_part(z)) and not target.old_part(z).equal(plain)
+    duplicated = copy.deepcopy(target)
+    assert duplicated.old_part(z).equal(target.old_part(z))
+    target.load_state_dict(state)  # of a head whose queries are not whitened
+    assert target.old_part(z).equal(plain)
+
+
+@pytest.mark.parametrize(
+    ("whitened", "matrix", "message"),
+    [
+        (True, torch.eye(OLD), "whitening must be None for a head that was made with one"),
+        (False, torch.eye(OLD + 1), "whitening must "),
+        (False, torch.ones(2, OLD), "whitening must be square"),
+        (False, torch.full((OLD, OLD), torch.nan), "whitening must be finite"),
+    ],
+)
+def test_bad_whitenings_of_queries(whitened, matrix, message):
+    head, z = build(whitened=whitened), build(whitened=whitened)(trunk())
+    before = head.old_part(z)
+    with pytest.raises(ValueError, match=message):
+        head.whiten_queries(matrix)
+    assert head.old_part(z).equal(before)
+
+
 def test_state_dict_round_trip_with_the_whitening():
     source, target, u = build(seed=0), build(seed=1), trunk()
     target.whitening.mean.zero_(), target.whitening.matrix.copy_(torch.eye(OLD))

@@ -295,6 +295,24 @@ def test_with_centers_each_row_is_drawn_to_its_classs_direction(whitened, parts)
     assert loss_func.terms["contrast_loss"].item() == pytest.approx(3 * mean(contrasts), rel=1e-6)
 
 
+@pytest.mark.parametrize("flat", [None, torch.diag(torch.arange(1.0, OLD + 1))])
+def test_the_head_whitens_queries_as_the_centers_say(flat):
+    z, _, _ = batch(parts=1, dtype=torch.float32)
+    rows = torch.randn(CLASSES, OLD, generator=torch.Generator().manual_seed(0))
+    centers = ClassCenters(rows, torch.arange(CLASSES), directions=rows, whitening=flat)
+    head = build_head(torch.float32, whitened=False, parts=1)
+    plain = head.old_part(z)
+    CompatibleHeadLoss(task(torch.float32), head)  # without centres nobody knows
+    assert head.old_part(z).equal(plain)
+    CompatibleHeadLoss(task(torch.float32), head, centers=centers)
+    asked = plain if flat is None else torch.nn.functional.normalize(plain @ flat, dim=1)
+    torch.testing.assert_close(head.old_part(z), asked)
+    own = build_head(torch.float32, whitened=True, parts=1)  # it whitens in its own way
+    before = own.old_part(z)
+    CompatibleHeadLoss(task(torch.float32), own, centers=centers)
+    assert own.old_part(z).equal(before) and own.query_whitening is None
+
+
 def test_classes_without_a_direction_draw_nothing():
     z, labels, old = batch(parts=1)
     loss_func = build(parts=1, centers=(old, labels + 50), dtype=torch.float64)

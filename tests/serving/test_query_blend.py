@@ -186,7 +186,7 @@ def test_never_below_the_old_query_on_what_it_was_fitted_to(size, classes, noise
     assert precision(blend.query_rows(old, new), labels, old) >= precision(old, labels, old)
 
 
-def common_directions(n=1200, classes=40, width=16, seed=0):
+def common_directions(n=1200, classes=40, width=16, seed=0, turned=True):
     """Items whose cosines are mostly made of two directions that say nothing of their class."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -194,7 +194,14 @@ def common_directions(n=1200, classes=40, width=16, seed=0):
     nothing = torch.cat([5 * draw(n, 2), torch.zeros(n, width - 2)], 1)
     centers = torch.cat([torch.zeros(classes, 2), draw(classes, width - 2)], 1)
     old, new = (nothing + centers[labels] + noise * draw(n, width) for noise in (0.9, 0.6))
-    return labels, old, new @ torch.linalg.qr(draw(width, width))[0]
+    return labels, old, new @ torch.linalg.qr(draw(width, width))[0] if turned else new
+
+
+def reference_whitening(old):
+    """The power -0.2 of the unit rows' second moments, 1 at the largest."""
+    u = np.array([reference.unit(row) for row in old.double().numpy()])
+    moments, axes = np.linalg.eigh(u.T @ u / len(u))
+    return torch.from_numpy(axes @ np.diag((moments / moments.max()) ** -0.2) @ axes.T)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -202,9 +209,7 @@ def test_new_queries_are_whitened_where_that_finds_more(seed):
     labels, old, new = common_directions(seed=seed)
     blend = QueryBlend().fit(old, new, labels)
     u, v = (np.array([reference.unit(row) for row in rows.double().numpy()]) for rows in (old, new))
-    moments, axes = np.linalg.eigh(u.T @ u / len(u))
-    flat = axes @ np.diag((moments / moments.max()) ** -0.2) @ axes.T
-    np.testing.assert_allclose(blend.rotation, reference.procrustes(v, u) @ flat, atol=1e-4)
+    np.testing.assert_allclose(blend.rotation, reference.procrustes(v, u) @ reference_whitening(old).numpy(), atol=1e-4)
     turned = QueryBlend().fit(old, new, labels)
     turned.rotation = torch.from_numpy(reference.procrustes(v, u)).float()
     found = [precision(one.query_rows(old, new), labels, old) for one in (blend, turned)]
@@ -213,7 +218,7 @@ def test_new_queries_are_whitened_where_that_finds_more(seed):
 
 def test_whitening_of_few_rows_is_finite():
     _, old, new = common_directions(n=24, classes=3, width=64)
-    rotation = blend_share.turned_and_whitened(normalize(new), normalize(old))
+    rotation = blend_share.then_whitened(blend_share.procrustes)(normalize(new), normalize(old))
     assert rotation.isfinite().all() and float(rotation.abs().max()) < 20
 
 
@@ -221,10 +226,48 @@ def test_whitening_of_few_rows_is_finite():
 def test_a_model_that_fits_and_finds_more_is_left_alone(seed):
     labels, old, new = items(n=600, noise=(1.2, 0.4), turned=False, seed=seed)
     blend = QueryBlend().fit(old, new, labels)
-    assert blend.share == 1 and blend.rotation.equal(torch.eye(8))
-    torch.testing.assert_close(blend.query_rows(old, new), normalize(new))
+    assert blend.share == 1
+    whitened = reference_whitening(old).float()
+    assert blend.rotation.equal(torch.eye(8)) or torch.allclose(blend.rotation, whitened, atol=1e-4)
+    alone = blend.query_rows(None, new)  # the old model is not asked
+    torch.testing.assert_close(alone, blend.query_rows(old, new))
+    assert precision(alone, labels, old) >= precision(new, labels, old) > precision(old, labels, old)
     worse = QueryBlend().fit(new, old, labels)  # it fits as well, and finds less
     assert worse.share < 1
+    with pytest.raises(ValueError, match="old_query must be given, got None"):
+        worse.query_rows(None, old)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_model_that_fits_is_whitened_too_where_that_finds_more(seed, tmp_path):
+    labels, old, new = common_directions(seed=seed, turned=False)
+    blend = QueryBlend().fit(old, new, labels)
+    expected = reference_whitening(old)
+    np.testing.assert_allclose(blend.rotation, expected, atol=1e-4)
+    alone = normalize(new.double() @ expected)
+    if blend.share == 1:
+        torch.testing.assert_close(blend.query_rows(None, new).double(), alone, rtol=0, atol=1e-4)
+    blend.share = 1.0
+    blend.save(tmp_path / "blend.safetensors")
+    np.testing.assert_allclose(NumpyQueryBlend(tmp_path / "blend.safetensors")(None, new.numpy()), alone, atol=1e-4)
+
+
+def test_of_two_maps_of_a_model_that_fits_the_plain_one_is_kept_unless_another_finds_much_more(monkeypatch):
+    """Rotations are fitted to the very rows that a trained model knows by heart."""
+    labels, old, new = items(n=200, noise=(1.2, 1.0), turned=False)
+    judge = blend_share.ShareJudge(normalize(old), normalize(new), labels, torch.Generator().manual_seed(0))
+    found = {blend_share.as_they_are: 0.5, blend_share.procrustes: 0.5}
+
+    def hits_by_share(self, fit):
+        hits = torch.zeros(11, 200, dtype=torch.float64)
+        hits[:, : int(200 * found.get(fit, 0))] = 1
+        return hits, True
+
+    monkeypatch.setattr(blend_share.ShareJudge, "_hits_by_share", hits_by_share)
+    found[blend_share.procrustes] = 0.51  # one standard error of two rows
+    assert judge.choose()[0] is blend_share.as_they_are
+    found[blend_share.procrustes] = 0.6
+    assert judge.choose()[0] is blend_share.procrustes
 
 
 def test_the_seed_decides():
