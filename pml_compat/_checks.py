@@ -137,6 +137,14 @@ def check_embeddings(value: Any, name: str = "embeddings", width: int | None = N
     return embeddings
 
 
+def check_square(value: Any, name: str, width: int) -> torch.Tensor:
+    """Return ``value`` as a finite, floating-point ``(width, width)`` tensor without a gradient."""
+    square = check_embeddings(value, name, width).detach()
+    if len(square) != width:
+        raise ValueError(f"{name} must be square, ({width}, {width}), got shape {tuple(square.shape)}")
+    return square
+
+
 def check_matrix(value: Any, name: str = "embeddings", width: int | None = None) -> torch.Tensor:
     """:func:`check_embeddings` without the pass over the values."""
     matrix = as_tensor(value, name)

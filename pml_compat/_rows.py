@@ -80,6 +80,13 @@ def unit_rows_as_given(rows: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(precise, dim=1).to(rows.dtype)
 
 
+def unit_rows_times(rows: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
+    """Return rows times a matrix, or as they are for None, at length 1 and in their dtype; a row of 0 stays 0."""
+    precise = at_least_float32(rows)
+    with no_autocast(rows):
+        return unit_rows_as_given(precise if matrix is None else precise @ matrix.to(precise)).to(rows.dtype)
+
+
 def fit_width(embeddings: torch.Tensor, width: int) -> torch.Tensor:
     r"""Fit embeddings to another space's width: the first ``width`` coordinates, or zeros appended.
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .._checks import check_embeddings, check_labels, stored_rows
+from .._checks import check_embeddings, check_labels, check_matrix, check_same_device, check_square, stored_rows
 from .._files import load_tensors, save_tensors
-from .._rows import precise_dtype
+from .._rows import fit_width, precise_dtype, unit_rows_times
 from . import measured_classes as measured
 from .centers_summary import CentersSummary, nearest_centers
 from .class_directions import Prospects, class_directions, fitting_scale
@@ -39,7 +39,7 @@ class ClassCenters(torch.nn.Module):
         boundaries: ``(C,)`` angles in radians, in [0, pi]; None where none were measured.
         counts: ``(C,)`` number of samples behind each row; None where it is not known.
         directions: ``(C, D)`` where queries of each class should stand; kept as unit rows. None: on the centres.
-        whitening: ``(D, D)``, see :attr:`whitening`.
+        whitening: ``(D, D)``, a negative power of the embeddings' second moments, see :attr:`whitening`.
         scale: of cosines with the centres, see :attr:`scale`.
     Raises:
         ValueError: shapes that disagree, NaN or infinity, a centre of length 0, labels that repeat.
@@ -97,9 +97,7 @@ class ClassCenters(torch.nn.Module):
             directions = measured.unit_centers(directions, self.labels).to(self.centers)
         self.register_buffer("fitted_directions", directions)
         if whitening is not None:
-            whitening = check_embeddings(whitening, "whitening", self.centers.shape[1]).detach().to(self.centers)
-            if len(whitening) != whitening.shape[1]:
-                raise ValueError(f"whitening must be square, (D, D), got shape {tuple(whitening.shape)}")
+            whitening = check_square(whitening, "whitening", self.centers.shape[1]).to(self.centers)
         self.register_buffer("fitted_whitening", whitening)
         self._scale = None if scale is None else float(scale)
         self._sample: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -118,12 +116,17 @@ class ClassCenters(torch.nn.Module):
 
     @property
     def whitening(self) -> torch.Tensor | None:
-        """The ``(D, D)`` matrix times which queries find more of these embeddings; None where they do not.
-
-        A negative power of the embeddings' second moments: what all of them have in common then counts less.
-        """
+        """The ``(D, D)`` matrix times which queries find more of these embeddings; None where they do not."""
         self._measure()
         return self.fitted_whitening
+
+    def query_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return unit rows to search the old gallery with, whitened where that finds more.
+
+        Of ``(N, D_new)`` embeddings of a model trained to fit it, at the old width (:func:`pml_compat.fit_width`).
+        """
+        check_same_device(check_matrix(embeddings), "embeddings", self.centers, "the ClassCenters")
+        return unit_rows_times(fit_width(embeddings, self.centers.shape[1]), self.whitening)
 
     @property
     def scale(self) -> float | None:
@@ -238,16 +241,14 @@ class ClassCenters(torch.nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Take directions that were fitted before a state was saved; keep those that are here where it has none."""
-        names = f"{prefix}fitted_directions", f"{prefix}fitted_whitening"
-        if state_dict.get(names[0]) is not None:
-            self.fitted_directions = torch.empty_like(state_dict[names[0]], device=self.centers.device)
-            flat = state_dict.get(names[1])
-            self.fitted_whitening = None if flat is None else torch.empty_like(flat, device=self.centers.device)
+        found = {name: state_dict.get(f"{prefix}{name}") for name in ("fitted_directions", "fitted_whitening")}
+        if found["fitted_directions"] is not None:
             self._sample = None
-        elif self.fitted_directions is not None:
-            state_dict[names[0]] = self.fitted_directions
-            if self.fitted_whitening is not None:
-                state_dict[names[1]] = self.fitted_whitening
+            for name, tensor in found.items():
+                setattr(self, name, None if tensor is None else torch.empty_like(tensor, device=self.centers.device))
+        else:
+            own = {f"{prefix}{name}": getattr(self, name) for name in found}
+            state_dict.update({name: tensor for name, tensor in own.items() if tensor is not None})
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def summary(self) -> CentersSummary:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .._checks import check_embeddings, check_integer, check_matrix, check_number, check_same_device
-from .._rows import no_autocast, precise_dtype, unit_rows_as_given
+from .._checks import check_integer, check_matrix, check_number, check_same_device, check_square
+from .._rows import unit_rows_as_given, unit_rows_times
 from ..frozen import WithinClassWhitening
 from ..transformations.batch_norm import BatchNorm
 
@@ -128,9 +128,7 @@ class CompatibleHead(torch.nn.Module):
         """Return the unit rows ``(N, old_features)`` that are compared with old embeddings, by cosine."""
         part = self._mean_part(embeddings)
         if self.query_whitening is not None:
-            precise = precise_dtype(part.dtype)
-            with no_autocast(part):
-                return unit_rows_as_given(part.to(precise) @ self.query_whitening.to(precise)).to(part.dtype)
+            return unit_rows_times(part, self.query_whitening)
         return part if self.whitening is None else self.whitening.query(part)
 
     def whiten_queries(self, whitening: torch.Tensor | None) -> None:
@@ -144,10 +142,9 @@ class CompatibleHead(torch.nn.Module):
         if whitening is not None:
             if self.whitening is not None:
                 raise ValueError("whitening must be None for a head that was made with one, got both")
-            check_embeddings(whitening, "whitening", self.old_features)
-            if len(whitening) != self.old_features:
-                raise ValueError(f"whitening must be square, (D, D), got shape {tuple(whitening.shape)}")
-            whitening = whitening.detach().to(next(self.compatible.parameters()), copy=True)
+            whitening = check_square(whitening, "whitening", self.old_features).to(
+                next(self.compatible.parameters()), copy=True
+            )
         self.query_whitening = whitening
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from .._checks import check_labels, check_matrix, check_same_device, stored_rows
 from .._extras import import_extra
 from .._files import load_tensors, save_tensors, whole_file
-from .._rows import precise_dtype, unit_rows_as_given
+from .._rows import precise_dtype, unit_rows_as_given, unit_rows_times
 from .blend_share import ShareJudge
 from .rotation import interpolate, unit_embeddings
 
@@ -131,7 +131,8 @@ class QueryBlend:
         if old_query is None:
             if self.share < 1:
                 raise ValueError(f"old_query must be given, got None: the old query has a share of {1 - self.share:g}")
-            return self._new_alone(new_query)
+            new = new_query[:] if hasattr(new_query, "fingerprint") else new_query
+            return unit_rows_times(check_matrix(new, "new_query", len(rotation)), rotation)
         old, new = (rows[:] if hasattr(rows, "fingerprint") else rows for rows in (old_query, new_query))
         old = check_matrix(old, "old_query", rotation.shape[1])
         new = check_matrix(new, "new_query", rotation.shape[0])
@@ -143,13 +144,6 @@ class QueryBlend:
         if not self._known_to_fit and len(u) >= _SEEN_ROWS and u.shape == v.shape:
             self._check_order(u, unit_rows_as_given(v), rotation)
         return interpolate(u, unit_rows_as_given(v @ rotation), self.share).to(old.dtype)
-
-    def _new_alone(self, new_query: Any) -> torch.Tensor:
-        new = check_matrix(
-            new_query[:] if hasattr(new_query, "fingerprint") else new_query, "new_query", len(self.rotation)
-        )
-        v = new.to(precise_dtype(new.dtype))
-        return unit_rows_as_given(v @ self.rotation.to(v)).to(new.dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write rotation, share and both fingerprints to a safetensors file; it appears whole or not at all."""

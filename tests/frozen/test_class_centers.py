@@ -189,9 +189,23 @@ def test_the_whitening_goes_along_with_the_directions(monkeypatch):
     assert not second.whitening.equal(flat)
     second.load_state_dict(first.state_dict())
     assert second.whitening.equal(flat) and second.directions.equal(first.directions)
+    for dtype, width in ((torch.float32, 8), (torch.float16, 8), (torch.float64, 11), (torch.float32, 5)):
+        rows = torch.randn(9, width, generator=torch.Generator().manual_seed(3)).to(dtype)
+        fitted = torch.zeros(9, 8, dtype=torch.float64)
+        fitted[:, :width] = rows.double()[:, :8]
+        expected = torch.nn.functional.normalize(fitted @ flat.double(), dim=1)
+        found = second.query_rows(rows)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=4 * torch.finfo(torch.float16).eps)
     plain = ClassCenters(first.centers, first.labels, first.boundaries, first.counts, directions=first.directions)
     second.load_state_dict(plain.state_dict())
     assert second.whitening is None
+    rows = 3 * torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(second.query_rows(rows), torch.nn.functional.normalize(rows, dim=1))
+    with pytest.raises(ValueError, match="embeddings must be 2-dimensional"):
+        second.query_rows(rows[0])
+    with pytest.raises(ValueError, match="the ClassCenters"):
+        second.query_rows(rows.to("meta"))
     assert first.to("meta").whitening.device.type == "meta"
 
 
