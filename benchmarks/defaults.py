@@ -161,8 +161,9 @@ MAPS = ("linear map", "FCT", "FCT, side-information")
 BLENDS = ("rotated query", "blended query", "blended query, no labels")
 TWO_STAGES = {"two stages, 10": 10, "two stages, 50": 50}
 AT_QUERY_TIME = (*BLENDS, *TWO_STAGES)  # of the two finished models, nothing trained
+WHITENED = {"BCT, whitened query": "BCT"}  # ClassCenters.query_rows
 STACKED = {"blended query on BCT": "BCT", "blended query on the head": HEAD}
-CLOSED_METHODS = [*METHODS, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED]
+CLOSED_METHODS = [*METHODS, *WHITENED, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED]
 OPEN_METHODS = ["BCT", "LCE", "UniBCT", *LABEL_FREE, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED]
 
 
@@ -222,6 +223,9 @@ class Runs:
             new, depth = self.embeddings("independent"), TWO_STAGES[method]
             found = two_stage_accuracy(old, new, old, new, labels, labels, depth=depth, same_items=True)[depth]
             return {"new/old": [found[metric] for metric in METRICS], "new/new": measure(new, new, labels)}
+        if method in WHITENED:
+            queries = self.old().centers().query_rows(self.queries(WHITENED[method])["test"])
+            return {"new/old": measure(queries, old, labels)}
         if method in STACKED:
             trained = self.queries(STACKED[method])
             blend = QueryBlend().fit(self.embeddings("old", "train"), trained["train"], self.problem.labels)
