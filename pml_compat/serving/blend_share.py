@@ -12,6 +12,9 @@ from .rotation import coefficients, procrustes, whitened
 _SHARES = tuple(step / 10 for step in range(11))
 _FOLDS = 4
 _NEIGHBORS = 10  # of both models together, which are right where there are no labels
+_DEPTH = 10  # places by which maps are compared; a share is chosen by the first, as P@1 is what counts
+_ERRORS = 2  # standard errors by which a map has to find more to be taken
+_ERRORS_WHITENED = 5  # to be whitened: where that adds nothing it often seems to add a little
 _BLOCK = 512  # rows of scores at once
 _RELATED = 0.6  # share of items that a rotated query of a related model puts below its own; of another model's a half
 
@@ -36,6 +39,8 @@ class ShareJudge:
         self, u: torch.Tensor, v: torch.Tensor, labels: torch.Tensor | None, generator: torch.Generator
     ) -> None:
         self.u, self.v, self.labels = u, v, labels
+        self.first_counts = labels is not None
+        self.depth = min(_DEPTH, len(u) - 1)
         self.above = torch.zeros(
             len(u), device=u.device
         )  # share of all items that the rotated query puts below its own
@@ -56,40 +61,46 @@ class ShareJudge:
     def choose(self) -> tuple[Map, float]:
         """Return how new queries are to be mapped, and the share.
 
+        Maps are compared by the first ten places, as one place tells little where many queries stand at one point. The
+        share between two models that were not trained to fit is chosen by the first place: the new one knows the items
+        given here better than others, and has the larger share the further down one looks.
+
         A new model that fits the old one as it is, and by itself finds more, is what the blend is measured by: it is
         left alone unless a blend of the two adds more than it does. Such a model was trained to fit, mostly on the very
         items given here, and no other map is taken for it that does not find significantly more.
         """
-        plain, fits = self._hits_by_share(as_they_are)
-        turned, related = self._hits_by_share(procrustes)
+        plain, fits = self._found(as_they_are)
+        self.first_counts = self.labels is not None and not fits
+        turned, related = self._found(procrustes)
         if self.labels is None and not related:
             return procrustes, 0.0  # of two models that have nothing in common no one knows who is right
         straight: Map = as_they_are
         if fits:
             straight, plain = self._whitened_or_not(straight, plain)
-            gain = plain[-1] - plain[0]
-            most, added = float(plain.sum(1).max() - plain[-1].sum()), float(gain.sum())
+            precision = _precision(plain)
+            gain = precision[-1] - precision[0]
+            most, added = float(precision.sum(1).max() - precision[-1].sum()), float(gain.sum())
             if added > _error(gain) and added >= most:
                 return straight, 1.0
-        fit, hits = self._whitened_or_not(procrustes, turned)
-        if fits and not _adds(hits, plain):
-            fit, hits = straight, plain
-        return fit, self._cautious(hits)
+        fit, found = self._whitened_or_not(procrustes, turned)
+        if fits and not _adds(found, plain):
+            fit, found = straight, plain
+        return fit, self._cautious(self._counted(found))
 
-    def _whitened_or_not(self, fit: Map, hits: torch.Tensor) -> tuple[Map, torch.Tensor]:
+    def _whitened_or_not(self, fit: Map, found: torch.Tensor) -> tuple[Map, torch.Tensor]:
         """Return the map, whitened where that finds significantly more, and what is found by it."""
         flat = then_whitened(fit)
-        more, _ = self._hits_by_share(flat)
-        return (flat, more) if _adds(more, hits) else (fit, hits)
+        more, _ = self._found(flat)
+        return (flat, more) if _adds(more, found, _ERRORS_WHITENED) else (fit, found)
 
-    def _hits_by_share(self, fit: Map) -> tuple[torch.Tensor, bool]:
-        """Return ``(shares, N)``, which queries find something right first, and whether the models, so mapped, have to
-        do with each other."""
-        hits = torch.zeros(len(_SHARES), len(self.u), dtype=torch.float64)
+    def _found(self, fit: Map) -> tuple[torch.Tensor, bool]:
+        """Return ``(shares, N, places)``, where each query finds something right, and whether the models, so mapped,
+        have to do with each other."""
+        found = torch.zeros(len(_SHARES), len(self.u), self.depth, dtype=torch.float64)
         for queries in self.folds:
             mapped = fit(self.v[~queries], self.u[~queries])
-            hits[:, queries.cpu()] = self._hits(queries.nonzero()[:, 0], mapped, _SHARES).cpu()
-        return hits, float(self.above.mean()) >= _RELATED
+            found[:, queries.cpu()] = self._right(queries.nonzero()[:, 0], mapped, _SHARES).cpu()
+        return found, float(self.above.mean()) >= _RELATED
 
     @staticmethod
     def _cautious(hits: torch.Tensor) -> float:
@@ -102,11 +113,15 @@ class ShareJudge:
         ]
         return _SHARES[near[len(near) // 3]]
 
-    def hits(self, rotation: torch.Tensor, share: float) -> int:
-        """Return how many of all queries find something right first."""
-        return int(self._hits(torch.arange(len(self.u), device=self.u.device), rotation, (share,)).sum())
+    def finds(self, rotation: torch.Tensor, share: float) -> float:
+        """Return what all queries together find: how many something right first, or the sum of their precisions."""
+        queries = torch.arange(len(self.u), device=self.u.device)
+        return float(self._counted(self._right(queries, rotation, (share,)).cpu()).sum())
 
-    def _hits(self, queries: torch.Tensor, rotation: torch.Tensor, shares: tuple[float, ...]) -> torch.Tensor:
+    def _counted(self, found: torch.Tensor) -> torch.Tensor:
+        return found[..., 0] if self.first_counts else _precision(found)
+
+    def _right(self, queries: torch.Tensor, rotation: torch.Tensor, shares: tuple[float, ...]) -> torch.Tensor:
         found = []
         for numbers in queries.split(_BLOCK):
             u, v = self.u[numbers], normalize(self.v[numbers] @ rotation, dim=1)
@@ -118,20 +133,26 @@ class ShareJudge:
             for share in shares:
                 a, b = coefficients(cosine, share)
                 scores = new if share == 1 else old if share == 0 else a * old + b * new
-                first.append(scores.argmax(1))
+                first.append(scores.topk(self.depth, dim=1).indices)
             found.append(self._is_right(numbers, torch.stack(first)))
         return torch.cat(found, dim=1)
 
     def _is_right(self, numbers: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         if self.labels is not None:
-            return (self.labels[first] == self.labels[numbers]).double()
-        return (self.right[numbers] == first[:, :, None]).any(2).double()
+            return (self.labels[first] == self.labels[numbers, None]).double()
+        return (self.right[numbers, None] == first[..., None]).any(3).double()
 
 
-def _adds(hits: torch.Tensor, less: torch.Tensor) -> bool:
-    """Tell whether the best share of ``hits`` finds more than that of ``less``, by more than two standard errors."""
-    more = hits[hits.sum(1).argmax()] - less[less.sum(1).argmax()]
-    return float(more.sum()) > 2 * _error(more)
+def _precision(found: torch.Tensor) -> torch.Tensor:
+    """Return the mean of each query's precisions at 1, 2, and so on, of ``(shares, N, places)``."""
+    return (found.cumsum(2) / torch.arange(1, found.shape[2] + 1)).mean(2)
+
+
+def _adds(found: torch.Tensor, less: torch.Tensor, errors: float = _ERRORS) -> bool:
+    """Tell whether the best share of ``found`` finds more than that of ``less``, by so many standard errors."""
+    one, other = (_precision(places) for places in (found, less))
+    more = one[one.sum(1).argmax()] - other[other.sum(1).argmax()]
+    return float(more.sum()) > errors * _error(more)
 
 
 def _error(differences: torch.Tensor) -> float:

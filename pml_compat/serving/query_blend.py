@@ -103,7 +103,7 @@ class QueryBlend:
         self.old_fingerprint, self.new_fingerprint = (getattr(rows, "fingerprint", None) for rows in (old, new))
         fit_map, self.share = judge.choose()
         self.rotation = fit_map(v, u)
-        if judge.hits(self.rotation, self.share) < judge.hits(self.rotation, 0.0):
+        if judge.finds(self.rotation, self.share) < judge.finds(self.rotation, 0.0):
             self.share = 0.0
         self._agreement = float((u * normalize(v @ self.rotation, dim=1)).sum(1).mean())
         self._known_to_fit = False
