@@ -65,7 +65,8 @@ def class_directions(
     which all rows are alike, and a whitened query has less of these. So the share :math:`\rho` and the power
     :math:`\kappa` are measured: directions are fitted to one half of the rows, and the other half are queries that
     miss them as a new model might. For that a linear map from old embeddings to directions stands in, which mistakes
-    one class for another where the old model does.
+    one class for another where the old model does. Queries are then whitened by half the power: by more they find more
+    of classes that are known, and less of others.
 
     Args:
         rows: ``(N, D)``, old embeddings as unit rows.
@@ -73,7 +74,7 @@ def class_directions(
         means: ``(C, D)``, unit rows.
         seed: of what is drawn.
     Shape:
-        - output: ``(C, D)``, unit rows of the dtype of ``means``; ``(D, D)`` :math:`W`, None where there is none
+        - output: ``(C, D)``, unit rows of the dtype of ``means``; ``(D, D)`` :math:`C^{-\kappa / 2}`, None for no power
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator).to(rows.device)
@@ -97,7 +98,7 @@ def class_directions(
     prospects = Prospects(old, at_means, at_directions, near[share, power], share, power)
     if share:
         fitted = fit_directions(rows, classes, means, generator)
-    return _mixed(fitted, means, share, flat), flat if power else None, prospects
+    return _mixed(fitted, means, share, flat), whitening(moments, power / 2) if power else None, prospects
 
 
 def fit_directions(
