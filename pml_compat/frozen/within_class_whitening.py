@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from .._checks import check_embeddings, check_labels, check_matrix, check_number, check_same_device
-from .._rows import precise_dtype
+from .._rows import precise_dtype, unit_rows_times
 
 _BLOCK = 2**16  # rows at once
 
@@ -105,9 +105,7 @@ class WithinClassWhitening(torch.nn.Module):
     def query(self, whitened: torch.Tensor) -> torch.Tensor:
         """Return unit rows to search stored old unit rows with, by inner product or cosine."""
         self._check(whitened)
-        with torch.autocast(whitened.device.type, enabled=False):
-            precise = precise_dtype(whitened.dtype)
-            return normalize(whitened.to(precise) @ self.matrix.to(precise), dim=1).to(whitened.dtype)
+        return unit_rows_times(whitened, self.matrix)
 
     def _check(self, rows: torch.Tensor) -> None:
         check_matrix(rows, "embeddings", self.features)
