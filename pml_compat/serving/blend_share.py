@@ -67,24 +67,23 @@ class ShareJudge:
 
         A new model that fits the old one as it is, and by itself finds more, is what the blend is measured by: it is
         left alone unless a blend of the two adds more than it does. Such a model was trained to fit, mostly on the very
-        items given here, and no other map is taken for it that does not find significantly more.
+        items given here, which lie closer together than others do: no rotation is taken for it that does not find
+        significantly more, and no whitening, which finds more among such items and less among others.
         """
         plain, fits = self._found(as_they_are)
         self.first_counts = self.labels is not None and not fits
         turned, related = self._found(procrustes)
         if self.labels is None and not related:
             return procrustes, 0.0  # of two models that have nothing in common no one knows who is right
-        straight: Map = as_they_are
-        if fits:
-            straight, plain = self._whitened_or_not(straight, plain)
-            precision = _precision(plain)
-            gain = precision[-1] - precision[0]
-            most, added = float(precision.sum(1).max() - precision[-1].sum()), float(gain.sum())
-            if added > _error(gain) and added >= most:
-                return straight, 1.0
-        fit, found = self._whitened_or_not(procrustes, turned)
-        if fits and not _adds(found, plain):
-            fit, found = straight, plain
+        if not fits:
+            fit, found = self._whitened_or_not(procrustes, turned)
+            return fit, self._cautious(self._counted(found))
+        precision = _precision(plain)
+        gain = precision[-1] - precision[0]
+        most, added = float(precision.sum(1).max() - precision[-1].sum()), float(gain.sum())
+        if added > _error(gain) and added >= most:
+            return as_they_are, 1.0
+        fit, found = (procrustes, turned) if _adds(turned, plain, _ERRORS) else (as_they_are, plain)
         return fit, self._cautious(self._counted(found))
 
     def _whitened_or_not(self, fit: Map, found: torch.Tensor) -> tuple[Map, torch.Tensor]:
@@ -148,7 +147,7 @@ def _precision(found: torch.Tensor) -> torch.Tensor:
     return (found.cumsum(2) / torch.arange(1, found.shape[2] + 1)).mean(2)
 
 
-def _adds(found: torch.Tensor, less: torch.Tensor, errors: float = _ERRORS) -> bool:
+def _adds(found: torch.Tensor, less: torch.Tensor, errors: float) -> bool:
     """Tell whether the best share of ``found`` finds more than that of ``less``, by so many standard errors."""
     one, other = (_precision(places) for places in (found, less))
     more = one[one.sum(1).argmax()] - other[other.sum(1).argmax()]

@@ -38,8 +38,10 @@ class QueryBlend:
     mapped, a regression is right (:class:`pml_compat.transformations.LinearTransformation`).
 
     Models that already fit each other (BCT, LCE, a head's ``old_part``) blend too: no rotation at all, the first
-    coordinates as they are, whitened or not, is among the choices. A new model that by itself finds more than the old
-    one keeps its own queries (``share`` 1) unless a blend adds more than it does; the old model is then not asked.
+    coordinates as they are, is among the choices; their queries are not whitened here (for BCT's and LCE's see
+    :meth:`pml_compat.frozen.ClassCenters.query_rows`; a head whitens its own). A new model that by itself finds more
+    than the old one keeps its own queries (``share`` 1) unless a blend adds more than it does; the old model is then
+    not asked.
 
     Attributes:
         share: :math:`a`, in [0, 1].

@@ -227,8 +227,7 @@ def test_a_model_that_fits_and_finds_more_is_left_alone(seed):
     labels, old, new = items(n=600, noise=(1.2, 0.4), turned=False, seed=seed)
     blend = QueryBlend().fit(old, new, labels)
     assert blend.share == 1
-    whitened = reference_whitening(old).float()
-    assert blend.rotation.equal(torch.eye(8)) or torch.allclose(blend.rotation, whitened, atol=1e-4)
+    assert blend.rotation.equal(torch.eye(8))
     alone = blend.query_rows(None, new)  # the old model is not asked
     torch.testing.assert_close(alone, blend.query_rows(old, new))
     assert precision(alone, labels, old) >= precision(new, labels, old) > precision(old, labels, old)
@@ -239,16 +238,18 @@ def test_a_model_that_fits_and_finds_more_is_left_alone(seed):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_model_that_fits_is_whitened_too_where_that_finds_more(seed, tmp_path):
+def test_a_model_that_fits_is_not_whitened(seed, tmp_path):
+    """It knows the items by heart, which lie closer together than others: among these whitening finds more."""
     labels, old, new = common_directions(seed=seed, turned=False)
     blend = QueryBlend().fit(old, new, labels)
-    expected = reference_whitening(old)
-    np.testing.assert_allclose(blend.rotation, expected, atol=1e-4)
-    alone = normalize(new.double() @ expected)
+    assert blend.rotation.equal(torch.eye(old.shape[1]))
+    whitened = normalize(new.double() @ reference_whitening(old)).float()
+    assert precision(whitened, labels, old) > precision(new, labels, old)
     blend.share = 1.0
-    torch.testing.assert_close(blend.query_rows(None, new).double(), alone, rtol=0, atol=1e-4)
+    alone = normalize(new)
+    torch.testing.assert_close(blend.query_rows(None, new), alone)
     blend.save(tmp_path / "blend.safetensors")
-    np.testing.assert_allclose(NumpyQueryBlend(tmp_path / "blend.safetensors")(None, new.numpy()), alone, atol=1e-4)
+    np.testing.assert_allclose(NumpyQueryBlend(tmp_path / "blend.safetensors")(None, new.numpy()), alone, atol=1e-6)
 
 
 def test_of_two_maps_of_a_model_that_fits_the_plain_one_is_kept_unless_another_finds_much_more(monkeypatch):
