@@ -162,8 +162,10 @@ BLENDS = ("rotated query", "blended query", "blended query, no labels")
 TWO_STAGES = {"two stages, 10": 10, "two stages, 50": 50}
 AT_QUERY_TIME = (*BLENDS, *TWO_STAGES)  # of the two finished models, nothing trained
 WHITENED = {"BCT, whitened query": "BCT"}  # ClassCenters.query_rows
+KNOWN = {"BCT, known classes": "BCT", "CompatibleHead, known classes": HEAD}  # ClassCenters.known_class_rows
+OLD_KNOWN = "old query, known classes"
 STACKED = {"blended query on BCT": "BCT", "blended query on the head": HEAD}
-CLOSED_METHODS = [*METHODS, *WHITENED, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED]
+CLOSED_METHODS = [*METHODS, *WHITENED, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED, *KNOWN, OLD_KNOWN]
 OPEN_METHODS = ["BCT", "LCE", "UniBCT", *LABEL_FREE, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED]
 
 
@@ -226,6 +228,9 @@ class Runs:
         if method in WHITENED:
             queries = self.old().centers().query_rows(self.queries(WHITENED[method])["test"])
             return {"new/old": measure(queries, old, labels)}
+        if method in KNOWN or method == OLD_KNOWN:
+            queries = self.queries(KNOWN[method])["test"] if method in KNOWN else old
+            return {"new/old": measure(self.old().centers().known_class_rows(queries), old, labels)}
         if method in STACKED:
             trained = self.queries(STACKED[method])
             blend = QueryBlend().fit(self.embeddings("old", "train"), trained["train"], self.problem.labels)
@@ -285,7 +290,7 @@ class Runs:
         stored = old.embeddings if training.reads == "stored" else None
         protocol.train(network, loss, problem.images, problem.labels, stored, after_epoch=after_epoch)
         new = protocol.embed(network, problem.test_images)
-        if method in STACKED.values():
+        if method in STACKED.values():  # WHITENED and KNOWN ask for the same ones
             self._keep(method, protocol.embed(network, problem.images), new)
         with torch.no_grad():
             return loss.backward_transformation(new) if method in MAPPED_BACK else new, new

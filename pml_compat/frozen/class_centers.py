@@ -16,6 +16,7 @@ from . import measured_classes as measured
 from .centers_summary import CentersSummary, nearest_centers
 from .class_directions import Prospects, class_directions, fitting_scale
 from .label_map import LabelMap
+from .nearest_direction import half_way_to_nearest
 
 _FORMAT = "pml_compat.ClassCenters/1"
 
@@ -127,6 +128,16 @@ class ClassCenters(torch.nn.Module):
         """
         check_same_device(check_matrix(embeddings), "embeddings", self.centers, "the ClassCenters")
         return unit_rows_times(fit_width(embeddings, self.centers.shape[1]), self.whitening)
+
+    def known_class_rows(self, queries: torch.Tensor) -> torch.Tensor:
+        """Return unit rows half way from each query to the nearest direction, to search the old gallery with.
+
+        For ``(N, D)`` queries at the old width, as :meth:`query_rows` or a head's ``old_part`` gives them, of a model
+        that learned these very classes, and only where every query is of one of them: others would find a wrong class.
+        """
+        check_matrix(queries, "queries", self.centers.shape[1])
+        check_same_device(queries, "queries", self.centers, "the ClassCenters")
+        return half_way_to_nearest(queries, self.directions)
 
     @property
     def scale(self) -> float | None:
@@ -286,14 +297,3 @@ class ClassCenters(torch.nn.Module):
         tensors, _ = load_tensors(path, _FORMAT, "ClassCenters.save")
         scale = tensors.pop("scale", None)
         return cls(**tensors, scale=None if scale is None else float(scale))
-
-
-def check_centers(centers: Any, name: str = "centers", width: int | None = None) -> None:
-    """Raise a ValueError where ``centers`` is no ClassCenters, or not ``width`` wide."""
-    if not isinstance(centers, ClassCenters):
-        raise ValueError(
-            f"{name} must be a ClassCenters, got {type(centers).__name__}; "
-            "make one with ClassCenters.from_embeddings(embeddings, labels)"
-        )
-    if width is not None and centers.centers.shape[1] != width:
-        raise ValueError(f"{name} must be {width} wide, got width {centers.centers.shape[1]}")

@@ -8,7 +8,8 @@ import torch
 
 from .._checks import check_embeddings, check_finite, check_labels, check_number, check_same_device
 from .._rows import at_least_float32, cosines_with, no_autocast, precise_dtype
-from .class_centers import ClassCenters, check_centers
+from .check_centers import check_centers
+from .class_centers import ClassCenters
 from .class_weights import unwrap_loss
 from .heads import Head, SoftmaxHead, head_of
 from .label_map import LabelMap

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .class_centers import ClassCenters, check_centers
+from .check_centers import check_centers
+from .class_centers import ClassCenters
 from .classifier import FrozenClassifier, class_directions_of
 
 OldSystem = ClassCenters | FrozenClassifier | tuple[Any, Any]

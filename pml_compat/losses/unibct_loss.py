@@ -10,7 +10,7 @@ import torch
 from .._checks import check_number
 from .._moved import renamed
 from ..frozen import ClassCenters, FrozenClassifier
-from ..frozen.class_centers import check_centers
+from ..frozen.check_centers import check_centers
 from ..frozen.classifier import DEFAULT_SCALE
 from ..frozen.heads import SoftmaxHead
 from ..frozen.old_system import OldSystem, as_centers

@@ -209,6 +209,43 @@ def test_the_whitening_goes_along_with_the_directions(monkeypatch):
     assert first.to("meta").whitening.device.type == "meta"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_queries_of_known_classes_are_drawn_half_way_to_the_nearest_direction(monkeypatch, dtype):
+    monkeypatch.setattr("pml_compat.frozen.nearest_direction._BLOCK", 7)  # two queries at a time
+    draw = torch.Generator().manual_seed(0)
+    directions, queries = torch.randn(3, 5, generator=draw), torch.randn(11, 5, generator=draw).to(dtype)
+    queries[4] = 0
+    centers = ClassCenters(torch.randn(3, 5, generator=draw), torch.tensor([4, 0, 2]), directions=directions)
+    found = centers.known_class_rows(queries)
+    assert found.dtype == dtype
+    for query, row in zip(queries.double(), found.double(), strict=True):
+        unit = torch.nn.functional.normalize(query, dim=0)
+        aims = torch.nn.functional.normalize(directions.double(), dim=1)
+        nearest = max(aims, key=lambda aim: float(aim @ unit))
+        expected = torch.nn.functional.normalize(unit + nearest, dim=0) if query.any() else query
+        torch.testing.assert_close(row, expected, rtol=0, atol=4 * torch.finfo(torch.float16).eps)
+
+
+def test_queries_of_known_classes_find_more():
+    """Spread about their class's direction, as queries of a model that was trained to fit are."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 8
+    means = torch.nn.functional.normalize(torch.randn(8, 16, generator=draw), dim=1)
+    old, new = (means[labels] + noise * torch.randn(400, 16, generator=draw) for noise in (0.35, 0.2))
+    centers = ClassCenters(means, torch.arange(8))
+
+    def precision(queries):
+        cosines = torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(old, dim=1).t()
+        return float((labels[cosines.fill_diagonal_(-2).argmax(1)] == labels).float().mean())
+
+    drawn = centers.known_class_rows(new)
+    assert precision(drawn) > precision(new) + 0.02 > precision(old)
+    with pytest.raises(ValueError, match=r"queries.*16"):
+        centers.known_class_rows(new[:, :8])
+    with pytest.raises(ValueError, match="queries must be on the device of"):
+        centers.known_class_rows(new.to("meta"))
+
+
 def test_measured_directions_are_saved_though_nobody_asked_for_them(tmp_path, monkeypatch):
     monkeypatch.setattr("pml_compat.frozen.class_directions._STEPS", 20)
     embeddings, labels = data(dtype=torch.float32)
