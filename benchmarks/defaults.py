@@ -166,7 +166,7 @@ KNOWN = {"BCT, known classes": "BCT", "CompatibleHead, known classes": HEAD}  # 
 OLD_KNOWN = "old query, known classes"
 STACKED = {"blended query on BCT": "BCT", "blended query on the head": HEAD}
 CLOSED_METHODS = [*METHODS, *WHITENED, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED, *KNOWN, OLD_KNOWN]
-OPEN_METHODS = ["BCT", "LCE", "UniBCT", *LABEL_FREE, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED]
+OPEN_METHODS = ["BCT", "LCE", "UniBCT", *LABEL_FREE, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED, *KNOWN, OLD_KNOWN]
 
 
 def measure(queries: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor) -> Accuracies:

@@ -68,22 +68,26 @@ class ShareJudge:
         A new model that fits the old one as it is, and by itself finds more, is what the blend is measured by: it is
         left alone unless a blend of the two adds more than it does. Such a model was trained to fit, mostly on the very
         items given here, which lie closer together than others do: no rotation is taken for it that does not find
-        significantly more, and no whitening, which finds more among such items and less among others.
+        significantly more, and no whitening, which finds more among such items and less among others. Two models that
+        fit by chance, and of which the new one finds less, are two like any others, that may need no rotation.
         """
         plain, fits = self._found(as_they_are)
-        self.first_counts = self.labels is not None and not fits
         turned, related = self._found(procrustes)
         if self.labels is None and not related:
             return procrustes, 0.0  # of two models that have nothing in common no one knows who is right
-        if not fits:
-            fit, found = self._whitened_or_not(procrustes, turned)
-            return fit, self._cautious(self._counted(found))
         precision = _precision(plain)
         gain = precision[-1] - precision[0]
         most, added = float(precision.sum(1).max() - precision[-1].sum()), float(gain.sum())
-        if added > _error(gain) and added >= most:
-            return as_they_are, 1.0
-        fit, found = (procrustes, turned) if _adds(turned, plain, _ERRORS) else (as_they_are, plain)
+        if fits and added > _error(gain):
+            self.first_counts = False
+            if added >= most:
+                return as_they_are, 1.0
+            fit: Map = procrustes if _adds(turned, plain, _ERRORS) else as_they_are
+            found = turned if fit is procrustes else plain
+        else:
+            fit, found = self._whitened_or_not(procrustes, turned)
+            if fits and _adds(plain, found, _ERRORS):
+                fit, found = as_they_are, plain
         return fit, self._cautious(self._counted(found))
 
     def _whitened_or_not(self, fit: Map, found: torch.Tensor) -> tuple[Map, torch.Tensor]:

@@ -260,7 +260,8 @@ def test_of_two_maps_of_a_model_that_fits_the_plain_one_is_kept_unless_another_f
 
     def found_by(self, fit):
         right = torch.zeros(11, 200, 10, dtype=torch.float64)
-        right[:, : int(200 * found.get(fit, 0))] = 1
+        right[5, : int(200 * found.get(fit, 0))] = 1
+        right[10, :40] = 1  # by itself more than the old one, which finds nothing, and less than a blend
         return right, True
 
     monkeypatch.setattr(blend_share.ShareJudge, "_found", found_by)
@@ -268,6 +269,26 @@ def test_of_two_maps_of_a_model_that_fits_the_plain_one_is_kept_unless_another_f
     assert judge.choose()[0] is blend_share.as_they_are
     found[blend_share.procrustes] = 0.6
     assert judge.choose()[0] is blend_share.procrustes
+
+
+def test_of_two_models_that_fit_by_chance_the_new_one_is_turned_unless_no_rotation_finds_much_more(monkeypatch):
+    """A model that by itself finds less than the old one was not trained to fit it."""
+    labels, old, new = items(n=200, noise=(1.2, 1.0), turned=False)
+    judge = blend_share.ShareJudge(normalize(old), normalize(new), labels, torch.Generator().manual_seed(0))
+    found = {blend_share.as_they_are: 0.5, blend_share.procrustes: 0.5}
+
+    def found_by(self, fit):
+        right = torch.zeros(11, 200, 10, dtype=torch.float64)
+        right[5, : int(200 * found.get(fit, 0))] = 1
+        right[0, :40] = 1
+        return right, True
+
+    monkeypatch.setattr(blend_share.ShareJudge, "_found", found_by)
+    assert judge.choose()[0] is blend_share.procrustes
+    found[blend_share.as_they_are] = 0.51  # one standard error of two rows
+    assert judge.choose()[0] is blend_share.procrustes
+    found[blend_share.as_they_are] = 0.6
+    assert judge.choose()[0] is blend_share.as_they_are
 
 
 @pytest.mark.parametrize("labelled", [True, False])
