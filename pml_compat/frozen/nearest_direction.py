@@ -21,10 +21,6 @@ def half_way_to_nearest(queries: torch.Tensor, directions: torch.Tensor) -> torc
     with no_autocast(queries):
         unit = unit_rows_as_given(at_least_float32(queries))
         directions = directions.to(unit)
-        found = [block + directions[(block @ directions.t()).argmax(1)] for block in _blocks(unit, len(directions))]
-        drawn = torch.cat(found)
+        blocks = unit.split(max(1, _BLOCK // len(directions)))
+        drawn = torch.cat([block + directions[(block @ directions.t()).argmax(1)] for block in blocks])
         return unit_rows_as_given(torch.where((unit == 0).all(1, keepdim=True), unit, drawn)).to(queries.dtype)
-
-
-def _blocks(rows: torch.Tensor, classes: int) -> tuple[torch.Tensor, ...]:
-    return rows.split(max(1, _BLOCK // classes))

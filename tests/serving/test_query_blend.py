@@ -252,20 +252,25 @@ def test_a_model_that_fits_is_not_whitened(seed, tmp_path):
     np.testing.assert_allclose(NumpyQueryBlend(tmp_path / "blend.safetensors")(None, new.numpy()), alone, atol=1e-6)
 
 
-def test_of_two_maps_of_a_model_that_fits_the_plain_one_is_kept_unless_another_finds_much_more(monkeypatch):
-    """Rotations are fitted to the very rows that a trained model knows by heart."""
+def judge_that_finds(monkeypatch, found, alone):
+    """A judge to which the models seem to fit; at half the share a map finds what ``found`` says, and at the share
+    ``alone`` a fifth."""
     labels, old, new = items(n=200, noise=(1.2, 1.0), turned=False)
-    judge = blend_share.ShareJudge(normalize(old), normalize(new), labels, torch.Generator().manual_seed(0))
-    found = {blend_share.as_they_are: 0.5, blend_share.procrustes: 0.5}
 
     def found_by(self, fit):
         right = torch.zeros(11, 200, 10, dtype=torch.float64)
         right[5, : int(200 * found.get(fit, 0))] = 1
-        right[10, :40] = 1  # by itself more than the old one, which finds nothing, and less than a blend
+        right[alone, :40] = 1
         return right, True
 
     monkeypatch.setattr(blend_share.ShareJudge, "_found", found_by)
-    found[blend_share.procrustes] = 0.51  # one standard error of two rows
+    return blend_share.ShareJudge(normalize(old), normalize(new), labels, torch.Generator().manual_seed(0))
+
+
+def test_of_two_maps_of_a_model_that_fits_the_plain_one_is_kept_unless_another_finds_much_more(monkeypatch):
+    """Rotations are fitted to the very rows that a trained model knows by heart."""
+    found = {blend_share.as_they_are: 0.5, blend_share.procrustes: 0.51}  # one standard error of two rows
+    judge = judge_that_finds(monkeypatch, found, alone=10)  # the new one more than the old one, and less than a blend
     assert judge.choose()[0] is blend_share.as_they_are
     found[blend_share.procrustes] = 0.6
     assert judge.choose()[0] is blend_share.procrustes
@@ -273,17 +278,8 @@ def test_of_two_maps_of_a_model_that_fits_the_plain_one_is_kept_unless_another_f
 
 def test_of_two_models_that_fit_by_chance_the_new_one_is_turned_unless_no_rotation_finds_much_more(monkeypatch):
     """A model that by itself finds less than the old one was not trained to fit it."""
-    labels, old, new = items(n=200, noise=(1.2, 1.0), turned=False)
-    judge = blend_share.ShareJudge(normalize(old), normalize(new), labels, torch.Generator().manual_seed(0))
     found = {blend_share.as_they_are: 0.5, blend_share.procrustes: 0.5}
-
-    def found_by(self, fit):
-        right = torch.zeros(11, 200, 10, dtype=torch.float64)
-        right[5, : int(200 * found.get(fit, 0))] = 1
-        right[0, :40] = 1
-        return right, True
-
-    monkeypatch.setattr(blend_share.ShareJudge, "_found", found_by)
+    judge = judge_that_finds(monkeypatch, found, alone=0)
     assert judge.choose()[0] is blend_share.procrustes
     found[blend_share.as_they_are] = 0.51  # one standard error of two rows
     assert judge.choose()[0] is blend_share.procrustes
