@@ -486,17 +486,20 @@ def direction_losses(embeddings, labels, directions):
 
 
 def mixbct_draws(new, old, labels, seen):
-    """1 - cos of each new row to the sum of the directions of its old row and of its class, less 0.7 of all classes'.
+    """1 - cos of each new row to C^-1/2 times the mean of its class; to its old row where ``seen`` is None.
 
-    ``seen`` are pairs of old rows and labels, of this call and of those before; None where classes are not known.
+    ``seen`` are pairs of old rows and labels, of this call and of those before; C is of the first 1, 2, 4, ... of them.
     """
     losses = []
-    known = [(unit(row), c) for rows, classes in seen or [] for row, c in zip(rows, classes, strict=True)]
+    if seen is not None:
+        known = [(unit(row), c) for rows, classes in seen for row, c in zip(rows, classes, strict=True)]
+        calls = 2 ** int(math.log2(len(seen)))
+        rows = np.array([unit(row) for rows, _ in seen[:calls] for row in rows])
+        values, axes = np.linalg.eigh(rows.T @ rows / len(rows))
+        values = np.maximum(values, 1e-3 * values.mean())
+        whitening = axes @ np.diag(values**-0.5) @ axes.T
     for f, o, y in zip(new, old, labels, strict=True):
-        aim = unit(o)
-        if seen is not None:
-            own = [row for row, c in known if c == y]
-            aim = unit(aim + unit(sum(own) / len(own) - 0.7 * sum(row for row, _ in known) / len(known)))
+        aim = unit(o) if seen is None else unit(whitening @ sum(row for row, c in known if c == y))
         losses.append(1.0 - float(unit(f) @ aim))
     return losses
 

@@ -15,23 +15,23 @@ from ..frozen.old_references import check_row_labels
 from ._base import check_weight
 from ._reduction import per_sample
 from ._task import Given, TaskAndTermsLoss
+from .old_class_directions import OldClassDirections
 from .old_rows import check_old_rows
-
-_COMMON = 0.7  # share of the mean of all classes that is taken off each class's
 
 
 class MixBCTLoss(TaskAndTermsLoss):
     r"""Train one classifier on new and old embeddings alike, which draws both into one space.
 
-    .. math:: L = L_{task}(x, y) + \lambda \operatorname{mean}_i (1 - \cos(f_{n,i}, n(m_{y_i} - 0.7\, \bar m)
-        + \hat f_{o,i})), \quad x_i = \begin{cases} \hat f_{o,i} & i \in M \\ f_{n,i} & i \notin M \end{cases}
+    .. math:: L = L_{task}(x, y) + \lambda \operatorname{mean}_i (1 - \cos(f_{n,i}, C^{-1/2} m_{y_i})), \quad
+        x_i = \begin{cases} \hat f_{o,i} & i \in M \\ f_{n,i} & i \notin M \end{cases}
 
     :math:`M`, drawn anew at every call, is :math:`\lfloor share \cdot N \rfloor` of the rows whose old embedding is
     credible, or all of those where they are fewer. They train the class weights alone: for the task the new model's
-    batch is smaller by ``share``. The second term, which the paper does not have, draws new embeddings to the old ones
-    of their class and to their own: :math:`m` is the mean of the class's unit rows in the calls so far, and
-    :math:`\bar m` that of all classes', which tells none from another. In eval mode nothing is replaced, there is no
-    second term, and ``ref_emb`` may be left out.
+    batch is smaller by ``share``. The second term, which the paper does not have, draws new embeddings to where their
+    class stands in the old space: :math:`m` is the mean of the class's unit rows in the calls so far, :math:`C` are the
+    second moments of all of them, which take off what all classes have in common. A pair loss, which has no classes, is
+    drawn to each item's own old embedding. In eval mode nothing is replaced, there is no second term, and ``ref_emb``
+    may be left out.
 
     Old rows come in at length 1, new ones as they are: the task loss has to judge directions alone, as PML's do by
     default (all but ``LargeMarginSoftmaxLoss`` and ``SphereFaceLoss``). The rows are drawn on the CPU by a generator
@@ -74,9 +74,6 @@ class MixBCTLoss(TaskAndTermsLoss):
     """
 
     own_arguments = ("credible",)
-    old_sums: torch.Tensor | None
-    old_counts: torch.Tensor
-    old_total: torch.Tensor
 
     def __init__(
         self,
@@ -89,11 +86,7 @@ class MixBCTLoss(TaskAndTermsLoss):
     ) -> None:
         super().__init__(loss, balanced=("draw_loss",) if draw_weight is None else (), **kwargs)
         self.draw_weight = check_weight(draw_weight, "draw_weight")
-        sums = None if self.num_classes is None else torch.zeros_like(class_weights(loss).detach())
-        self.register_buffer("old_sums", sums)
-        if sums is not None:
-            self.register_buffer("old_counts", sums.new_zeros(len(sums)))
-            self.register_buffer("old_total", sums.new_zeros(sums.shape[1]))
+        self.old_classes = None if self.num_classes is None else OldClassDirections(class_weights(loss))
         self.share = check_number(share, "share", minimum=0)
         if self.share > 1:
             raise ValueError(f"share must be at most 1, got {share!r}")
@@ -111,7 +104,7 @@ class MixBCTLoss(TaskAndTermsLoss):
 
     @property
     def needs_labels(self) -> bool:
-        """Whether new embeddings are drawn to old ones of their class."""
+        """Whether new embeddings are drawn to where their class stands."""
         return self.draw_weight != 0
 
     def look_at_labels(self, labels: torch.Tensor, ref_labels: torch.Tensor | None) -> None:
@@ -143,7 +136,7 @@ class MixBCTLoss(TaskAndTermsLoss):
             return super().task(seen, given, indices_tuple, **task_arguments)
 
     def compute_terms(self, given: Given, rest: Any) -> dict[str, Any]:
-        """Return how far the new embeddings are from the old ones of their class."""
+        """Return how far the new embeddings are from where their class stands in the old space."""
         if rest is None or self.draw_weight == 0:
             return {"draw_loss": self.zero_loss()}
         with no_autocast(rest):
@@ -151,25 +144,12 @@ class MixBCTLoss(TaskAndTermsLoss):
             return {"draw_loss": self._drawn(new, rest, given.labels)}
 
     def _drawn(self, new: torch.Tensor, old: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-        """Return how far each new embedding is from its class's old ones and its own, whatever is mixed."""
-        aims = old
-        if self.old_sums is not None:
-            aims = unit_rows(old + self._class_directions(old, labels).to(new.dtype))
+        """Return how far each new embedding is from where it is drawn, whatever is mixed."""
+        aims = old if self.old_classes is None else self.old_classes(old, labels)
         losses = 1 - (new * aims).sum(1)
         if self.draw_weight is not None:
             losses = losses * self.draw_weight
         return per_sample(losses)
-
-    def _class_directions(self, old: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Take account of the old rows; return where each one's class differs from all classes together."""
-        assert self.old_sums is not None  # the caller has looked
-        rows = fit_width(old, self.old_sums.shape[1]).to(self.old_sums)
-        self.old_sums.index_add_(0, labels, rows)
-        self.old_counts.index_add_(0, labels, torch.ones_like(rows[:, 0]))
-        self.old_total += rows.sum(0)
-        own = self.old_sums[labels] / self.old_counts[labels, None]
-        common = self.old_total / self.old_counts.sum()
-        return unit_rows(own - _COMMON * common)[:, : old.shape[1]]
 
     def _draw(self, credible: torch.Tensor) -> torch.Tensor:
         """Return which rows are replaced, without asking the device how many are credible."""

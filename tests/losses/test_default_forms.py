@@ -365,7 +365,7 @@ def pair(seed=0, n=20, dtype=torch.float64):
 def test_mixbct_matches_naive_loop(seed, draw_weight):
     loss_func = mixbct(draw_weight=draw_weight, seed=seed)
     mixed, seen = mixbct(draw_weight=0.0, seed=seed), []
-    for call in range(3):
+    for call in range(5):
         new, labels, old = pair(10 * seed + call)
         loss = loss_func(new, labels, ref_emb=old)
         seen.append((old.numpy(), labels.tolist()))
@@ -386,20 +386,32 @@ def test_mixbct_with_pair_losses_draws_onto_the_old_rows():
 
 
 def test_mixbct_by_hand():
-    """Class 0's old rows are along x and, later, twice along y; class 1's along y.
+    """Class 0's old rows are (1, 0) and (0.8, 0.6), class 1's (0, 1): C's moments are 1.64, 1.36 and 0.48, over 3.
 
-    First both classes' mean is (0.5, 0.5), of which 0.35 is taken off (1, 0) and (0, 1): (0.65, -0.35) and (-0.35,
-    0.65). Then class 0's mean is (1, 2) / 3 and that of all (1, 3) / 4, and its direction is that of (0.158, 0.142).
+    C^-1/2 takes (1.8, 0.6), the sum of class 0, to a multiple of (adj C^1/2)(1.8, 0.6), and of a 2 x 2 matrix the root
+    is (C + sqrt(det C) 1) / sqrt(tr C + 2 sqrt(det C)).
     """
     loss_func = MixBCTLoss(losses.NormalizedSoftmaxLoss(2, 2), share=0.0, draw_weight=4.0)
-    loss_func(torch.tensor([[3.0, 0.0], [0.0, 7.0]]), torch.tensor([0, 1]), ref_emb=torch.tensor([[9.0, 0], [0, 0.1]]))
-    length = math.hypot(0.65, 0.35)
-    aim = 1 + 0.65 / length, -0.35 / length
-    assert loss_func.terms["draw_loss"].item() == pytest.approx(4 * (1 - aim[0] / math.hypot(*aim)), rel=1e-4)
-    loss_func(torch.tensor([[0.0, 5.0]] * 2), torch.tensor([0, 0]), ref_emb=torch.tensor([[0.0, 2.0], [0.0, 3.0]]))
-    x, y = 1 / 3 - 0.7 / 4, 2 / 3 - 2.1 / 4
-    aim = x / math.hypot(x, y), 1 + y / math.hypot(x, y)
-    assert loss_func.terms["draw_loss"].item() == pytest.approx(4 * (1 - aim[1] / math.hypot(*aim)), rel=1e-4)
+    old, labels = torch.tensor([[9.0, 0.0], [0.4, 0.3], [0.0, 0.1]]), torch.tensor([0, 0, 1])
+    root = math.sqrt(1.64 * 1.36 - 0.48**2)
+    aim = (1.36 + root) * 1.8 - 0.48 * 0.6, (1.64 + root) * 0.6 - 0.48 * 1.8
+    new = torch.tensor([[3.0, 0.0], [0.0, 7.0], [*aim]])
+    loss_func(new, labels, ref_emb=old)
+    other = -0.48 * 1, 1.64 + root
+    cosines = [aim[0] / math.hypot(*aim), aim[1] / math.hypot(*aim)]
+    cosines.append((aim[0] * other[0] + aim[1] * other[1]) / math.hypot(*aim) / math.hypot(*other))
+    assert loss_func.terms["draw_loss"].item() == pytest.approx(4 * (1 - sum(cosines) / 3), rel=1e-4)
+
+
+@pytest.mark.parametrize("calls", [1, 5, 9])
+def test_mixbct_whitens_at_the_first_call_the_second_the_fourth_and_so_on(monkeypatch, calls):
+    decompositions, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda moments: decompositions.append(moments) or eigh(moments))
+    loss_func = mixbct()
+    for call in range(calls):
+        new, labels, old = pair(call)
+        loss_func(new, labels, ref_emb=old)
+    assert len(decompositions) == calls.bit_length()
 
 
 def test_mixbcts_draw_moves_new_embeddings_alone():
@@ -430,7 +442,7 @@ def test_a_resumed_mixbct_goes_on_bit_for_bit():
     resumed.load_state_dict(copy.deepcopy(stopped.state_dict()))
     other = copy.deepcopy(stopped)
     assert first + train(resumed, range(3, 6)) == first + train(other, range(3, 6)) == expected
-    assert not whole.old_sums.requires_grad and first == train(mixbct(dtype=torch.float32), range(3))
+    assert not whole.old_classes.sums.requires_grad and first == train(mixbct(dtype=torch.float32), range(3))
 
 
 def test_mixbct_in_eval_mode_draws_nothing():
