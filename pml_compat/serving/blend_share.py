@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,7 @@ _FOLDS = 4
 _NEIGHBORS = 10  # of both models together, which are right where there are no labels
 _DEPTH = 10  # places by which maps are compared; a share is chosen by the first, as P@1 is what counts
 _ERRORS = 2  # standard errors by which a map has to find more to be taken
-_ERRORS_WHITENED = 5  # to be whitened: where that adds nothing it often seems to add a little
+_ERRORS_CLEAR = 5  # to be whitened, or to find more by itself: on items that a model learned a little more is nothing
 _BLOCK = 512  # rows of scores at once
 _RELATED = 0.6  # share of items that a rotated query of a related model puts below its own; of another model's a half
 
@@ -63,13 +64,16 @@ class ShareJudge:
 
         Maps are compared by the first ten places, as one place tells little where many queries stand at one point. The
         share between two models that were not trained to fit is chosen by the first place: the new one knows the items
-        given here better than others, and has the larger share the further down one looks.
+        given here better than others, and has the larger share the further down one looks. Where it knows their classes
+        by heart, labels flatter it at the first place too, so it has no larger share than what both models together
+        find bears out.
 
-        A new model that fits the old one as it is, and by itself finds more, is what the blend is measured by: it is
-        left alone unless a blend of the two adds more than it does. Such a model was trained to fit, mostly on the very
-        items given here, which lie closer together than others do: no rotation is taken for it that does not find
-        significantly more, and no whitening, which finds more among such items and less among others. Two models that
-        fit by chance, and of which the new one finds less, are two like any others, that may need no rotation.
+        A new model that fits the old one as it is, and by itself finds clearly more, is what the blend is measured by:
+        it is left alone unless a blend of the two adds more than it does. Such a model was trained to fit, mostly on
+        the very items given here, which lie closer together than others do: no rotation is taken for it that does not
+        find significantly more, and no whitening, which finds more among such items and less among others. Two models
+        that fit by chance, and of which the new one finds hardly more, are two like any others, that may need no
+        rotation.
         """
         plain, fits = self._found(as_they_are)
         turned, related = self._found(procrustes)
@@ -78,7 +82,7 @@ class ShareJudge:
         precision = _precision(plain)
         gain = precision[-1] - precision[0]
         most, added = float(precision.sum(1).max() - precision[-1].sum()), float(gain.sum())
-        if fits and added > _error(gain):
+        if fits and added > _ERRORS_CLEAR * _error(gain):
             self.first_counts = False
             if added >= most:
                 return as_they_are, 1.0
@@ -88,13 +92,23 @@ class ShareJudge:
             fit, found = self._whitened_or_not(procrustes, turned)
             if fits and _adds(plain, found, _ERRORS):
                 fit, found = as_they_are, plain
+            if self.labels is not None:
+                return fit, min(self._cautious(self._counted(found)), self._borne_out(fit))
         return fit, self._cautious(self._counted(found))
+
+    def _borne_out(self, fit: Map) -> float:
+        """Return the largest share up to which queries find what both models together find, as well as old ones do."""
+        judge = copy.copy(self)
+        judge.labels, judge.right = None, _found_by_both(self.u, self.v)
+        hits = judge._found(fit)[0][..., 0]
+        worse = [float((hits[0] - one).sum()) > _ERRORS * _error(hits[0] - one) for one in hits]
+        return _SHARES[worse.index(True) - 1] if True in worse else _SHARES[-1]
 
     def _whitened_or_not(self, fit: Map, found: torch.Tensor) -> tuple[Map, torch.Tensor]:
         """Return the map, whitened where that finds significantly more, and what is found by it."""
         flat = then_whitened(fit)
         more, _ = self._found(flat)
-        return (flat, more) if _adds(more, found, _ERRORS_WHITENED) else (fit, found)
+        return (flat, more) if _adds(more, found, _ERRORS_CLEAR) else (fit, found)
 
     def _found(self, fit: Map) -> tuple[torch.Tensor, bool]:
         """Return ``(shares, N, places)``, where each query finds something right, and whether the models, so mapped,

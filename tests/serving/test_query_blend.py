@@ -301,6 +301,37 @@ def test_with_labels_the_first_place_decides_on_the_share(monkeypatch, labelled)
     assert judge.choose() == (blend_share.procrustes, 0.3 if labelled else 0.7)
 
 
+def test_labels_give_no_larger_share_than_both_models_bear_out(monkeypatch):
+    """The new model knows the items' classes by heart, and would lose what the old one tells apart within others."""
+    labels, old, new = items(n=200)
+    judge = blend_share.ShareJudge(normalize(old), normalize(new), labels, torch.Generator().manual_seed(0))
+
+    def found_by(self, fit):
+        right = torch.zeros(11, 200, 10, dtype=torch.float64)
+        for share in range(11):
+            right[share, : 100 + 8 * share if self.labels is not None else 100 - 20 * max(0, share - 2)] = 1
+        return right, False
+
+    monkeypatch.setattr(blend_share.ShareJudge, "_found", found_by)
+    assert judge.choose()[1] == 0.2
+    monkeypatch.setattr(blend_share.ShareJudge, "_borne_out", lambda self, fit: 1.0)
+    assert judge.choose()[1] > 0.8
+
+
+def test_what_both_models_find_bears_out_a_share_up_to_the_first_that_finds_clearly_less(monkeypatch):
+    labels, old, new = items(n=200)
+    judge = blend_share.ShareJudge(normalize(old), normalize(new), labels, torch.Generator().manual_seed(0))
+    right = torch.zeros(11, 200, 10, dtype=torch.float64)
+    for step, count in enumerate([150, 160, 149, 100, 170]):
+        right[step, :count, 0] = 1
+    asked = []
+    monkeypatch.setattr(blend_share.ShareJudge, "_found", lambda self, fit: asked.append(self.labels) or (right, True))
+    assert judge._borne_out(blend_share.procrustes) == 0.2  # one query less is within two standard errors
+    assert asked == [None] and judge.labels is not None
+    right[:] = 1
+    assert judge._borne_out(blend_share.procrustes) == 1.0
+
+
 def test_precisions_of_the_first_places_by_hand():
     found = torch.tensor([[[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]).double()
     expected = [(1 + 1 / 2 + 2 / 3) / 3, (0 + 1 / 2 + 1 / 3) / 3, 0]
@@ -339,7 +370,7 @@ def test_the_share_is_judged_on_classes_that_the_rotation_has_not_seen(monkeypat
         if rows != everything:
             judged += everything - rows
             assert not {int(labels[row]) for row in rows} & {int(labels[row]) for row in everything - rows}
-    assert sorted(judged) == sorted([*everything, *everything])  # each item once, and once with whitening
+    assert sorted(judged) == sorted(3 * [*everything])  # each item once, with whitening, and by what both models find
 
 
 def test_without_labels_each_item_is_judged_once(monkeypatch):
