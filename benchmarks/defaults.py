@@ -164,7 +164,12 @@ AT_QUERY_TIME = (*BLENDS, *TWO_STAGES)  # of the two finished models, nothing tr
 WHITENED = {"BCT, whitened query": "BCT"}  # ClassCenters.query_rows
 KNOWN = {"BCT, known classes": "BCT", "CompatibleHead, known classes": HEAD}  # ClassCenters.known_class_rows
 OLD_KNOWN = "old query, known classes"
-STACKED = {"blended query on BCT": "BCT", "blended query on the head": HEAD}
+STACKED = {
+    "blended query on BCT": "BCT",
+    "blended query on the head": HEAD,
+    "blended query on BCT, no labels": "BCT",
+    "blended query on the head, no labels": HEAD,
+}
 CLOSED_METHODS = [*METHODS, *WHITENED, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED, *KNOWN, OLD_KNOWN]
 OPEN_METHODS = ["BCT", "LCE", "UniBCT", *LABEL_FREE, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED, *KNOWN, OLD_KNOWN]
 
@@ -233,7 +238,8 @@ class Runs:
             return {"new/old": measure(self.old().centers().known_class_rows(queries), old, labels)}
         if method in STACKED:
             trained = self.queries(STACKED[method])
-            blend = QueryBlend().fit(self.embeddings("old", "train"), trained["train"], self.problem.labels)
+            labels = None if method.endswith("no labels") else self.problem.labels
+            blend = QueryBlend().fit(self.embeddings("old", "train"), trained["train"], labels)
             return {"new/old": measure(blend.query_rows(old, trained["test"]), old, labels)}
         queries, new = self.new(method)
         return {"new/old": measure(queries, old, labels), "new/new": measure(new, new, labels)}

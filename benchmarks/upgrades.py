@@ -237,6 +237,27 @@ def _cifar_open(seed: int, held_out: bool) -> Problem:
     return Problem(upgrade.train.images, upgrade.train.labels, old, upgrade.test.images, upgrade.test.labels)
 
 
+def _fashion_open(seed: int, held_out: bool) -> Problem:
+    """Four classes are old, seven are new, and the other three are searched: 12,000 images to learn, 3,000 to search.
+
+    So few classes say little of others: what holds new queries to them loses.
+    """
+    images, labels = _fashion_part("train")
+    generator = torch.Generator().manual_seed(seed + 1000 * held_out)
+    classes = torch.randperm(10, generator=generator)
+    place = torch.empty_like(classes)
+    place[classes] = torch.arange(10)
+    order = torch.randperm(len(images), generator=generator)
+    train, test = (order[mask[order]] for mask in (place[labels] < 7, place[labels] >= 7))
+    if not held_out:
+        test_images, test_labels = _fashion_part("t10k")
+        test = (place[test_labels] >= 7).nonzero()[:, 0]
+    else:
+        test_images, test_labels, test = images, labels, test[:3000]
+    y = place[labels[train[:12000]]]
+    return Problem(images[train[:12000]], y, (y < 4).nonzero()[:, 0], test_images[test], test_labels[test])
+
+
 @cache
 def _glyphs() -> Any:
     from glyphs import load_glyphs
@@ -277,6 +298,7 @@ PROTOCOLS = {
     "digits_sgd": Protocol(**_DIGITS, optimizer="sgd", lr=0.1, loss_lr=0.1),
     "fashion_classes": Protocol(lambda seed, held_out: _fashion(seed, held_out, None), **_FASHION),
     "fashion_images": Protocol(lambda seed, held_out: _fashion(seed, held_out, 0.2), **_FASHION),
+    "fashion_open": Protocol(_fashion_open, **_FASHION, open=True),
     "cifar_closed": Protocol(_cifar_closed, **_CIFAR),
     "cifar_open": Protocol(_cifar_open, **_CIFAR, open=True),
     "fonts": Protocol(_fonts, **{**_CIFAR, "augment": lambda images: cifar.augment(images, flip=False)}, open=True),
