@@ -164,14 +164,15 @@ AT_QUERY_TIME = (*BLENDS, *TWO_STAGES)  # of the two finished models, nothing tr
 WHITENED = {"BCT, whitened query": "BCT"}  # ClassCenters.query_rows
 KNOWN = {"BCT, known classes": "BCT", "CompatibleHead, known classes": HEAD}  # ClassCenters.known_class_rows
 OLD_KNOWN = "old query, known classes"
+NAMED = "blended query, known classes"  # named by the new model, nothing trained
 STACKED = {
     "blended query on BCT": "BCT",
     "blended query on the head": HEAD,
     "blended query on BCT, no labels": "BCT",
     "blended query on the head, no labels": HEAD,
 }
-CLOSED_METHODS = [*METHODS, *WHITENED, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED, *KNOWN, OLD_KNOWN]
-OPEN_METHODS = ["BCT", "LCE", "UniBCT", *LABEL_FREE, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED, *KNOWN, OLD_KNOWN]
+CLOSED_METHODS = [*METHODS, *WHITENED, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED, *KNOWN, OLD_KNOWN, NAMED]
+OPEN_METHODS = ["BCT", "LCE", "UniBCT", *LABEL_FREE, *HEADS, *MAPS, *AT_QUERY_TIME, *STACKED, *KNOWN, OLD_KNOWN, NAMED]
 
 
 def measure(queries: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor) -> Accuracies:
@@ -236,6 +237,10 @@ class Runs:
         if method in KNOWN or method == OLD_KNOWN:
             queries = self.queries(KNOWN[method])["test"] if method in KNOWN else old
             return {"new/old": measure(self.old().centers().known_class_rows(queries), old, labels)}
+        if method == NAMED:
+            known = ClassCenters.from_embeddings(self.embeddings("independent", "train"), self.problem.labels)
+            named = known.nearest_labels(self.embeddings("independent"))
+            return {"new/old": measure(self.old().centers().known_class_rows(self.blended(method), named), old, labels)}
         if method in STACKED:
             trained = self.queries(STACKED[method])
             labels = None if method.endswith("no labels") else self.problem.labels

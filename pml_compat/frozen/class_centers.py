@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,8 +14,8 @@ from .._rows import fit_width, precise_dtype, unit_rows_times
 from . import measured_classes as measured
 from .centers_summary import CentersSummary, nearest_centers
 from .class_directions import Prospects, class_directions, fitting_scale
+from .known_classes import check_known, half_way, nearest_direction
 from .label_map import LabelMap
-from .nearest_direction import half_way_to_nearest
 
 _FORMAT = "pml_compat.ClassCenters/1"
 
@@ -78,17 +77,9 @@ class ClassCenters(torch.nn.Module):
         self.label_map = LabelMap(labels)
         self.register_buffer("centers", measured.unit_centers(centers, self.labels).to(precise_dtype(centers.dtype)))
         if boundaries is not None:
-            boundaries = measured.check_per_class(boundaries, "boundaries", len(centers))
-            if not bool(((boundaries >= 0) & (boundaries <= math.pi + 1e-6)).all()):
-                raise ValueError(
-                    "boundaries must be angles in radians in [0, pi], got values in "
-                    f"[{float(boundaries.min()):.4g}, {float(boundaries.max()):.4g}]"
-                )
-            boundaries = boundaries.to(self.centers.dtype)
+            boundaries = measured.check_boundaries(boundaries, len(centers)).to(self.centers.dtype)
         if counts is not None:
-            counts = check_labels(counts, "counts", len(centers)).clone()
-            if int(counts.min()) < 1:
-                raise ValueError(f"counts must be 1 or more, got {int(counts.min())}; leave the class out")
+            counts = measured.check_counts(counts, len(centers))
         self.register_buffer("boundaries", boundaries)
         self.register_buffer("counts", counts)
         if directions is not None:
@@ -129,15 +120,30 @@ class ClassCenters(torch.nn.Module):
         check_same_device(check_matrix(embeddings), "embeddings", self.centers, "the ClassCenters")
         return unit_rows_times(fit_width(embeddings, self.centers.shape[1]), self.whitening)
 
-    def known_class_rows(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return unit rows half way from each query to the nearest direction, to search the old gallery with.
+    def nearest_labels(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the ``(N,)`` label whose direction is most like each of ``(N, D)`` embeddings of the same model."""
+        self._check_rows(embeddings, "embeddings")
+        return self.labels[nearest_direction(embeddings, self.directions)]
 
-        For ``(N, D)`` queries at the old width, as :meth:`query_rows` or a head's ``old_part`` gives them, of a model
-        that learned these very classes, and only where every query is of one of them: others would find a wrong class.
+    def known_class_rows(self, queries: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Return unit rows half way from each query to its class's direction, to search the old gallery with.
+
+        Only where every query is of one of these classes: others would find a wrong class.
+
+        Args:
+            queries: ``(N, D)`` at the old width: of a model trained to fit, as :meth:`query_rows` or a head's
+                ``old_part`` gives them, the old model's own, or a blend.
+            labels: ``(N,)``, what a model that knows the classes says of each query: the new model's classifier, or
+                :meth:`nearest_labels` of the centres of its embeddings. None: the class whose direction is nearest.
         """
-        check_matrix(queries, "queries", self.centers.shape[1])
-        check_same_device(queries, "queries", self.centers, "the ClassCenters")
-        return half_way_to_nearest(queries, self.directions)
+        self._check_rows(queries, "queries")
+        if labels is None:
+            return half_way(queries, self.directions, nearest_direction(queries, self.directions))
+        check_same_device(check_labels(labels, length=len(queries)), "labels", self.centers, "the ClassCenters")
+        return half_way(queries, self.directions, check_known(self.index_of(labels), labels))
+
+    def _check_rows(self, rows: torch.Tensor, name: str) -> None:
+        check_same_device(check_matrix(rows, name, self.centers.shape[1]), name, self.centers, "the ClassCenters")
 
     @property
     def scale(self) -> float | None:

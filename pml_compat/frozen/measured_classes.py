@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -158,15 +159,28 @@ def largest_without_outliers(angles: torch.Tensor, rows: torch.Tensor, counts: t
     return angles.new_zeros(len(counts)).scatter_reduce_(0, rows[kept], angles[kept], "amax")
 
 
-def check_per_class(values: Any, name: str, length: int) -> torch.Tensor:
-    """Return a copy of one number a class, checked."""
-    values = as_tensor(values, name).detach()
-    if values.shape != (length,) or not values.is_floating_point():
+def check_boundaries(boundaries: Any, length: int) -> torch.Tensor:
+    """Return a copy of one angle a class, checked."""
+    boundaries = as_tensor(boundaries, "boundaries").detach()
+    if boundaries.shape != (length,) or not boundaries.is_floating_point():
         raise ValueError(
-            f"{name} must be floating point of shape ({length},), got {values.dtype} {tuple(values.shape)}"
+            f"boundaries must be floating point of shape ({length},), got {boundaries.dtype} {tuple(boundaries.shape)}"
         )
-    check_finite(values, name)
-    return values.clone()
+    check_finite(boundaries, "boundaries")
+    if not bool(((boundaries >= 0) & (boundaries <= math.pi + 1e-6)).all()):
+        raise ValueError(
+            "boundaries must be angles in radians in [0, pi], got values in "
+            f"[{float(boundaries.min()):.4g}, {float(boundaries.max()):.4g}]"
+        )
+    return boundaries.clone()
+
+
+def check_counts(counts: Any, length: int) -> torch.Tensor:
+    """Return a copy of one number of samples a class, checked."""
+    counts = check_labels(counts, "counts", length).clone()
+    if int(counts.min()) < 1:
+        raise ValueError(f"counts must be 1 or more, got {int(counts.min())}; leave the class out")
+    return counts
 
 
 def unit_centers(means: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

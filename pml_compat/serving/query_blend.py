@@ -39,9 +39,10 @@ class QueryBlend:
 
     Models that already fit each other (BCT, LCE, a head's ``old_part``) blend too: no rotation at all, the first
     coordinates as they are, is among the choices; their queries are not whitened here (for BCT's and LCE's see
-    :meth:`pml_compat.frozen.ClassCenters.query_rows`; a head whitens its own). A new model that by itself finds more
-    than the old one keeps its own queries (``share`` 1) unless a blend adds more than it does; the old model is then
-    not asked.
+    :meth:`pml_compat.frozen.ClassCenters.query_rows`; a head whitens its own). Judged by labels, a new model that by
+    itself finds clearly more than the old one keeps its own queries (``share`` 1) unless a blend adds more than it
+    does; the old model is then not asked. That is right for queries of the classes it was trained on. For queries of
+    other classes leave the labels out: then the old query keeps the larger share.
 
     Attributes:
         share: :math:`a`, in [0, 1].
@@ -60,7 +61,8 @@ class QueryBlend:
         "Negative evidences and co-occurences in image retrieval", ECCV 2012, in part and on one side only, as the
         gallery stays; the share is chosen on folds that neither the rotation nor, with labels, any class was seen in, a
         third of the way among those up to the best and within a standard error of it; without labels what is right is
-        what both models' similarities together rank first, as an item of a single modality always finds itself.
+        what both models' similarities together rank first, as an item of a single modality always finds itself, and by
+        that the share with labels is bounded.
     """
 
     share: float
@@ -71,7 +73,9 @@ class QueryBlend:
     def fit(self, old: Any, new: Any, labels: Any = None, *, seed: int = 0) -> QueryBlend:
         """Find the rotation and the share, in seconds; return ``self``.
 
-        Items that neither model was trained on tell most. A thousand are enough at a width of 128.
+        Items that neither model was trained on tell most. A thousand are enough at a width of 128. Labels of classes
+        that the new model was trained on flatter it, so the share by them is no larger than what both models together
+        find bears out.
 
         Args:
             old: ``(N, D_old)``, the old model's embeddings: tensor, array, memory map or ``FrozenEmbeddings``, whose

@@ -211,7 +211,7 @@ def test_the_whitening_goes_along_with_the_directions(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_queries_of_known_classes_are_drawn_half_way_to_the_nearest_direction(monkeypatch, dtype):
-    monkeypatch.setattr("pml_compat.frozen.nearest_direction._BLOCK", 7)  # two queries at a time
+    monkeypatch.setattr("pml_compat.frozen.known_classes._BLOCK", 7)  # two queries at a time
     draw = torch.Generator().manual_seed(0)
     directions, queries = torch.randn(3, 5, generator=draw), torch.randn(11, 5, generator=draw).to(dtype)
     queries[4] = 0
@@ -244,6 +244,62 @@ def test_queries_of_known_classes_find_more():
         centers.known_class_rows(new[:, :8])
     with pytest.raises(ValueError, match="queries must be on the device of"):
         centers.known_class_rows(new.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_queries_are_drawn_to_the_class_that_another_model_names(dtype):
+    draw = torch.Generator().manual_seed(0)
+    queries, directions = torch.randn(6, 5, generator=draw).to(dtype), torch.randn(3, 5, generator=draw)
+    centers = ClassCenters(torch.randn(3, 5, generator=draw), torch.tensor([4, 0, 2]), directions=directions)
+    labels = torch.tensor([2, 2, 4, 0, 0, 4])
+    found = centers.known_class_rows(queries, labels)
+    unit, aims = (torch.nn.functional.normalize(rows.double(), dim=1) for rows in (queries, directions))
+    expected = torch.nn.functional.normalize(unit + aims[[2, 2, 0, 1, 1, 0]], dim=1).to(dtype)
+    torch.testing.assert_close(found, expected)
+    assert centers.known_class_rows(queries, centers.nearest_labels(queries)).equal(centers.known_class_rows(queries))
+    with pytest.raises(ValueError, match=r"labels must be of classes that have a centre, got \[5, 9\] of 2 others"):
+        centers.known_class_rows(queries, torch.tensor([2, 9, 9, 5, 0, 4]))
+    with pytest.raises(ValueError, match="labels"):
+        centers.known_class_rows(queries, labels[:5])
+    with pytest.raises(ValueError, match="labels must be on the device of"):
+        centers.known_class_rows(queries, labels.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_nearest_labels(monkeypatch, dtype):
+    monkeypatch.setattr("pml_compat.frozen.known_classes._BLOCK", 7)  # two rows at a time
+    draw = torch.Generator().manual_seed(0)
+    rows, directions = torch.randn(11, 5, generator=draw).to(dtype), torch.randn(3, 5, generator=draw)
+    centers = ClassCenters(-directions, torch.tensor([4, 0, 2]), directions=directions)
+    angles = [[reference.angle(row, aim) for aim in directions.double().numpy()] for row in rows.double().numpy()]
+    assert centers.nearest_labels(rows).tolist() == [[4, 0, 2][one.index(min(one))] for one in angles]
+    with pytest.raises(ValueError, match=r"embeddings.*5"):
+        centers.nearest_labels(rows[:, :4])
+    with pytest.raises(ValueError, match="embeddings must be on the device of"):
+        centers.nearest_labels(rows.to("meta"))
+
+
+def test_two_finished_models_find_old_rows_of_known_classes():
+    """The new model, in a space of its own, names the class; the old centres know where it is found."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(800) % 8
+    means = torch.randn(2, 8, 16, generator=draw)
+    old, new = (
+        rows[labels] + noise * torch.randn(800, 16, generator=draw)
+        for rows, noise in zip(means, (2.0, 0.8), strict=True)
+    )
+    (old_gallery, old_queries), (known, new_queries) = old.split(400), new.split(400)
+    labels = labels[:400]
+    named = ClassCenters.from_embeddings(known, labels).nearest_labels(new_queries)
+    centers = ClassCenters.from_embeddings(old_gallery, labels)
+    unit = torch.nn.functional.normalize(old_gallery, dim=1)
+
+    def precision(queries):
+        return float((labels[(queries @ unit.t()).argmax(1)] == labels).float().mean())
+
+    drawn = centers.known_class_rows(old_queries, named)
+    assert precision(drawn) > precision(centers.known_class_rows(old_queries)) + 0.1
+    assert precision(drawn) > precision(torch.nn.functional.normalize(old_queries, dim=1)) + 0.1
 
 
 def test_measured_directions_are_saved_though_nobody_asked_for_them(tmp_path, monkeypatch):
