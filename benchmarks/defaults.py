@@ -243,8 +243,8 @@ class Runs:
             return {"new/old": measure(self.old().centers().known_class_rows(self.blended(method), named), old, labels)}
         if method in STACKED:
             trained = self.queries(STACKED[method])
-            labels = None if method.endswith("no labels") else self.problem.labels
-            blend = QueryBlend().fit(self.embeddings("old", "train"), trained["train"], labels)
+            known = None if method.endswith("no labels") else self.problem.labels
+            blend = QueryBlend().fit(self.embeddings("old", "train"), trained["train"], known)
             return {"new/old": measure(blend.query_rows(old, trained["test"]), old, labels)}
         queries, new = self.new(method)
         return {"new/old": measure(queries, old, labels), "new/new": measure(new, new, labels)}
