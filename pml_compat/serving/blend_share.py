@@ -69,10 +69,10 @@ class ShareJudge:
         find bears out.
 
         A new model that fits the old one as it is, and by itself finds clearly more, is what the blend is measured by:
-        it is left alone unless a blend of the two adds more than it does. Such a model was trained to fit, mostly on
-        the very items given here, which lie closer together than others do: no rotation is taken for it that does not
-        find significantly more, and no whitening, which finds more among such items and less among others. Two models
-        that fit by chance, and of which the new one finds hardly more, are two like any others, that may need no
+        with labels it is left alone unless a blend of the two adds more than it does. Such a model was trained to fit,
+        mostly on the very items given here, which lie closer together than others do: no rotation is taken for it that
+        does not find significantly more, and no whitening, which finds more among such items and less among others. Two
+        models that fit by chance, and of which the new one finds hardly more, are two like any others, that may need no
         rotation.
         """
         plain, fits = self._found(as_they_are)
@@ -84,7 +84,7 @@ class ShareJudge:
         most, added = float(precision.sum(1).max() - precision[-1].sum()), float(gain.sum())
         if fits and added > _ERRORS_CLEAR * _error(gain):
             self.first_counts = False
-            if added >= most:
+            if self.labels is not None and added >= most:
                 return as_they_are, 1.0
             fit: Map = procrustes if _adds(turned, plain, _ERRORS) else as_they_are
             found = turned if fit is procrustes else plain

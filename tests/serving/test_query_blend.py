@@ -237,6 +237,18 @@ def test_a_model_that_fits_and_finds_more_is_left_alone(seed):
         worse.query_rows(None, old)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_without_labels_a_model_that_fits_is_blended_with_the_old_one(monkeypatch, seed):
+    """Nothing says that queries will be of classes it learned: what the two agree on decides, and its part is less."""
+    _, old, new = items(n=600, noise=(1.2, 0.4), turned=False, seed=seed)
+    blend = QueryBlend().fit(old, new)
+    assert 0 < blend.share < 1
+    right = torch.zeros(11, 600, 10, dtype=torch.float64)
+    right[4:, :400] = 1  # by far more than the old one finds, and no blend finds more than the new one
+    monkeypatch.setattr(blend_share.ShareJudge, "_found", lambda self, fit: (right, True))
+    assert QueryBlend().fit(old, new).share < 1
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_a_model_that_fits_is_not_whitened(seed, tmp_path):
     """It knows the items by heart, which lie closer together than others: among these whitening finds more."""
