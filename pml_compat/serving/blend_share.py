@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -83,7 +82,7 @@ class ShareJudge:
         gain = precision[-1] - precision[0]
         most, added = float(precision.sum(1).max() - precision[-1].sum()), float(gain.sum())
         if fits and added > _ERRORS_CLEAR * _error(gain):
-            self.first_counts = False
+            self.first_counts = self.labels is None  # further down a trained model agrees with itself
             if self.labels is not None and added >= most:
                 return as_they_are, 1.0
             fit: Map = procrustes if _adds(turned, plain, _ERRORS) else as_they_are
@@ -98,9 +97,7 @@ class ShareJudge:
 
     def _borne_out(self, fit: Map) -> float:
         """Return the largest share up to which queries find what both models together find, as well as old ones do."""
-        judge = copy.copy(self)
-        judge.labels, judge.right = None, _found_by_both(self.u, self.v)
-        hits = judge._found(fit)[0][..., 0]
+        hits = ShareJudge(self.u, self.v, None, torch.Generator().manual_seed(0))._found(fit)[0][..., 0]
         worse = [float((hits[0] - one).sum()) > _ERRORS * _error(hits[0] - one) for one in hits]
         return _SHARES[worse.index(True) - 1] if True in worse else _SHARES[-1]
 
