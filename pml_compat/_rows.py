@@ -147,6 +147,6 @@ def whitening(moments: tuple[torch.Tensor, torch.Tensor], power: float) -> torch
     Directions that hardly occur count as if they had a thousandth of the mean moment.
     """
     values, axes = moments
-    least = max(_LEAST_MOMENT * float(values.mean()), torch.finfo(values.dtype).tiny)
-    values = values.clamp(min=least)
+    least = (_LEAST_MOMENT * values.mean()).clamp(min=torch.finfo(values.dtype).tiny)  # not read back from the device
+    values = torch.maximum(values, least)
     return (axes * (values / values[-1]) ** -power) @ axes.t()
