@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,10 @@ _POWERS = (0.0, 0.1, 0.2)  # of the rows' second moments, that a direction is di
 _MISS = 0.75  # of the way from a class's direction to where a linear map lands
 _RIDGE = 1e-3  # of that map, in mean squared entries
 _JUDGED_ROWS = 2048
-_SCALE = 16.0  # of cosines, while directions are fitted
-_NOISE = 0.5  # length of what is added to a unit query then
+_SCALE = 10.7  # of cosines, while directions are fitted, over the rows' spread
+_NOISE = 0.75  # length of what is added to a unit query then, in spreads
+_LEAST_SPREAD = 1e-3
+_LARGEST_SCALE = 64.0  # of a softmax over cosines, over the rows' spread
 _STEPS, _LEARNING_RATE = 300, 0.02
 _GALLERY_ROWS, _QUERIES, _VIEWS = 2048, 512, 4  # a step, at most
 _SCORES = 2**22  # held at once while rankings are read
@@ -107,17 +110,21 @@ def fit_directions(
     r"""Fit the directions whose queries rank the old embeddings of their class first, also where they miss.
 
     .. math:: a = \arg\min_a \sum_y \operatorname{E}_\epsilon \operatorname{mean}_{i: y_i = y} \log \Bigl(1 +
-        \sum_{j: y_j \ne y} e^{s (\langle q, f_j \rangle - \langle q, f_i \rangle)} \Bigr), \quad
-        q = \frac{a_y + \nu \epsilon}{\lVert a_y + \nu \epsilon \rVert}
+        \sum_{j: y_j \ne y} e^{s (\langle q, f_j \rangle - \langle q, f_i \rangle) / \sigma} \Bigr), \quad
+        q = \frac{a_y + \nu \sigma \epsilon}{\lVert a_y + \nu \sigma \epsilon \rVert}
 
-    :math:`\epsilon` are differences of old embeddings from their class means. Adam from the means on. A step takes at
-    most 2048 rows and 512 queries, whatever the number of classes.
+    :math:`\sigma` is the spread of the rows about their mean, root mean square: where it is small, as ArcFace leaves it
+    on a hard task, cosines hardly differ, and what tells classes apart is small too. :math:`\epsilon` are differences
+    of old embeddings from their class means. Adam from the means on. A step takes at most 2048 rows and 512 queries,
+    whatever the number of classes.
 
     Shape:
         - output: ``(C, D)`` unit rows
     """
     device = rows.device
     differences = _differences(rows, classes, len(means))
+    spread = _spread(rows)
+    scale, noise = _SCALE / spread, _NOISE * spread
     directions = means.clone().requires_grad_()
     optimizer = torch.optim.Adam([directions], _LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
@@ -127,10 +134,10 @@ def fit_directions(
         asked = torch.unique(found).repeat(_VIEWS)
         if len(asked) > _QUERIES:
             asked = asked[torch.randperm(len(asked), generator=generator)[:_QUERIES].to(device)]
-        noise = differences[torch.randint(len(rows), (len(asked),), generator=generator).to(device)]
+        missed_by = noise * differences[torch.randint(len(rows), (len(asked),), generator=generator).to(device)]
         with torch.enable_grad():
-            queries = normalize(normalize(directions, dim=1)[asked] + _NOISE * noise, dim=1)
-            scores = _SCALE * queries @ rows[gallery].t()
+            queries = normalize(normalize(directions, dim=1)[asked] + missed_by, dim=1)
+            scores = scale * queries @ rows[gallery].t()
             own = asked[:, None] == found
             against = scores.masked_fill(own, -torch.inf).logsumexp(1, keepdim=True)
             loss = ((softplus(against - scores) * own).sum(1) / own.sum(1)).mean()
@@ -160,7 +167,8 @@ def found_by(queries: torch.Tensor, query_classes: torch.Tensor, gallery: torch.
 def fitting_scale(rows: torch.Tensor, classes: torch.Tensor, count: int) -> float | None:
     """Return the scale at which a softmax over cosines with class means fits rows that were left out of the means.
 
-    Of the powers of two from 1 to 64, with halfway values; None where too few rows are there to tell.
+    Of the powers of two from 1 to 64 over the rows' spread about their mean, with halfway values; None where too few
+    rows are there to tell.
 
     Args:
         rows: ``(N, D)`` unit rows.
@@ -175,10 +183,19 @@ def fitting_scale(rows: torch.Tensor, classes: torch.Tensor, count: int) -> floa
         seen, judged = order.tensor_split(2)
     sums = rows.new_zeros(count, rows.shape[1]).index_add_(0, classes[seen], rows[seen])
     cosines = rows[judged] @ normalize(sums, dim=1).t()
-    scales = [2 ** (step / 2) for step in range(13)]
+    steps = int(2 * math.log2(_LARGEST_SCALE / float(_spread(rows))) + 1e-3) + 1
+    scales = [2 ** (step / 2) for step in range(steps)]
     losses = [torch.nn.functional.cross_entropy(scale * cosines, classes[judged]) for scale in scales]
     errors = [round(float(loss), 6) for loss in losses]  # where classes are far apart many scales fit
     return scales[errors.index(min(errors))]
+
+
+def _spread(rows: torch.Tensor) -> torch.Tensor:
+    """Return the root mean square distance of unit rows from their mean, 0-dimensional, not below 0.001."""
+    if len(rows) == 0:
+        return rows.new_ones(())
+    distances = torch.linalg.vector_norm(rows - rows.mean(0), dim=1)
+    return distances.square().mean().sqrt().clamp(min=_LEAST_SPREAD)
 
 
 def _differences(rows: torch.Tensor, classes: torch.Tensor, count: int) -> torch.Tensor:

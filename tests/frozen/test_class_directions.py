@@ -192,6 +192,27 @@ def test_more_rows_and_classes_than_a_step_takes(monkeypatch):
     assert ranking_error(fitted, rows, labels) < ranking_error(means, rows, labels)
 
 
+def in_a_cone(rows, spread=0.1):
+    """Return rows of another spread about their mean: a row of what they have in common is put before each."""
+    return normalize(torch.cat([torch.ones(len(rows), 1), spread * rows], 1), dim=1)
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.03])
+def test_directions_find_as_much_where_all_rows_lie_close_together(spread):
+    """What ranks rows is how they differ, and not how little."""
+    rows, labels = distinct_classes(n=120, noise=0.2)
+    rows = torch.cat([rows, 2 * torch.randn(120, 2, generator=torch.Generator().manual_seed(1))], 1)
+    rows = normalize(rows - rows.mean(0), dim=1)  # the two columns at the end say nothing of the class
+    close = in_a_cone(rows, spread)
+    found, found_close = (
+        found_by(fitted[labels], labels, given, labels)
+        for given in (rows, close)
+        for fitted in [fit_directions(given, labels, means_of(given, labels, 5), torch.Generator().manual_seed(0))]
+    )
+    assert found.mean_average_precision > 0.9
+    assert found_close.mean_average_precision > found.mean_average_precision
+
+
 # Edges.
 
 EDGES = {
@@ -345,7 +366,10 @@ def naive_scale(rows, labels, count):
         own = [rows[i].double().numpy() for i in seen.tolist() if labels[i] == label]
         means.append(reference.unit(sum(own)))
     given, targets = [rows[i].double().numpy() for i in judged.tolist()], labels[judged].tolist()
-    scales = [2 ** (step / 2) for step in range(13)]
+    given_rows = [row.double().numpy() for row in rows]
+    center = sum(given_rows) / len(given_rows)
+    spread = np.sqrt(np.mean([np.sum((row - center) ** 2) for row in given_rows]))
+    scales = [scale for step in range(40) if (scale := 2 ** (step / 2)) <= 64.01 / spread]
 
     def error(scale):
         found = []
@@ -369,6 +393,12 @@ def test_scale_is_where_the_naive_cross_entropy_is_smallest(noise, seed, few_ste
 def test_classes_that_are_told_apart_have_a_larger_scale():
     scales = [fitting_scale(*distinct_classes(noise=noise, n=100), 5) for noise in (0.05, 0.4, 1.5)]
     assert scales == sorted(scales, reverse=True) and scales[0] > 16 and scales[2] < 8
+
+
+def test_a_scale_grows_as_rows_come_closer_together():
+    rows, labels = distinct_classes(noise=0.6, n=100)
+    scales = [fitting_scale(in_a_cone(rows - rows.mean(0), spread), labels, 5) for spread in (1.0, 0.1, 0.01)]
+    assert scales[0] < scales[1] / 5 < scales[2] / 25 and scales[2] > 64
 
 
 def test_judged_rows_are_not_in_the_means(monkeypatch):
