@@ -13,6 +13,7 @@ from .._rows import second_moments, whitening
 
 _SHARES = (0.0, 0.5, 1.0)  # of the fitted direction; the rest is the mean's
 _POWERS = (0.0, 0.1, 0.2)  # of the rows' second moments, that a direction is divided by
+_COMMON = 0.5  # length of what directions have in common, in root mean square lengths of the rest, at most
 _MISS = 0.75  # of the way from a class's direction to where a linear map lands
 _RIDGE = 1e-3  # of that map, in mean squared entries
 _JUDGED_ROWS = 2048
@@ -60,7 +61,8 @@ def class_directions(
 ) -> tuple[torch.Tensor, torch.Tensor | None, Prospects]:
     r"""Return the direction for each class's queries, how they are whitened, and what that promises.
 
-    .. math:: t_y \propto (\rho \, a_y + (1 - \rho) \, c_y) \, W, \quad W = C^{-\kappa}
+    .. math:: t_y \propto d_y - (1 - \gamma) \bar{d}, \quad d_y = n((\rho \, a_y + (1 - \rho) \, c_y) \, W), \quad
+        W = C^{-\kappa}
 
     :math:`c` are class means, :math:`a` is what :func:`fit_directions` finds, :math:`C` are the second moments of the
     rows. Means find little where the old model does not keep classes apart; fitted directions find much, but where its
@@ -70,6 +72,10 @@ def class_directions(
     miss them as a new model might. For that a linear map from old embeddings to directions stands in, which mistakes
     one class for another where the old model does. Queries are then whitened by half the power: by more they find more
     of classes that are known, and less of others.
+
+    :math:`\bar{d}` is what the directions have in common. It says little of a class, and a new model that has to keep
+    classes apart cannot be where all directions lie close together; so :math:`\gamma` leaves at most half the root mean
+    square length of what they differ by.
 
     Args:
         rows: ``(N, D)``, old embeddings as unit rows.
@@ -220,4 +226,9 @@ def _linear_map(rows: torch.Tensor, classes: torch.Tensor, count: int, others: t
 
 
 def _mixed(fitted: torch.Tensor, means: torch.Tensor, share: float, flat: torch.Tensor) -> torch.Tensor:
-    return normalize(torch.lerp(means, fitted, share) @ flat, dim=1)
+    directions = normalize(torch.lerp(means, fitted, share) @ flat, dim=1)
+    common = directions.mean(0)
+    rest = torch.linalg.vector_norm(directions - common, dim=1).square().mean().sqrt()
+    length = torch.linalg.vector_norm(common)
+    kept = torch.where(rest > _LEAST_SPREAD, _COMMON * rest / length, 1.0).clamp(max=1)  # one class has nothing else
+    return normalize(directions - (1 - kept) * common, dim=1)
