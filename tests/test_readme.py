@@ -9,8 +9,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 @pytest.mark.slow
-def test_the_twenty_lines_run_and_print_a_table_and_a_verdict(capsys):
-    section = README.split("## Twenty lines, from stored embeddings to a verdict")[1].split("\n## ")[0]
+def test_the_thirty_lines_run_and_print_a_table_and_a_verdict(capsys):
+    section = README.split("## Thirty lines, from an old model to a verdict")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     printed = capsys.readouterr().out
