@@ -162,6 +162,29 @@ class TaskAndTermsLoss(NamedTermsLoss):
         """Return the tensor on which a term's gradient is compared with the task loss's, and its dimension of rows."""
         return embeddings, 0
 
+    def at_own_pace(self, module: torch.nn.Module, name: str) -> Callable[..., Any]:
+        """Return what calls a module of a term, whose parameters then get the term's gradient without its multiplier.
+
+        The multiplier makes a term as strong as the task loss on what both draw. On a map, which the task loss does not
+        draw, it would make steps as many times longer, and nothing else.
+        """
+        balance = self.balance
+        own = {key: value for key, value in module.named_parameters() if value.requires_grad}
+        if balance is None or name not in balance.names or not own:
+            return module
+
+        def unmultiplied(parameter: torch.Tensor) -> torch.Tensor:
+            shown = parameter.view_as(parameter)
+            if shown.requires_grad:  # not under no_grad
+                shown.register_hook(lambda gradient: gradient / balance.weight(name).to(gradient))
+            return shown
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            shown = {key: unmultiplied(value) for key, value in own.items()}
+            return torch.func.functional_call(module, shown, args, kwargs)
+
+        return call
+
     def compute_terms(self, given: Given, rest: Any) -> dict[str, Any]:
         """Return the added terms, as PML's ``compute_loss`` does, from what :meth:`parts` left for them."""
         raise NotImplementedError

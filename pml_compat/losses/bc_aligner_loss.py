@@ -139,7 +139,7 @@ class BCAlignerLoss(TaskAndTermsLoss):
         if self.weight == 0:
             return {"align_loss": self.zero_loss()}
         with no_autocast(rest):
-            mapped = self.backward_transformation(given.embeddings)
+            mapped = self.at_own_pace(self.backward_transformation, "align_loss")(given.embeddings)
             pairs = zip(self._as_versions(mapped), self._as_versions(rest), strict=True)
             if self.weight is None:
                 errors = [1 - cosines_with(new, unit_rows(old), given.dtype) for new, old in pairs]

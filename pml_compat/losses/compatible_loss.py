@@ -128,7 +128,7 @@ class CompatibleLoss(TaskAndTermsLoss):
                 # PML's: no gradient for the old rows, and labels that are not one object
                 new, labels, target, ref_labels = check_references(new, labels, target, ref_labels)
                 new = steady_for(old_loss, new, given.dtype)
-            value = old_loss(new, labels, ref_emb=target, ref_labels=ref_labels)
+            value = self.at_own_pace(old_loss, name)(new, labels, ref_emb=target, ref_labels=ref_labels)
             weight = self.weights[name]
             found[name] = reduced(value if weight is None else value * weight)
         return found

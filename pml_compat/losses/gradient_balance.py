@@ -20,7 +20,8 @@ class GradientBalance(torch.nn.Module):
     The sums go over all calls that measure, the first ten and every sixteenth after them: the task loss's gradient
     fades as it is learned, and a term that followed it would fade along. A measurement costs a second way back from
     both losses to the embeddings, and reads nothing back from the device. Until there is one, and where the task loss
-    has no gradient, the multiplier is 1. Sums and calls are in ``state_dict``.
+    has no gradient, the multiplier is 1. What a term alone trains, a map or a discriminator, gets the gradient of the
+    term without the multiplier. Sums and calls are in ``state_dict``.
 
     Args:
         names: of the terms that are balanced.

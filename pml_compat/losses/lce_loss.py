@@ -210,9 +210,9 @@ class LCELoss(TaskAndTermsLoss):
         directions = unit_rows(weights)
         errors = []
         if self.forward_transformation is not None:
-            errors.append(mse_loss(directions, self.forward_transformation(aims)))
+            errors.append(mse_loss(directions, self.at_own_pace(self.forward_transformation, "align_loss")(aims)))
         if self.backward_transformation is not None:
-            errors.append(mse_loss(self.backward_transformation(directions), aims))
+            errors.append(mse_loss(self.at_own_pace(self.backward_transformation, "align_loss")(directions), aims))
         return torch.stack(errors).mean()
 
     def _draw(self, embeddings: torch.Tensor, labels: torch.Tensor, aims: torch.Tensor) -> dict[str, Any]:
@@ -232,11 +232,11 @@ class LCELoss(TaskAndTermsLoss):
     def _cosines(self, embeddings: torch.Tensor, rows: torch.Tensor, aims: torch.Tensor) -> torch.Tensor:
         """Return each embedding's cosine with the aim of its class, ``(N,)``, in the space that is searched."""
         if self.backward_transformation is not None:
-            mapped = self.backward_transformation(unit_rows(embeddings))
+            mapped = self.at_own_pace(self.backward_transformation, "boundary_loss")(unit_rows(embeddings))
             return cosines_with(mapped, aims.index_select(0, rows))
         if self.forward_transformation is None:
             return cosines_with(embeddings, aims.index_select(0, rows))
-        aims = unit_rows(self.forward_transformation(aims))
+        aims = unit_rows(self.at_own_pace(self.forward_transformation, "boundary_loss")(aims))
         return (unit_rows(embeddings) * aims.index_select(0, rows)).sum(1)
 
     def _of_known(self, losses: torch.Tensor, rows: torch.Tensor) -> dict[str, Any]:

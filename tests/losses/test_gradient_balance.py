@@ -9,8 +9,17 @@ import torch
 from pytorch_metric_learning import losses
 
 from pml_compat.frozen import FrozenClassifier
-from pml_compat.losses import BCTLoss, CompatibleLoss, FCTLoss, PointAlignmentLoss
+from pml_compat.losses import (
+    AdvBCTLoss,
+    BCAlignerLoss,
+    BCTLoss,
+    CompatibleLoss,
+    FCTLoss,
+    LCELoss,
+    PointAlignmentLoss,
+)
 from pml_compat.losses.gradient_balance import GradientBalance
+from pml_compat.transformations import LinearTransformation
 from tests import reference
 from tests.reads import Reads
 
@@ -332,6 +341,60 @@ def test_a_measurement_leaves_no_gradient_on_the_class_weights():
     assert loss_func.loss.W.grad is None and embeddings.grad is None
     loss.backward()
     assert loss_func.loss.W.grad.abs().sum() > 0
+
+
+MAPPED = {
+    "LCE, backward": lambda task, old: LCELoss(task, old, backward_transformation=map_of(4, 3)),
+    "LCE, forward": lambda task, old: LCELoss(task, old, forward_transformation=map_of(3, 4)),
+    "BCAligner": lambda task, old: BCAlignerLoss(task, map_of(4, 3)),
+    "AdvBCT": lambda task, old: CompatibleLoss(task, AdvBCTLoss(old, hidden_features=6), class_weight_length=0.1),
+}
+
+
+def map_of(width, out):
+    return LinearTransformation(width, out)
+
+
+def gradients_of_mapped(name, multiplier=None):
+    """Return the gradients of embeddings and of what a term alone trains, at its multiplier or at a given one."""
+    torch.manual_seed(0)
+    labels, old = torch.arange(8) % CLASSES, torch.randn(8, 4 if name == "AdvBCT" else 3)
+    loss_func = MAPPED[name](losses.ArcFaceLoss(CLASSES, 4), (old, labels))
+    embeddings = torch.randn(8, 4, requires_grad=True)
+    if name == "AdvBCT":
+        loss_func.old_losses.old_loss.set_progress(0.5)
+    references = {} if name.startswith("LCE") else {"ref_emb": old}
+    loss_func(embeddings, labels, **references)  # measures
+    if multiplier is not None:
+        loss_func.balance.term_lengths.copy_(loss_func.balance.task_lengths / multiplier)
+    loss_func.eval()
+    loss_func(embeddings, labels, **references).backward()
+    others = [own.grad for key, own in loss_func.named_parameters() if not key.startswith("loss.")]
+    return embeddings.grad, torch.cat([gradient.flatten() for gradient in others]), loss_func
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_what_a_term_alone_trains_gets_its_gradient_without_the_multiplier(name):
+    measured, own, loss_func = gradients_of_mapped(name)
+    single, own_at_1, _ = gradients_of_mapped(name, 1.0)
+    double, own_at_2, _ = gradients_of_mapped(name, 2.0)
+    assert own.abs().sum() > 0
+    torch.testing.assert_close(own, own_at_1, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(own_at_2, own_at_1, rtol=1e-4, atol=1e-6)
+    multiplier = loss_func.balance.weight(loss_func.balance.names[-1])
+    assert not 0.9 < multiplier < 1.1
+    term = double - single  # of the embeddings, at a multiplier of 1
+    torch.testing.assert_close(measured, single + (multiplier - 1) * term, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_a_map_without_a_gradient_stays_as_it_is(name):
+    with torch.no_grad():
+        torch.manual_seed(0)
+        labels, old = torch.arange(8) % CLASSES, torch.randn(8, 4 if name == "AdvBCT" else 3)
+        loss_func = MAPPED[name](losses.ArcFaceLoss(CLASSES, 4), (old, labels))
+        references = {} if name.startswith("LCE") else {"ref_emb": old}
+        assert loss_func(torch.randn(8, 4), labels, **references).isfinite()
 
 
 def test_nothing_more_is_read_back_from_the_device_than_with_a_number():
