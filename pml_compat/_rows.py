@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 _LEAST_MOMENT = 1e-3  # of the mean one
+LEAST_SPREAD = 1e-3
 
 
 def no_autocast(rows: torch.Tensor) -> AbstractContextManager[None]:
@@ -72,6 +73,14 @@ class _CosinesWith(torch.autograd.Function):
         # The slope before ``grad`` comes in: where little but rounding is left of it, a larger loss rounds it alike.
         slopes = torch.addcmul(directions, rows, (cosines * inverse)[:, None], value=-1)
         return slopes.mul_((grad * inverse)[:, None]), None, None
+
+
+def spread_of(rows: torch.Tensor) -> torch.Tensor:
+    """Return the root mean square distance of unit rows from their mean, 0-dimensional, not below 0.001."""
+    if len(rows) == 0:
+        return rows.new_ones(())
+    distances = torch.linalg.vector_norm(rows - rows.mean(0), dim=1)
+    return distances.square().mean().sqrt().clamp(min=LEAST_SPREAD)
 
 
 def unit_rows_as_given(rows: torch.Tensor) -> torch.Tensor:

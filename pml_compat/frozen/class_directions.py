@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import normalize, softplus
 
-from .._rows import second_moments, whitening
+from .._rows import LEAST_SPREAD, second_moments, spread_of, whitening
 
 _SHARES = (0.0, 0.5, 1.0)  # of the fitted direction; the rest is the mean's
 _POWERS = (0.0, 0.1, 0.2)  # of the rows' second moments, that a direction is divided by
@@ -19,7 +19,6 @@ _RIDGE = 1e-3  # of that map, in mean squared entries
 _JUDGED_ROWS = 2048
 _SCALE = 10.7  # of cosines, while directions are fitted, over the rows' spread
 _NOISE = 0.75  # length of what is added to a unit query then, in spreads
-_LEAST_SPREAD = 1e-3
 _LARGEST_SCALE = 64.0  # of a softmax over cosines, over the rows' spread
 _STEPS, _LEARNING_RATE = 300, 0.02
 _GALLERY_ROWS, _QUERIES, _VIEWS = 2048, 512, 4  # a step, at most
@@ -129,7 +128,7 @@ def fit_directions(
     """
     device = rows.device
     differences = _differences(rows, classes, len(means))
-    spread = _spread(rows)
+    spread = spread_of(rows)
     scale, noise = _SCALE / spread, _NOISE * spread
     directions = means.clone().requires_grad_()
     optimizer = torch.optim.Adam([directions], _LEARNING_RATE)
@@ -189,19 +188,11 @@ def fitting_scale(rows: torch.Tensor, classes: torch.Tensor, count: int) -> floa
         seen, judged = order.tensor_split(2)
     sums = rows.new_zeros(count, rows.shape[1]).index_add_(0, classes[seen], rows[seen])
     cosines = rows[judged] @ normalize(sums, dim=1).t()
-    steps = int(2 * math.log2(_LARGEST_SCALE / float(_spread(rows))) + 1e-3) + 1
+    steps = int(2 * math.log2(_LARGEST_SCALE / float(spread_of(rows))) + 1e-3) + 1
     scales = [2 ** (step / 2) for step in range(steps)]
     losses = [torch.nn.functional.cross_entropy(scale * cosines, classes[judged]) for scale in scales]
     errors = [round(float(loss), 6) for loss in losses]  # where classes are far apart many scales fit
     return scales[errors.index(min(errors))]
-
-
-def _spread(rows: torch.Tensor) -> torch.Tensor:
-    """Return the root mean square distance of unit rows from their mean, 0-dimensional, not below 0.001."""
-    if len(rows) == 0:
-        return rows.new_ones(())
-    distances = torch.linalg.vector_norm(rows - rows.mean(0), dim=1)
-    return distances.square().mean().sqrt().clamp(min=_LEAST_SPREAD)
 
 
 def _differences(rows: torch.Tensor, classes: torch.Tensor, count: int) -> torch.Tensor:
@@ -230,5 +221,5 @@ def _mixed(fitted: torch.Tensor, means: torch.Tensor, share: float, flat: torch.
     common = directions.mean(0)
     rest = torch.linalg.vector_norm(directions - common, dim=1).square().mean().sqrt()
     length = torch.linalg.vector_norm(common)
-    kept = torch.where(rest > _LEAST_SPREAD, _COMMON * rest / length, 1.0).clamp(max=1)  # one class has nothing else
+    kept = torch.where(rest > LEAST_SPREAD, _COMMON * rest / length, 1.0).clamp(max=1)  # one class has nothing else
     return normalize(directions - (1 - kept) * common, dim=1)

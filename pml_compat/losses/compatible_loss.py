@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from ..frozen.class_weights import unwrap_loss
 from ..frozen.old_references import check_references
 from ._base import NamedTermsLoss, check_weight
 from ._reduction import escaped, reduced
 from ._task import Given, TaskAndTermsLoss, steady_for, unwrapped
 from .gathered_loss import GatheredLoss
+from .softness import softness_by_spread
 
 _NAME = "old_loss"
 _ATTRIBUTES = {"loss", "reducer", "distance", "balance", "head", "weights", "old_losses", "training", "collect_stats"}
@@ -31,7 +34,8 @@ class CompatibleLoss(TaskAndTermsLoss):
             ref_emb=old_embeddings)``; PML's pair losses as by :class:`CrossModelLoss`. Or, for several old models, a
             mapping of names to losses.
         weights: None, the default, for multipliers :math:`w_m` that keep the gradient of each old loss as strong as the
-            task loss's (:class:`GradientBalance`); or one number for all, 0 or more; or a mapping with the same names.
+            task loss's (:class:`GradientBalance`), and for temperatures of PML's losses, in a call, times the old
+            embeddings' spread / 0.6; or one number for all, 0 or more; or a mapping with the same names.
         class_weight_length: of the task loss's class weights at construction, above 0; see
             :func:`shorten_class_weights`. None leaves them as they are.
         **kwargs: ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``; each loss reduces by its own
@@ -124,12 +128,15 @@ class CompatibleLoss(TaskAndTermsLoss):
         for name, old_loss in self._active():
             new, labels, ref_labels = rest[name], given.labels, given.ref_labels
             target = self.target(given.ref_emb[name])
-            if not hasattr(inner_loss(old_loss), "needs_labels"):
+            inner = inner_loss(old_loss)
+            if not hasattr(inner, "needs_labels"):
                 # PML's: no gradient for the old rows, and labels that are not one object
                 new, labels, target, ref_labels = check_references(new, labels, target, ref_labels)
                 new = steady_for(old_loss, new, given.dtype)
-            value = self.at_own_pace(old_loss, name)(new, labels, ref_emb=target, ref_labels=ref_labels)
             weight = self.weights[name]
+            softness = nullcontext() if weight is not None else softness_by_spread(unwrap_loss(inner), target)
+            with softness:
+                value = self.at_own_pace(old_loss, name)(new, labels, ref_emb=target, ref_labels=ref_labels)
             found[name] = reduced(value if weight is None else value * weight)
         return found
 

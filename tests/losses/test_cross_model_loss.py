@@ -8,7 +8,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
 from pml_compat.frozen import ClassCenters, FrozenClassifier
-from pml_compat.losses import BCTLoss, CompatibleLoss, CrossModelLoss
+from pml_compat.losses import BCTLoss, CompatibleLoss, CrossModelLoss, GatheredLoss
 from pml_compat.miners import BoundaryViolationMiner, CredibleSampleFilter, HardestCrossModelMiner, RegressionMiner
 from tests import reference
 from tests.pairwise import pairwise
@@ -349,6 +349,41 @@ def test_in_a_compatible_loss():
         new, LABELS, ref_emb=old
     )
     torch.testing.assert_close(both(new, LABELS, ref_emb=old), expected)
+
+
+def cone(width, seed=0):
+    """Return old rows that lie close together, and the root mean square distance of their directions from the mean."""
+    rows = torch.eye(WIDTH, dtype=torch.float64)[:1] + width * samples(seed)[1].detach()
+    unit = rows / rows.square().sum(1, keepdim=True).sqrt()
+    return rows, float((unit - unit.mean(0)).square().sum(1).mean().sqrt())
+
+
+@pytest.mark.parametrize("kind", [losses.SupConLoss, losses.NTXentLoss])
+@pytest.mark.parametrize("wrap", [CrossModelLoss, lambda loss: GatheredLoss(CrossModelLoss(loss)), lambda loss: loss])
+@pytest.mark.parametrize("width", [0.01, 10.0])
+def test_a_measured_term_is_as_sharp_as_old_embeddings_lie_close(kind, wrap, width):
+    new, _ = samples()
+    old, spread = cone(width)
+    loss_func = CompatibleLoss(losses.ContrastiveLoss(), wrap(kind(temperature=0.2)))
+    loss_func(new, LABELS, ref_emb=old)
+    expected = CrossModelLoss(kind(temperature=0.2 * spread / 0.6))(new, LABELS, ref_emb=old)
+    multiplier = loss_func.balance.weight("old_loss")
+    torch.testing.assert_close(loss_func.terms["old_loss"], (multiplier * expected).detach())
+
+
+def test_softness_is_the_losss_own_again_after_a_call_and_with_a_number():
+    new, _ = samples()
+    old, _ = cone(0.1)
+    pair_loss = losses.SupConLoss(temperature=0.2)
+    CompatibleLoss(losses.ContrastiveLoss(), CrossModelLoss(pair_loss))(new, LABELS, ref_emb=old)
+    assert pair_loss.temperature == 0.2
+    with pytest.raises(ValueError, match="ref_"):
+        CompatibleLoss(losses.ContrastiveLoss(), CrossModelLoss(pair_loss))(new, LABELS, ref_emb=old[:3])
+    assert pair_loss.temperature == 0.2
+    loss_func = CompatibleLoss(losses.ContrastiveLoss(), CrossModelLoss(pair_loss), 1.0)
+    loss_func(new, LABELS, ref_emb=old)
+    expected = CrossModelLoss(pair_loss)(new, LABELS, ref_emb=old)
+    torch.testing.assert_close(loss_func.terms["old_loss"], expected.detach())
 
 
 @pytest.mark.parametrize(
