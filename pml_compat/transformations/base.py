@@ -78,6 +78,12 @@ class Transformation(torch.nn.Module):
         """Undo what was learned since :meth:`start_from`, of the map at least; called after that said True alone."""
         raise NotImplementedError
 
+    def shrink(self, mean: torch.Tensor, kept: float) -> None:
+        """Keep a share of what mapped rows differ by from ``mean``; :func:`fit_transformation` ends with it.
+
+        A map stays as it is unless it overrides this.
+        """
+
     def folded(self) -> Transformation:
         """Return an equivalent transformation for serving: in eval mode, batch normalisation inside the layers."""
         folded = fold_batch_norm(copy.deepcopy(self).eval())

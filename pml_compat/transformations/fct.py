@@ -91,6 +91,11 @@ class FCTTransformation(Transformation):
         for parameter in self.mix[-1].parameters():
             parameter.zero_()
 
+    def shrink(self, mean: torch.Tensor, kept: float) -> None:
+        """Keep a share of what mapped rows differ by from ``mean``, where there is a linear map underneath."""
+        if self.linear_path is not None:
+            self.linear_path.shrink(mean, kept)
+
     def _new_path(self) -> LinearPath:
         path = LinearPath(self.in_features + (self.side_features or 0), self.out_features)
         return path.to(next(self.parameters()))

@@ -48,7 +48,9 @@ def fit_transformation(
     An untrained :class:`FCTTransformation`, :class:`FastFillTransformation` or
     :class:`ResidualBottleneckTransformation` is first made the closed-form linear map of all rows, as
     :meth:`LinearTransformation.fit` gives it (one pass over the data more). What is trained is what it adds to that,
-    and it is kept only where it retrieves better on rows that were held out.
+    and it is kept only where it retrieves better on rows that were held out. By the default loss an FCT then keeps
+    :math:`1 / (1 + m)` of what mapped rows differ by from their mean, where m is the mean cosine of the target's rows:
+    a row that says little lies near the mean, so near to all queries, and the less rows differ, the less that counts.
 
     Adam with a learning rate that rises linearly over ``warmup_epochs`` and then falls as half a cosine, by epochs;
     from ``freeze_norm_at`` of the epochs on, batch normalisation uses the statistics gathered so far. Everything random
@@ -106,8 +108,8 @@ def fit_transformation(
     Reference:
         Ramanujan et al., "Forward Compatible Training for Large-Scale Embedding Retrieval Systems", CVPR 2022, CIFAR
         settings. Differs from the public code in: embeddings are stored and not computed again in every epoch; the
-        start, the loss, the number of steps and what is kept are ours: ``loss=FCTLoss(), epochs=80, batch_size=1024,
-        validation=0.0`` are the paper's, but for the start.
+        start, the loss, the number of steps, what is kept and the draw to the mean are ours: ``loss=FCTLoss(),
+        epochs=80, batch_size=1024, validation=0.0`` are the paper's, but for the start.
     """
     rows = PairedRows(transformation, source, target, side_info, labels, loss)
     batch_size = _batch_size(rows.length) if batch_size is None else check_integer(batch_size, "batch_size", minimum=1)

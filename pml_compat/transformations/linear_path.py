@@ -73,6 +73,13 @@ class LinearPath(torch.nn.Module):
         explained = ((2 * moments.source_target - moments.source_source @ weight) * weight).sum()
         return max(0.0, moments.target_energy - float(explained)) / moments.source_target.shape[1] / moments.rows
 
+    @torch.no_grad()
+    def shrink(self, mean: torch.Tensor, kept: float) -> None:
+        """Keep a share of what the sum of both differs by from ``mean``, in place."""
+        for tensor in (self.weight, self.bias, self.error_units):
+            tensor.mul_(kept)
+        self.bias.add_((1 - kept) * mean.to(self.bias))
+
     def keep_output(self, column: int) -> None:
         """Give one output alone, in place."""
         kept = slice(column, column + 1 or None)

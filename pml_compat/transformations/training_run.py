@@ -16,6 +16,7 @@ from .paired_rows import PairedRows
 from .pairs import moments_of
 from .selection import has_classes_to_spare, hold_out, is_better, retrieval_scores
 
+_SOME_ROWS = 8192  # of the target, for its mean
 _STANDARD_ERRORS = 1.0  # by which what was trained has to be better than the closed form
 
 History = dict[str, Any]
@@ -123,6 +124,8 @@ class TrainingRun:
             self.transformation.back_to_start()
         elif keeps_start:
             self.transformation.load_state_dict(self.first)
+        if not keeps_start and self.alignment is not None:
+            self._shrink()
         best_epoch = -1 if keeps_start else best_epoch
         self.history["best_epoch"] = best_epoch
         steps = math.ceil(len(self.training) / self.settings["batch_size"])
@@ -163,11 +166,26 @@ class TrainingRun:
         return self.can_start and self.settings["validation"] is None and len(self.validation) > 0
 
     def _alignment(self, variance: float) -> Alignment:
-        count = min(self.rows.length, self.settings["batch_size"])
-        index = torch.linspace(0, self.rows.length - 1, count, dtype=torch.float64).long()
+        target = self._some_targets(self.settings["batch_size"])
+        return Alignment(variance if variance > 0 else 1.0, neighborhood_temperature(target))
+
+    def _some_targets(self, count: int) -> torch.Tensor:
+        """Return evenly spaced rows of the target."""
+        index = torch.linspace(0, self.rows.length - 1, min(self.rows.length, count), dtype=torch.float64).long()
         target = self.rows.read("target", index, torch.zeros_like(index))
         assert target is not None
-        return Alignment(variance if variance > 0 else 1.0, neighborhood_temperature(target))
+        return target
+
+    def _shrink(self) -> None:
+        r"""Draw mapped rows towards their mean, the more, the more alike the target's rows are.
+
+        A row that the map knows little about lies near the mean, and so near all queries: it is found by those that
+        are nothing like it. The less rows differ from their mean, the less being near it counts in a cosine. They keep
+        :math:`1 / (1 + m)` of what they differ by, where m is the mean cosine of two rows of the target.
+        """
+        target = self._some_targets(_SOME_ROWS)
+        alike = torch.nn.functional.normalize(target, dim=1).mean(0).square().sum()
+        self.transformation.shrink(target.mean(0), float(1 / (1 + alike)))
 
     def _steps(self, order: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), device=self.device, dtype=torch.float64)

@@ -258,6 +258,46 @@ def test_what_a_linear_map_cannot_is_learned_and_kept(name):
     assert error < 0.7 * (closed_form(source, target, side) - target).square().mean()
 
 
+# --- rows drawn to their mean
+
+
+@pytest.mark.parametrize("name", ["fct", "fct_side"])
+@pytest.mark.parametrize("validation", [None, 0.0])
+def test_what_was_trained_is_drawn_to_the_mean_as_far_as_the_target_is_alike(name, validation, monkeypatch):
+    drawn, (source, target, side), history = fitted(name, validation=validation, epochs=30)
+    monkeypatch.setattr(TrainingRun, "_shrink", lambda run: None)
+    plain, *_ = fitted(name, validation=validation, epochs=30)
+    assert history["best_epoch"] >= 0
+    unit = target / target.square().sum(1, keepdim=True).sqrt()
+    alike = (unit @ unit.t()).mean()  # of all pairs, a row and itself too
+    assert alike > 0.02
+    mean = target.mean(0)
+    expected = mean + (plain(source, side) - mean) / (1 + alike)
+    torch.testing.assert_close(drawn(source, side), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("fct", {"loss": FCTLoss()}), ("fastfill", {"validation": 0.0}), ("residual", {}), ("fct", {"bent": False})],
+)
+def test_other_losses_and_maps_and_the_closed_form_are_not_drawn_to_the_mean(name, own, monkeypatch):
+    given, (source, _, side), history = fitted(name, **own)
+    monkeypatch.setattr(TrainingRun, "_shrink", lambda run: None)
+    plain, *_ = fitted(name, **own)
+    assert (history["best_epoch"] == -1) == ("bent" in own)
+    assert given(source, side).equal(plain(source, side))
+
+
+def test_a_drawn_map_is_saved_and_served_as_it_is(tmp_path):
+    transformation, (source, _, side), _ = fitted("fct_side")
+    transformation.save(tmp_path / "map.safetensors")
+    expected = transformation(source, side).detach()
+    torch.testing.assert_close(load_transformation(tmp_path / "map.safetensors")(source, side), expected)
+    save_numpy(transformation, tmp_path / "map.npz")
+    found = NumpyTransformation(tmp_path / "map.npz")(source.numpy(), side.numpy())
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 19])
 def test_with_too_few_rows_to_tell_the_closed_form_is_kept(n):
     transformation, (source, target, side), history = fitted("fct_side", n)
