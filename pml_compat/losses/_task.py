@@ -169,14 +169,15 @@ class TaskAndTermsLoss(NamedTermsLoss):
         draw, it would make steps as many times longer, and nothing else.
         """
         balance = self.balance
+        if balance is None or name not in balance.names:
+            return module
         own = {key: value for key, value in module.named_parameters() if value.requires_grad}
-        if balance is None or name not in balance.names or not own:
+        if not own:
             return module
 
         def unmultiplied(parameter: torch.Tensor) -> torch.Tensor:
-            shown = parameter.view_as(parameter)
-            if shown.requires_grad:  # not under no_grad
-                shown.register_hook(lambda gradient: gradient / balance.weight(name).to(gradient))
+            shown = parameter.view_as(parameter)  # a view asks for a gradient under no_grad, too
+            shown.register_hook(lambda gradient: gradient / balance.weight(name).to(gradient))
             return shown
 
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
 from pml_compat.frozen import ClassCenters, FrozenClassifier
-from pml_compat.losses import BCTLoss, CompatibleLoss, CrossModelLoss, GatheredLoss
+from pml_compat.losses import BCTLoss, CompatibleLoss, CrossModelLoss, GatheredLoss, RACTLoss
 from pml_compat.miners import BoundaryViolationMiner, CredibleSampleFilter, HardestCrossModelMiner, RegressionMiner
 from tests import reference
 from tests.pairwise import pairwise
@@ -369,6 +369,15 @@ def test_a_measured_term_is_as_sharp_as_old_embeddings_lie_close(kind, wrap, wid
     expected = CrossModelLoss(kind(temperature=0.2 * spread / 0.6))(new, LABELS, ref_emb=old)
     multiplier = loss_func.balance.weight("old_loss")
     torch.testing.assert_close(loss_func.terms["old_loss"], (multiplier * expected).detach())
+
+
+def test_losses_of_ours_keep_their_temperature():
+    new, _ = samples()
+    old, _ = cone(0.1)
+    loss_func = CompatibleLoss(losses.ContrastiveLoss(), RACTLoss())
+    loss_func(new, LABELS, ref_emb=old)
+    expected = loss_func.balance.weight("old_loss") * RACTLoss()(new, LABELS, ref_emb=old)
+    torch.testing.assert_close(loss_func.terms["old_loss"], expected.detach())
 
 
 def test_softness_is_the_losss_own_again_after_a_call_and_with_a_number():

@@ -388,7 +388,7 @@ def test_what_a_term_alone_trains_gets_its_gradient_without_the_multiplier(name)
 
 
 @pytest.mark.parametrize("name", MAPPED)
-def test_a_map_without_a_gradient_stays_as_it_is(name):
+def test_a_map_is_called_without_gradients_too(name):
     with torch.no_grad():
         torch.manual_seed(0)
         labels, old = torch.arange(8) % CLASSES, torch.randn(8, 4 if name == "AdvBCT" else 3)
