@@ -81,8 +81,11 @@ class Transformation(torch.nn.Module):
     def shrink(self, mean: torch.Tensor, kept: float) -> None:
         """Keep a share of what mapped rows differ by from ``mean``; :func:`fit_transformation` ends with it.
 
-        A map stays as it is unless it overrides this.
+        A map stays as it is unless it overrides this and :meth:`unshrink`.
         """
+
+    def unshrink(self) -> None:
+        """Undo :meth:`shrink`, before a training goes on."""
 
     def folded(self) -> Transformation:
         """Return an equivalent transformation for serving: in eval mode, batch normalisation inside the layers."""

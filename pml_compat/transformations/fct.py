@@ -96,6 +96,11 @@ class FCTTransformation(Transformation):
         if self.linear_path is not None:
             self.linear_path.shrink(mean, kept)
 
+    def unshrink(self) -> None:
+        """Undo :meth:`shrink`."""
+        if self.linear_path is not None:
+            self.linear_path.unshrink()
+
     def _new_path(self) -> LinearPath:
         path = LinearPath(self.in_features + (self.side_features or 0), self.out_features)
         return path.to(next(self.parameters()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .closed_form import measured_ridge, ridge_solution
@@ -28,6 +30,8 @@ class LinearPath(torch.nn.Module):
     bias: torch.Tensor
     source_units: torch.Tensor
     error_units: torch.Tensor
+    mean: torch.Tensor
+    kept: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -35,6 +39,8 @@ class LinearPath(torch.nn.Module):
         self.register_buffer("bias", torch.zeros(out_features))
         self.register_buffer("source_units", torch.ones(in_features))
         self.register_buffer("error_units", torch.ones(out_features))
+        self.register_buffer("mean", torch.zeros(out_features))  # that rows were drawn to, and the share they kept
+        self.register_buffer("kept", torch.ones(()))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Return ``W x + b``."""
@@ -76,14 +82,31 @@ class LinearPath(torch.nn.Module):
     @torch.no_grad()
     def shrink(self, mean: torch.Tensor, kept: float) -> None:
         """Keep a share of what the sum of both differs by from ``mean``, in place."""
+        self.mean.copy_(mean)
+        self.kept.fill_(kept)
         for tensor in (self.weight, self.bias, self.error_units):
-            tensor.mul_(kept)
-        self.bias.add_((1 - kept) * mean.to(self.bias))
+            tensor.mul_(self.kept)
+        self.bias.add_(self.mean * (1 - self.kept))
+
+    @torch.no_grad()
+    def unshrink(self) -> None:
+        """Undo :meth:`shrink`, in place."""
+        self.bias.sub_(self.mean * (1 - self.kept))
+        for tensor in (self.weight, self.bias, self.error_units):
+            tensor.div_(self.kept)
+        self.kept.fill_(1.0)
 
     def keep_output(self, column: int) -> None:
         """Give one output alone, in place."""
         kept = slice(column, column + 1 or None)
-        self.weight, self.bias, self.error_units = self.weight[kept], self.bias[kept], self.error_units[kept]
+        for name in ("weight", "bias", "error_units", "mean"):
+            setattr(self, name, getattr(self, name)[kept])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Load what was saved before it was kept how far rows are drawn, too."""
+        before = {"mean": torch.zeros_like(self.mean), "kept": torch.ones_like(self.kept)}
+        state_dict = {f"{prefix}{name}": tensor for name, tensor in before.items()} | state_dict
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 def _error(moments: PairMoments) -> float:

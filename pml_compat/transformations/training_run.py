@@ -64,8 +64,11 @@ class TrainingRun:
             self.started = self.transformation.start_from(moments)
             if self.loss is None and not hasattr(self.transformation, "with_log_variance"):
                 self.alignment = self._alignment(moments.target_energy / moments.rows)
+        if self._judges() and not self.started:
+            self.first = self._state()
+        if self.alignment is not None:
+            self.transformation.unshrink()
         if self._judges():
-            self.first = {} if self.started else self._state()
             self.scores["start"] = self._scores()
             self.history["validation_score"] = [float(self.scores["start"].mean())]
         elif self.started and len(self.validation):

@@ -288,6 +288,30 @@ def test_other_losses_and_maps_and_the_closed_form_are_not_drawn_to_the_mean(nam
     assert given(source, side).equal(plain(source, side))
 
 
+@pytest.mark.parametrize("validation", [None, 0.0])
+def test_a_drawn_map_that_goes_on_is_drawn_as_far_as_one_trained_at_once(validation, tmp_path):
+    transformation, (source, target, side), _ = fitted("fct_side", validation=validation)
+    expected = transformation(source, side).detach()
+    transformation.save(tmp_path / "map.safetensors")
+    transformation = load_transformation(tmp_path / "map.safetensors")
+    for _ in range(3):
+        little = {"epochs": 1, "lr": 1e-9, "freeze_norm_at": 0.0, "progress": False}
+        fit_transformation(transformation, source, target, side, validation=validation, **little)
+        torch.testing.assert_close(transformation(source, side), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_map_saved_before_it_was_kept_how_far_rows_are_drawn_is_loaded():
+    transformation, (source, _, side), _ = fitted("fct_side")
+    state = transformation.state_dict()
+    older = {name: tensor for name, tensor in state.items() if not name.endswith((".mean", ".kept"))}
+    assert len(older) == len(state) - 2
+    loaded = MAPS["fct_side"]()
+    loaded.load_state_dict(state)
+    loaded.load_state_dict(older)
+    assert loaded.eval()(source, side).equal(transformation(source, side))
+    assert loaded.linear_path.kept == 1 and not loaded.linear_path.mean.any()
+
+
 def test_a_drawn_map_is_saved_and_served_as_it_is(tmp_path):
     transformation, (source, _, side), _ = fitted("fct_side")
     transformation.save(tmp_path / "map.safetensors")
