@@ -7,29 +7,19 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import normalize
 
-from .rotation import coefficients, procrustes, whitened
+from .rotation import QueryMap, as_they_are, coefficients, procrustes, sphered, whitened
 
 _SHARES = tuple(step / 10 for step in range(11))
 _FOLDS = 4
 _NEIGHBORS = 10  # of both models together, which are right where there are no labels
 _DEPTH = 10  # places by which maps are compared; a share is chosen by the first, as P@1 is what counts
 _ERRORS = 2  # standard errors by which a map has to find more to be taken
-_ERRORS_CLEAR = 5  # to be whitened, or to find more by itself: on items that a model learned a little more is nothing
+_ERRORS_CLEAR = 5  # to be sphered, or to find more by itself: on items that a model learned a little more is nothing
 _BLOCK = 512  # rows of scores at once
 _RELATED = 0.6  # share of items that a rotated query of a related model puts below its own; of another model's a half
 
 
-Map = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # fitted to new and old rows
-
-
-def as_they_are(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """Return the map to the first coordinates."""
-    return torch.eye(new.shape[1], old.shape[1], device=new.device)
-
-
-def then_whitened(fit: Map) -> Map:
-    """Return the map followed by a whitening by the old rows."""
-    return lambda new, old: whitened(fit(new, old), old)
+Fit = Callable[[torch.Tensor, torch.Tensor], QueryMap]  # of new and old rows
 
 
 class ShareJudge:
@@ -58,7 +48,7 @@ class ShareJudge:
         fold = fold[torch.randperm(len(fold), generator=generator)][groups].to(u.device)
         self.folds = [fold == number for number in range(int(fold.max()) + 1)]
 
-    def choose(self) -> tuple[Map, float]:
+    def choose(self) -> tuple[Fit, float]:
         """Return how new queries are to be mapped, and the share.
 
         Maps are compared by the first ten places, as one place tells little where many queries stand at one point. The
@@ -85,29 +75,26 @@ class ShareJudge:
             self.first_counts = self.labels is None  # further down a trained model agrees with itself
             if self.labels is not None and added >= most:
                 return as_they_are, 1.0
-            fit: Map = procrustes if _adds(turned, plain, _ERRORS) else as_they_are
+            fit: Fit = procrustes if _adds(turned, plain, _ERRORS) else as_they_are
             found = turned if fit is procrustes else plain
         else:
-            fit, found = self._whitened_or_not(procrustes, turned)
+            others = [(other, self._found(other)[0]) for other in (whitened, sphered)]
+            fit, found = max(others, key=lambda other: _most(other[1]))
+            if not _adds(found, turned, _ERRORS_CLEAR):
+                fit, found = procrustes, turned
             if fits and _adds(plain, found, _ERRORS):
                 fit, found = as_they_are, plain
             if self.labels is not None:
                 return fit, min(self._cautious(self._counted(found)), self._borne_out(fit))
         return fit, self._cautious(self._counted(found))
 
-    def _borne_out(self, fit: Map) -> float:
+    def _borne_out(self, fit: Fit) -> float:
         """Return the largest share up to which queries find what both models together find, as well as old ones do."""
         hits = ShareJudge(self.u, self.v, None, torch.Generator().manual_seed(0))._found(fit)[0][..., 0]
         worse = [float((hits[0] - one).sum()) > _ERRORS * _error(hits[0] - one) for one in hits]
         return _SHARES[worse.index(True) - 1] if True in worse else _SHARES[-1]
 
-    def _whitened_or_not(self, fit: Map, found: torch.Tensor) -> tuple[Map, torch.Tensor]:
-        """Return the map, whitened where that finds significantly more, and what is found by it."""
-        flat = then_whitened(fit)
-        more, _ = self._found(flat)
-        return (flat, more) if _adds(more, found, _ERRORS_CLEAR) else (fit, found)
-
-    def _found(self, fit: Map) -> tuple[torch.Tensor, bool]:
+    def _found(self, fit: Fit) -> tuple[torch.Tensor, bool]:
         """Return ``(shares, N, places)``, where each query finds something right, and whether the models, so mapped,
         have to do with each other."""
         found = torch.zeros(len(_SHARES), len(self.u), self.depth, dtype=torch.float64)
@@ -127,18 +114,18 @@ class ShareJudge:
         ]
         return _SHARES[near[len(near) // 3]]
 
-    def finds(self, rotation: torch.Tensor, share: float) -> float:
+    def finds(self, mapped: QueryMap, share: float) -> float:
         """Return what all queries together find: how many something right first, or the sum of their precisions."""
         queries = torch.arange(len(self.u), device=self.u.device)
-        return float(self._counted(self._right(queries, rotation, (share,)).cpu()).sum())
+        return float(self._counted(self._right(queries, mapped, (share,)).cpu()).sum())
 
     def _counted(self, found: torch.Tensor) -> torch.Tensor:
         return found[..., 0] if self.first_counts else _precision(found)
 
-    def _right(self, queries: torch.Tensor, rotation: torch.Tensor, shares: tuple[float, ...]) -> torch.Tensor:
+    def _right(self, queries: torch.Tensor, mapped: QueryMap, shares: tuple[float, ...]) -> torch.Tensor:
         found = []
         for numbers in queries.split(_BLOCK):
-            u, v = self.u[numbers], normalize(self.v[numbers] @ rotation, dim=1)
+            u, v = self.u[numbers], normalize(mapped(self.v[numbers]), dim=1)
             old, new, cosine = u @ self.u.t(), v @ self.u.t(), (u * v).sum(1, keepdim=True)
             own = torch.arange(len(numbers), device=u.device), numbers
             self.above[numbers] = (new < new[own][:, None]).float().mean(1)
@@ -160,6 +147,11 @@ class ShareJudge:
 def _precision(found: torch.Tensor) -> torch.Tensor:
     """Return the mean of each query's precisions at 1, 2, and so on, of ``(shares, N, places)``."""
     return (found.cumsum(2) / torch.arange(1, found.shape[2] + 1)).mean(2)
+
+
+def _most(found: torch.Tensor) -> float:
+    """Return what the best share finds."""
+    return float(_precision(found).sum(1).max())
 
 
 def _adds(found: torch.Tensor, less: torch.Tensor, errors: float) -> bool:

@@ -28,6 +28,7 @@ class NumpyQueryBlend:
         try:
             arrays = load_file(path)
             self.rotation, self.share = arrays["rotation"], float(arrays["share_and_agreement"][0])
+            self.offset = arrays.get("offset", np.zeros_like(self.rotation[0]))
         except Exception as error:  # safetensors has an exception of its own for every kind of broken file
             raise ValueError(f"path must be a file written by QueryBlend.save, {os.fspath(path)!r} is not") from error
 
@@ -36,7 +37,8 @@ class NumpyQueryBlend:
 
         ``old_query`` may be None where ``share`` is 1.
         """
-        v = np.asarray(new_query) @ self.rotation
+        new = np.asarray(new_query)
+        v = new @ self.rotation - _lengths(new) * self.offset
         u = v if old_query is None and self.share == 1 else np.asarray(old_query)
         if u.size == u.shape[-1]:  # one query, as a server gets them: numbers of Python's are faster than arrays of one
             return self._one(u.ravel(), v.ravel()).reshape(u.shape)

@@ -12,9 +12,9 @@ from torch.nn.functional import normalize
 from .._checks import check_labels, check_matrix, check_same_device, stored_rows
 from .._extras import import_extra
 from .._files import load_tensors, save_tensors, whole_file
-from .._rows import precise_dtype, unit_rows_as_given, unit_rows_times
+from .._rows import precise_dtype, unit_rows_as_given
 from .blend_share import ShareJudge
-from .rotation import interpolate, unit_embeddings
+from .rotation import QueryMap, interpolate, unit_embeddings
 
 _FORMAT = "pml_compat.QueryBlend/1"
 _ROTATION_ROWS = 2**15  # that the rotation is fitted to, at most
@@ -25,14 +25,16 @@ _SEEN_ROWS = 8  # queries that tell whether the two models were exchanged
 class QueryBlend:
     r"""Search the old gallery with a blend of the old and the new model's query; nothing is trained or rewritten.
 
-    .. math:: v = n(n(f_{new}) R), \quad \theta = \angle(u, v), \quad
+    .. math:: v = n(n(f_{new}) R - r), \quad \theta = \angle(u, v), \quad
         q = \frac{\sin((1 - a) \theta)\, u + \sin(a \theta)\, v}{\sin \theta}
 
     :math:`u` is the old model's unit query, :math:`R` the semi-orthogonal map that best takes the new model's unit rows
-    to the old model's (orthogonal Procrustes, uncentred), times :math:`C^{-0.2}` where that finds significantly more:
-    :math:`C` are the second moments of the old model's unit rows, whose largest directions are those in which all items
-    are alike. The share :math:`a` is 0 where the old query is best alone. Both encoders run at query time; the gallery,
-    and new/new, stay as they are.
+    to the old model's (orthogonal Procrustes, uncentred, :math:`r = 0`). Where that finds significantly more, what rows
+    differ by from their mean is rotated instead, :math:`r` being the mean's part. The rotation is then sought between
+    rows whitened in part, by the power 1/4 of each model's covariance, and followed by :math:`C^{-0.35}`: :math:`C` are
+    the second moments of the old model's unit rows, whose largest directions are those in which all items are alike.
+    The share :math:`a` is 0 where the old query is best alone. Both encoders run at query time; the gallery, and
+    new/new, stay as they are.
 
     A query is rotated, as a regression draws it to the mean and loses what tells classes apart; where the *gallery* is
     mapped, a regression is right (:class:`pml_compat.transformations.LinearTransformation`).
@@ -47,6 +49,7 @@ class QueryBlend:
     Attributes:
         share: :math:`a`, in [0, 1].
         rotation: :math:`R`, ``(D_new, D_old)`` float32, whitening included.
+        offset: :math:`r`, ``(D_old,)`` float32.
         old_fingerprint: of the old model behind what it was fitted to, where that said so.
         new_fingerprint: of the new model, likewise.
     Example:
@@ -57,16 +60,18 @@ class QueryBlend:
         True
 
     Reference:
-        "Rotate, then interpolate", arXiv:2609.39836, 2026. Differs in: queries may be whitened, as in Jegou and Chum,
-        "Negative evidences and co-occurences in image retrieval", ECCV 2012, in part and on one side only, as the
-        gallery stays; the share is chosen on folds that neither the rotation nor, with labels, any class was seen in, a
-        third of the way among those up to the best and within a standard error of it; without labels what is right is
-        what both models' similarities together rank first, as an item of a single modality always finds itself, and by
-        that the share with labels is bounded.
+        "Rotate, then interpolate", arXiv:2609.39836, 2026. Differs in: rows may be centred and whitened in part, as in
+        Artetxe et al., "Generalizing and improving bilingual word embedding mappings with a multi-step framework of
+        linear transformations", AAAI 2018, and Jegou and Chum, "Negative evidences and co-occurences in image
+        retrieval", ECCV 2012, but on the side of the queries alone, as the gallery stays; the share is chosen on folds
+        that neither the map nor, with labels, any class was seen in, a third of the way among those up to the best and
+        within a standard error of it; without labels what is right is what both models' similarities together rank
+        first, as an item of a single modality always finds itself, and by that the share with labels is bounded.
     """
 
     share: float
     rotation: torch.Tensor
+    offset: torch.Tensor
     old_fingerprint: str | None
     new_fingerprint: str | None
 
@@ -108,10 +113,11 @@ class QueryBlend:
         judge = ShareJudge(u[:few], v[:few], None if labels is None else labels[:few], generator)
         self.old_fingerprint, self.new_fingerprint = (getattr(rows, "fingerprint", None) for rows in (old, new))
         fit_map, self.share = judge.choose()
-        self.rotation = fit_map(v, u)
-        if judge.finds(self.rotation, self.share) < judge.finds(self.rotation, 0.0):
+        mapped = fit_map(v, u)
+        self.rotation, self.offset = mapped
+        if judge.finds(mapped, self.share) < judge.finds(mapped, 0.0):
             self.share = 0.0
-        self._agreement = float((u * normalize(v @ self.rotation, dim=1)).sum(1).mean())
+        self._agreement = _agreement(mapped, u, v)
         self._known_to_fit = False
         return self
 
@@ -126,7 +132,7 @@ class QueryBlend:
             ValueError: not fitted; None for a blend that needs both; other widths or numbers of rows, another device;
                 the two models exchanged; the fingerprint of ``FrozenEmbeddings`` is another model's.
         """
-        rotation = self._fitted().rotation
+        mapped = self._fitted()._mapped()
         for rows, name, own in (
             (old_query, "old_query", self.old_fingerprint),
             (new_query, "new_query", self.new_fingerprint),
@@ -138,26 +144,27 @@ class QueryBlend:
             if self.share < 1:
                 raise ValueError(f"old_query must be given, got None: the old query has a share of {1 - self.share:g}")
             new = new_query[:] if hasattr(new_query, "fingerprint") else new_query
-            return unit_rows_times(check_matrix(new, "new_query", len(rotation)), rotation)
+            new = check_matrix(new, "new_query", len(self.rotation))
+            return unit_rows_as_given(mapped(new.to(precise_dtype(new.dtype)))).to(new.dtype)
         old, new = (rows[:] if hasattr(rows, "fingerprint") else rows for rows in (old_query, new_query))
-        old = check_matrix(old, "old_query", rotation.shape[1])
-        new = check_matrix(new, "new_query", rotation.shape[0])
+        old = check_matrix(old, "old_query", self.rotation.shape[1])
+        new = check_matrix(new, "new_query", self.rotation.shape[0])
         if len(old) != len(new):
             raise ValueError(f"new_query must have the queries of old_query, {len(old)}, got {len(new)}")
         check_same_device(new, "new_query", old, "old_query")
         precise = precise_dtype(old.dtype)
-        u, v, rotation = unit_rows_as_given(old.to(precise)), new.to(precise), rotation.to(old.device, precise)
+        u, v = unit_rows_as_given(old.to(precise)), new.to(precise)
         if not self._known_to_fit and len(u) >= _SEEN_ROWS and u.shape == v.shape:
-            self._check_order(u, unit_rows_as_given(v), rotation)
-        return interpolate(u, unit_rows_as_given(v @ rotation), self.share).to(old.dtype)
+            self._check_order(u, unit_rows_as_given(v), mapped)
+        return interpolate(u, unit_rows_as_given(mapped(v)), self.share).to(old.dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write rotation, share and both fingerprints to a safetensors file; it appears whole or not at all."""
+        """Write rotation, offset, share and both fingerprints to a safetensors file; it appears whole or not at all."""
         fitted = self._fitted()
         numbers = torch.tensor([fitted.share, fitted._agreement], dtype=torch.float64)
         names = {"old_fingerprint": fitted.old_fingerprint, "new_fingerprint": fitted.new_fingerprint}
         metadata = {name: value for name, value in names.items() if value is not None}
-        tensors = {"rotation": fitted.rotation, "share_and_agreement": numbers}
+        tensors = {"rotation": fitted.rotation, "offset": fitted.offset, "share_and_agreement": numbers}
         save_tensors(path, tensors, {"format": _FORMAT, "direction": "new to old", **metadata})
 
     @torch.no_grad()
@@ -179,7 +186,7 @@ class QueryBlend:
         rows = torch.export.Dim("rows", min=1)
         with whole_file(path) as temporary:
             torch.onnx.export(
-                _Program(fitted.rotation, fitted.share).eval(),
+                _Program(fitted._mapped(), fitted.share).eval(),
                 inputs,
                 temporary,
                 input_names=["old_query", "new_query"],
@@ -214,6 +221,7 @@ class QueryBlend:
             raise ValueError(f"path must be a file written by QueryBlend.save, {os.fspath(path)!r} is not")
         blend = cls()
         blend.rotation = tensors["rotation"]
+        blend.offset = tensors.get("offset", blend.rotation.new_zeros(blend.rotation.shape[1]))  # of earlier versions
         blend.share, blend._agreement = tensors["share_and_agreement"].tolist()
         blend.old_fingerprint, blend.new_fingerprint = map(metadata.get, ("old_fingerprint", "new_fingerprint"))
         blend._known_to_fit = False
@@ -238,10 +246,12 @@ class QueryBlend:
             raise ValueError("QueryBlend must be fitted first: call .fit(old, new, labels), or .load(path)")
         return self
 
-    def _check_order(self, u: torch.Tensor, v: torch.Tensor, rotation: torch.Tensor) -> None:
+    def _mapped(self) -> QueryMap:
+        return QueryMap(self.rotation, self.offset)
+
+    def _check_order(self, u: torch.Tensor, v: torch.Tensor, mapped: QueryMap) -> None:
         """Raise a ValueError where the other order of the two fits what was fitted, and this one does not."""
-        given = float((u * normalize(v @ rotation, dim=1)).sum(1).mean())
-        exchanged = float((v * normalize(u @ rotation, dim=1)).sum(1).mean())
+        given, exchanged = _agreement(mapped, u, v), _agreement(mapped, v, u)
         nearer = abs(exchanged - self._agreement) < abs(given - self._agreement)
         if nearer and exchanged - given > 0.25 * abs(self._agreement):
             raise ValueError(
@@ -252,14 +262,22 @@ class QueryBlend:
         self._known_to_fit = True
 
 
+def _agreement(mapped: QueryMap, u: torch.Tensor, v: torch.Tensor) -> float:
+    """Return the mean cosine of old rows and mapped new ones."""
+    return float((u * normalize(mapped(v), dim=1)).sum(1).mean())
+
+
 class _Program(torch.nn.Module):
     rotation: torch.Tensor
+    offset: torch.Tensor
 
-    def __init__(self, rotation: torch.Tensor, share: float) -> None:
+    def __init__(self, mapped: QueryMap, share: float) -> None:
         super().__init__()
-        self.register_buffer("rotation", rotation.float())
+        self.register_buffer("rotation", mapped.matrix.float())
+        self.register_buffer("offset", mapped.offset.float())
         self.share = share
 
     def forward(self, old_query: torch.Tensor, new_query: torch.Tensor) -> torch.Tensor:
-        u, v = normalize(old_query, dim=1), normalize(normalize(new_query, dim=1) @ self.rotation, dim=1)
+        mapped = QueryMap(self.rotation, self.offset)
+        u, v = normalize(old_query, dim=1), normalize(mapped(normalize(new_query, dim=1)), dim=1)
         return interpolate(u, v, self.share)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import normalize
@@ -12,21 +12,66 @@ from .._rows import second_moments, unit_rows_as_given, whitening
 from ..transformations import OrthogonalTransformation
 
 _SHORT_ARC, _NEAR_OPPOSITE = 1e-4, 2e-3  # radians
-_POWER = 0.2  # of the old rows' second moments, by which whitened queries are divided
+_SPHERING = 0.25  # power of both models' covariances, by which they are divided before a rotation is sought
+_WHITENING = 0.35  # power of the old rows' second moments, by which such queries are divided
+_AS_THEY_STAND = 0.2  # by which those are that the plain rotation gives
 
 
-def procrustes(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the ``(D_source, D_target)`` semi-orthogonal map that best takes unit rows to unit rows, float32."""
+class QueryMap(NamedTuple):
+    """What takes a new model's rows into the old space.
+
+    Args:
+        matrix: ``(D_new, D_old)`` float32.
+        offset: ``(D_old,)`` float32, taken from rows of length 1; as many times longer from longer ones.
+    """
+
+    matrix: torch.Tensor
+    offset: torch.Tensor
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return ``(N, D_old)`` rows, as long as they come, on the device and in the dtype of ``rows``."""
+        matrix, offset = self.matrix.to(rows), self.offset.to(rows)
+        return rows @ matrix - torch.linalg.vector_norm(rows, dim=1, keepdim=True) * offset
+
+
+def as_they_are(source: torch.Tensor, target: torch.Tensor) -> QueryMap:
+    """Return the map to the first coordinates."""
+    matrix = torch.eye(source.shape[1], target.shape[1], device=source.device)
+    return QueryMap(matrix, matrix.new_zeros(target.shape[1]))
+
+
+def procrustes(source: torch.Tensor, target: torch.Tensor) -> QueryMap:
+    """Return the semi-orthogonal map that best takes unit rows to unit rows."""
     fitted = OrthogonalTransformation(source.shape[1], target.shape[1]).fit(source, target)
-    return fitted.base.to(source.device, torch.float32)
+    matrix = fitted.base.to(source.device, torch.float32)
+    return QueryMap(matrix, matrix.new_zeros(target.shape[1]))
 
 
-def whitened(rotation: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return a rotation to the space of ``target`` times the power -0.2 of its rows' second moments, float32.
+def whitened(source: torch.Tensor, target: torch.Tensor) -> QueryMap:
+    r"""Return :func:`procrustes` followed by :math:`C^{-0.2}`, ``C`` the second moments of ``target``.
 
     Cosines are mostly made of the few directions in which all rows are alike; queries have less of these then.
     """
-    return rotation @ whitening(second_moments(target), _POWER).to(rotation)
+    matrix, offset = procrustes(source, target)
+    return QueryMap(matrix @ whitening(second_moments(target), _AS_THEY_STAND), offset)
+
+
+def sphered(source: torch.Tensor, target: torch.Tensor) -> QueryMap:
+    r"""Return the rotation of differences from the mean, found and followed by a whitening in part.
+
+    .. math:: v = (f - m) R C^{-0.35}, \quad P Q^T = R, \quad
+        C_f^{-1/4} F^T U C_u^{-1/4} = P S Q^T
+
+    ``F`` and ``U`` are the centred rows, :math:`C_f` and :math:`C_u` their covariances and ``C`` the second moments of
+    ``target``, each 1 in its largest direction. What all rows share says nothing of which are alike; and the few
+    directions in which they differ most would decide alone where the others are turned to.
+    """
+    mean = source.mean(0)
+    source, centred = source - mean, target - target.mean(0)
+    first, last = (whitening(second_moments(rows), _SPHERING).double() for rows in (source, centred))
+    left, _, right = torch.linalg.svd(first @ (source.t() @ centred).double() @ last, full_matrices=False)
+    matrix = (left @ right @ whitening(second_moments(target), _WHITENING).double()).float()
+    return QueryMap(matrix, mean @ matrix)
 
 
 def interpolate(u: torch.Tensor, v: torch.Tensor, share: float) -> torch.Tensor:

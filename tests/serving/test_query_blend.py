@@ -1,5 +1,6 @@
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_by_hand():
     u, v = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     torch.testing.assert_close(interpolate(u, v, 1 / 3), torch.tensor([[0.75**0.5, 0.5]]))
     old, quarter = torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
-    torch.testing.assert_close(blend_share.procrustes(old @ quarter, old), quarter.t())
+    torch.testing.assert_close(blend_share.procrustes(old @ quarter, old).matrix, quarter.t())
     blend = QueryBlend().fit(old, old)
     blend.rotation, blend.share = quarter.t(), 0.5  # the new query, turned back, is at (0, 1)
     torch.testing.assert_close(blend.query_rows(u, torch.tensor([[-7.0, 0.0]])), torch.tensor([[0.5**0.5, 0.5**0.5]]))
@@ -197,29 +198,80 @@ def common_directions(n=1200, classes=40, width=16, seed=0, turned=True):
     return labels, old, new @ torch.linalg.qr(draw(width, width))[0] if turned else new
 
 
-def reference_whitening(old):
-    """The power -0.2 of the unit rows' second moments, 1 at the largest."""
-    u = np.array([reference.unit(row) for row in old.double().numpy()])
-    moments, axes = np.linalg.eigh(u.T @ u / len(u))
-    return torch.from_numpy(axes @ np.diag((moments / moments.max()) ** -0.2) @ axes.T)
+def unit_arrays(*embeddings):
+    return (np.array([reference.unit(row) for row in rows.double().numpy()]) for rows in embeddings)
+
+
+def power(rows, exponent):
+    """That of the rows' second moments, 1 at the largest, those below a thousandth of the mean counted as that."""
+    moments, axes = np.linalg.eigh(rows.T @ rows / len(rows))
+    moments = np.maximum(moments, moments.mean() / 1000)
+    return axes @ np.diag((moments / moments.max()) ** exponent) @ axes.T
+
+
+def reference_sphered(new, old):
+    """Return the matrix and the offset: what differs from the mean, turned where both models are whitened in part."""
+    centred, about = new - new.mean(0), old - old.mean(0)
+    matrix = reference.procrustes(centred @ power(centred, -0.25), about @ power(about, -0.25)) @ power(old, -0.35)
+    return matrix, new.mean(0) @ matrix
+
+
+def in_a_cone(seed=0):
+    """Return items of which the new model's lie within a few degrees of one another."""
+    labels, old, new = items(n=600, noise=(1.2, 0.4), seed=seed)
+    return labels, old, normalize(new - new.mean(0)) + 4 * normalize(torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_what_queries_may_be_mapped_by(widths, seed):
+    _, old, new = items(widths=widths, seed=seed)
+    u, v = unit_arrays(old, new)
+    rows = torch.from_numpy(v).float(), torch.from_numpy(u).float()
+    found = blend_share.whitened(*rows)
+    np.testing.assert_allclose(found.matrix, reference.procrustes(v, u) @ power(u, -0.2), atol=1e-4)
+    assert not found.offset.any()
+    found, (matrix, offset) = blend_share.sphered(*rows), reference_sphered(v, u)
+    np.testing.assert_allclose(found.matrix, matrix, atol=1e-4)
+    np.testing.assert_allclose(found.offset, offset, atol=1e-4)
+    for length in (1.0, 0.2):
+        np.testing.assert_allclose(found(length * rows[0]), length * (v @ matrix - offset), atol=1e-4)
+    assert not found(torch.zeros(2, widths[1])).any()  # what has no direction gets none
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_new_queries_are_whitened_where_that_finds_more(seed):
     labels, old, new = common_directions(seed=seed)
     blend = QueryBlend().fit(old, new, labels)
-    u, v = (np.array([reference.unit(row) for row in rows.double().numpy()]) for rows in (old, new))
-    np.testing.assert_allclose(blend.rotation, reference.procrustes(v, u) @ reference_whitening(old).numpy(), atol=1e-4)
+    u, v = unit_arrays(old, new)
     turned = QueryBlend().fit(old, new, labels)
     turned.rotation = torch.from_numpy(reference.procrustes(v, u)).float()
+    turned.offset = torch.zeros(old.shape[1])
+    assert not torch.allclose(blend.rotation, turned.rotation, atol=0.1)
     found = [precision(one.query_rows(old, new), labels, old) for one in (blend, turned)]
     assert found[0] > found[1] > precision(old, labels, old)
 
 
-def test_whitening_of_few_rows_is_finite():
+@pytest.mark.parametrize("seed", range(3))
+def test_what_differs_is_turned_where_all_new_rows_are_alike(seed):
+    labels, old, new = in_a_cone(seed)
+    blend = QueryBlend().fit(old, new, labels)
+    u, v = unit_arrays(old, new)
+    np.testing.assert_allclose(blend.rotation, reference_sphered(v, u)[0], atol=1e-3)
+    assert blend.share > 0
+    plain = reference.procrustes(v, u)
+    rotated = normalize(torch.from_numpy(v @ plain).float())
+    blend.share = 1.0
+    assert precision(blend.query_rows(None, new), labels, old) > precision(rotated, labels, old) + 0.1
+
+
+@pytest.mark.parametrize("fit", [blend_share.whitened, blend_share.sphered])
+def test_maps_of_few_rows_are_finite(fit):
     _, old, new = common_directions(n=24, classes=3, width=64)
-    rotation = blend_share.then_whitened(blend_share.procrustes)(normalize(new), normalize(old))
-    assert rotation.isfinite().all() and float(rotation.abs().max()) < 20
+    matrix, offset = fit(normalize(new), normalize(old))
+    assert matrix.isfinite().all() and float(matrix.abs().max()) < 20 and offset.isfinite().all()
+    same = torch.ones(5, 3)
+    assert all(part.isfinite().all() for part in fit(same, same))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -255,7 +307,7 @@ def test_a_model_that_fits_is_not_whitened(seed, tmp_path):
     labels, old, new = common_directions(seed=seed, turned=False)
     blend = QueryBlend().fit(old, new, labels)
     assert blend.rotation.equal(torch.eye(old.shape[1]))
-    whitened = normalize(new.double() @ reference_whitening(old)).float()
+    whitened = normalize(new.double() @ torch.from_numpy(power(*unit_arrays(old), -0.2))).float()
     assert precision(whitened, labels, old) > precision(new, labels, old)
     blend.share = 1.0
     alone = normalize(new)
@@ -360,16 +412,17 @@ def test_the_seed_decides():
 
 
 def source_rows(monkeypatch, old, new, labels):
-    """Fit, and return which rows of ``new`` each rotation was fitted to."""
-    unit, seen, procrustes = normalize(new), [], blend_share.procrustes
+    """Fit, and return which rows of ``new`` each map was fitted to."""
+    unit, seen = normalize(new), []
 
-    def recording(source, target):
+    def recording(fit, source, target):
         distances = torch.cdist(source.double(), unit.double())
         seen.append(set(distances.argmin(1).tolist()))
         assert len(seen[-1]) == len(source) and float(distances.amin(1).max()) < 1e-5
-        return procrustes(source, target)
+        return fit(source, target)
 
-    monkeypatch.setattr(blend_share, "procrustes", recording)
+    for name in ("procrustes", "whitened", "sphered"):
+        monkeypatch.setattr(blend_share, name, partial(recording, getattr(blend_share, name)))
     QueryBlend().fit(old, new, labels)
     return seen
 
@@ -381,17 +434,17 @@ def test_the_share_is_judged_on_classes_that_the_rotation_has_not_seen(monkeypat
     folds = [rows for rows in source_rows(monkeypatch, old, new, labels) if rows != everything]
     judged = [everything - rows for rows in folds]
     count = min(4, classes)
-    for rows, asked in zip(folds[: 2 * count], judged, strict=False):  # with whitening, too
+    for rows, asked in zip(folds[: 3 * count], judged, strict=False):  # for each of three maps
         assert not {int(labels[row]) for row in rows} & {int(labels[row]) for row in asked}
-    assert sorted(row for asked in judged[: 2 * count] for row in asked) == sorted(2 * [*everything])
-    borne_out = judged[2 * count :]  # by what both models find, on folds of items
+    assert sorted(row for asked in judged[: 3 * count] for row in asked) == sorted(3 * [*everything])
+    borne_out = judged[3 * count :]  # by what both models find, on folds of items
     assert len(borne_out) == 4 and sorted(set().union(*borne_out)) == sorted(everything)
 
 
 def test_without_labels_each_item_is_judged_once(monkeypatch):
     _, old, new = items(n=48)
     judged = [row for rows in source_rows(monkeypatch, old, new, None) for row in set(range(48)) - rows]
-    assert sorted(judged) == sorted([*range(48), *range(48)])  # and once with whitening
+    assert sorted(judged) == sorted(3 * [*range(48)])  # of each of three maps
 
 
 @pytest.mark.parametrize(("size", "neighbors"), [(12, 1), (48, 3), (200, 10)])
@@ -522,9 +575,20 @@ def test_save_and_load(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             QueryBlend.load(path, **names)
+    assert again.offset.equal(blend.offset)
     fitted()[0].save(path)  # to rows without fingerprints
     with pytest.raises(ValueError, match="old_fingerprint must be that of the model it was fitted to, None, got 'a'"):
         QueryBlend.load(path, old_fingerprint="a")
+
+
+def test_files_of_before_there_was_an_offset(tmp_path):
+    blend, path = fitted(0.3)[0], tmp_path / "blend.safetensors"
+    numbers = torch.tensor([blend.share, blend._agreement], dtype=torch.float64)
+    tensors = {"rotation": blend.rotation, "share_and_agreement": numbers}
+    save_tensors(path, tensors, {"format": "pml_compat.QueryBlend/1", "direction": "new to old"})
+    assert QueryBlend.load(path).query_rows(SOME8, SOME8).equal(blend.query_rows(SOME8, SOME8))
+    found = NumpyQueryBlend(path)(SOME8.numpy(), SOME8.numpy())
+    np.testing.assert_allclose(found, blend.query_rows(SOME8, SOME8), atol=1e-6)
 
 
 def test_files_that_hold_no_blend(tmp_path):
@@ -555,6 +619,7 @@ def test_not_fitted(tmp_path):
 
 
 SOME = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+SOME8 = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
@@ -662,7 +727,7 @@ def test_bad_alignability():
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_numpy_blends_one_query_as_it_blends_many(tmp_path, share):
     blend = QueryBlend()
-    blend.rotation, blend.share, blend._agreement = torch.eye(8), share, 1.0
+    blend.rotation, blend.offset, blend.share, blend._agreement = torch.eye(8), torch.ones(8) / 9, share, 1.0
     blend.old_fingerprint = blend.new_fingerprint = None
     blend.save(tmp_path / "blend.safetensors")
     server = NumpyQueryBlend(tmp_path / "blend.safetensors")
