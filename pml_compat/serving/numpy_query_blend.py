@@ -28,7 +28,8 @@ class NumpyQueryBlend:
         try:
             arrays = load_file(path)
             self.rotation, self.share = arrays["rotation"], float(arrays["share_and_agreement"][0])
-            self.offset = arrays.get("offset", np.zeros_like(self.rotation[0]))
+            offset = arrays.get("offset")
+            self.offset = offset if offset is not None and offset.any() else None
         except Exception as error:  # safetensors has an exception of its own for every kind of broken file
             raise ValueError(f"path must be a file written by QueryBlend.save, {os.fspath(path)!r} is not") from error
 
@@ -37,8 +38,7 @@ class NumpyQueryBlend:
 
         ``old_query`` may be None where ``share`` is 1.
         """
-        new = np.asarray(new_query)
-        v = new @ self.rotation - _lengths(new) * self.offset
+        v = self._mapped(np.asarray(new_query))
         u = v if old_query is None and self.share == 1 else np.asarray(old_query)
         if u.size == u.shape[-1]:  # one query, as a server gets them: numbers of Python's are faster than arrays of one
             return self._one(u.ravel(), v.ravel()).reshape(u.shape)
@@ -52,6 +52,13 @@ class NumpyQueryBlend:
         first, second = np.where(opposite, 1, first) / long_u, np.where(opposite, 0, second) / long_v
         blended = first.astype(u.dtype, copy=False) * u + second.astype(v.dtype, copy=False) * v
         return blended / np.maximum(_lengths(blended), 1e-12)
+
+    def _mapped(self, new: np.ndarray) -> np.ndarray:
+        v = new @ self.rotation
+        if self.offset is None:
+            return v
+        one = new.size == new.shape[-1]
+        return v - (math.sqrt(float(new.ravel().dot(new.ravel()))) if one else _lengths(new)) * self.offset
 
     def _one(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         long_u, long_v = (max(math.sqrt(float(row.dot(row))), 1e-12) for row in (u, v))
