@@ -581,6 +581,24 @@ def test_save_and_load(tmp_path):
         QueryBlend.load(path, old_fingerprint="a")
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_onnx_form_gives_the_same_queries(tmp_path, share):
+    reference_evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
+    pytest.importorskip("onnxscript")
+    labels, old, new = in_a_cone()
+    blend = QueryBlend().fit(old, new, labels)
+    blend.share = share
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter calls what torch has deprecated
+        blend.export(tmp_path / "blend.onnx")
+    served = reference_evaluator(str(tmp_path / "blend.onnx"))
+    for rows in (1, 30):
+        found = served.run(["query"], {"old_query": old[:rows].numpy(), "new_query": new[:rows].numpy()})[0]
+        np.testing.assert_allclose(found, blend.query_rows(old[:rows], new[:rows]), atol=1e-4)
+    with pytest.raises(ValueError, match=r"path must be an \.onnx file"):
+        blend.export(tmp_path / "blend.npz")
+
+
 def test_files_of_before_there_was_an_offset(tmp_path):
     blend, path = fitted(0.3)[0], tmp_path / "blend.safetensors"
     numbers = torch.tensor([blend.share, blend._agreement], dtype=torch.float64)
