@@ -78,15 +78,23 @@ class ShareJudge:
             fit: Fit = procrustes if _adds(turned, plain, _ERRORS) else as_they_are
             found = turned if fit is procrustes else plain
         else:
-            others = [(other, self._found(other)[0]) for other in (whitened, sphered)]
-            fit, found = max(others, key=lambda other: _most(other[1]))
-            if not _adds(found, turned, _ERRORS_CLEAR):
-                fit, found = procrustes, turned
-            if fits and _adds(plain, found, _ERRORS):
-                fit, found = as_they_are, plain
-            if self.labels is not None:
-                return fit, min(self._cautious(self._counted(found)), self._borne_out(fit))
+            maps = [(procrustes, turned), *((other, self._found(other)[0]) for other in (whitened, sphered))]
+            shares = [self._share(*one) for one in maps]
+            reached = [_precision(found)[_SHARES.index(share)] for (_, found), share in zip(maps, shares, strict=True)]
+            best = max(range(len(maps)), key=lambda place: float(reached[place].sum()))
+            gain = reached[best] - reached[0]
+            best = best if float(gain.sum()) > _ERRORS_CLEAR * _error(gain) else 0
+            (fit, found), share = maps[best], shares[best]
+            if not (fits and _adds(plain, found, _ERRORS)):
+                return fit, share
+            fit, found = as_they_are, plain
+            return fit, self._share(fit, found)
         return fit, self._cautious(self._counted(found))
+
+    def _share(self, fit: Fit, found: torch.Tensor) -> float:
+        """Return the share of a map, by labels no larger than what both models bear out."""
+        share = self._cautious(self._counted(found))
+        return share if self.labels is None else min(share, self._borne_out(fit))
 
     def _borne_out(self, fit: Fit) -> float:
         """Return the largest share up to which queries find what both models together find, as well as old ones do."""
@@ -147,11 +155,6 @@ class ShareJudge:
 def _precision(found: torch.Tensor) -> torch.Tensor:
     """Return the mean of each query's precisions at 1, 2, and so on, of ``(shares, N, places)``."""
     return (found.cumsum(2) / torch.arange(1, found.shape[2] + 1)).mean(2)
-
-
-def _most(found: torch.Tensor) -> float:
-    """Return what the best share finds."""
-    return float(_precision(found).sum(1).max())
 
 
 def _adds(found: torch.Tensor, less: torch.Tensor, errors: float) -> bool:

@@ -134,8 +134,9 @@ def test_weighted_scores_rank_as_the_blended_query_does(share):
 
 
 def test_between_equal_widths_the_rotation_changes_no_cosine():
-    blend, _, new = fitted(n=60)
-    before, after = normalize(new), normalize(new) @ blend.rotation
+    _, old, new = items(n=60)
+    before = normalize(new)
+    after = blend_share.procrustes(before, normalize(old))(before)
     torch.testing.assert_close(after @ after.t(), before @ before.t(), atol=1e-5, rtol=0)
 
 
@@ -438,7 +439,18 @@ def test_the_share_is_judged_on_classes_that_the_rotation_has_not_seen(monkeypat
         assert not {int(labels[row]) for row in rows} & {int(labels[row]) for row in asked}
     assert sorted(row for asked in judged[: 3 * count] for row in asked) == sorted(3 * [*everything])
     borne_out = judged[3 * count :]  # by what both models find, on folds of items
-    assert len(borne_out) == 4 and sorted(set().union(*borne_out)) == sorted(everything)
+    assert sorted(row for asked in borne_out for row in asked) == sorted(3 * [*everything])
+
+
+def test_maps_are_compared_at_the_shares_that_they_would_have(monkeypatch):
+    """One that finds most at a share that is not borne out is not taken for it."""
+    found = dict.fromkeys((blend_share.as_they_are, blend_share.procrustes), 0.5)
+    found |= {blend_share.whitened: 0.8, blend_share.sphered: 0.9}
+    judge = judge_that_finds(monkeypatch, found, alone=0)
+    for bound, taken in ((1.0, blend_share.sphered), (0.0, blend_share.whitened)):
+        bounds = {blend_share.sphered: bound}
+        monkeypatch.setattr(blend_share.ShareJudge, "_borne_out", lambda self, fit, bounds=bounds: bounds.get(fit, 1.0))
+        assert judge.choose() == (taken, 0.5)
 
 
 def test_without_labels_each_item_is_judged_once(monkeypatch):
