@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch.nn.functional import normalize
@@ -14,7 +15,7 @@ _FOLDS = 4
 _NEIGHBORS = 10  # of both models together, which are right where there are no labels
 _DEPTH = 10  # places by which maps are compared; a share is chosen by the first, as P@1 is what counts
 _ERRORS = 2  # standard errors by which a map has to find more to be taken
-_ERRORS_CLEAR = 5  # to be sphered, or to find more by itself: on items that a model learned a little more is nothing
+_ERRORS_CLEAR = 5  # for a whitened map, or to find more alone: on items that a model learned a little more is nothing
 _BLOCK = 512  # rows of scores at once
 _RELATED = 0.6  # share of items that a rotated query of a related model puts below its own; of another model's a half
 
@@ -96,9 +97,13 @@ class ShareJudge:
         share = self._cautious(self._counted(found))
         return share if self.labels is None else min(share, self._borne_out(fit))
 
+    @cached_property
+    def _by_both(self) -> ShareJudge:
+        return ShareJudge(self.u, self.v, None, torch.Generator().manual_seed(0))
+
     def _borne_out(self, fit: Fit) -> float:
         """Return the largest share up to which queries find what both models together find, as well as old ones do."""
-        hits = ShareJudge(self.u, self.v, None, torch.Generator().manual_seed(0))._found(fit)[0][..., 0]
+        hits = self._by_both._found(fit)[0][..., 0]
         worse = [float((hits[0] - one).sum()) > _ERRORS * _error(hits[0] - one) for one in hits]
         return _SHARES[worse.index(True) - 1] if True in worse else _SHARES[-1]
 

@@ -29,10 +29,11 @@ class QueryBlend:
         q = \frac{\sin((1 - a) \theta)\, u + \sin(a \theta)\, v}{\sin \theta}
 
     :math:`u` is the old model's unit query, :math:`R` the semi-orthogonal map that best takes the new model's unit rows
-    to the old model's (orthogonal Procrustes, uncentred, :math:`r = 0`). Where that finds significantly more, what rows
-    differ by from their mean is rotated instead, :math:`r` being the mean's part. The rotation is then sought between
-    rows whitened in part, by the power 1/4 of each model's covariance, and followed by :math:`C^{-0.35}`: :math:`C` are
-    the second moments of the old model's unit rows, whose largest directions are those in which all items are alike.
+    to the old model's (orthogonal Procrustes, uncentred, :math:`r = 0`). Two other maps are taken where they find
+    significantly more, each at the share that it would have: the same times :math:`C^{-0.2}`, :math:`C` the second
+    moments of the old model's unit rows, whose largest directions are those in which all items are alike; or a rotation
+    of what rows differ by from their mean, :math:`r` being the mean's part, which is sought between rows whitened in
+    part, by the power 1/4 of each model's covariance, and followed by :math:`C^{-0.35}`.
     The share :math:`a` is 0 where the old query is best alone. Both encoders run at query time; the gallery, and
     new/new, stay as they are.
 
