@@ -22,7 +22,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[demo,dev,faiss-cpu,fast,parquet,postgres,qdrant,report,test,timm]"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[demo,dev,faiss-cpu,fast,onnx,parquet,postgres,qdrant,report,test,timm]"
 	touch $@
 
 demo: install

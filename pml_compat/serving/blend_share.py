@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch.nn.functional import normalize
 
-from .rotation import QueryMap, as_they_are, coefficients, procrustes, sphered, whitened
+from .rotation import QueryMap, as_they_are, coefficients, procrustes, sphered, stand_alike, whitened
 
 _SHARES = tuple(step / 10 for step in range(11))
 _FOLDS = 4
@@ -32,9 +32,6 @@ class ShareJudge:
         self.u, self.v, self.labels = u, v, labels
         self.first_counts = labels is not None
         self.depth = min(_DEPTH, len(u) - 1)
-        self.above = torch.zeros(
-            len(u), device=u.device
-        )  # share of all items that the rotated query puts below its own
         if labels is None:
             self.right = _found_by_both(u, v)
             groups = torch.arange(len(u))
@@ -62,35 +59,33 @@ class ShareJudge:
         with labels it is left alone unless a blend of the two adds more than it does. Such a model was trained to fit,
         mostly on the very items given here, which lie closer together than others do: no rotation is taken for it that
         does not find significantly more, and no whitening, which finds more among such items and less among others. Two
-        models that fit by chance, and of which the new one finds hardly more, are two like any others, that may need no
-        rotation.
+        models that fit by chance, as two trained from the same start may, are two like any others: a rotation turns
+        the new rows appreciably, and a map brings them nearer to their own old ones. So are two of which the new one
+        finds hardly more, but these may need no rotation.
         """
-        plain, fits = self._found(as_they_are)
-        turned, related = self._found(procrustes)
-        if self.labels is None and not related:
+        (plain, near), (turned, turned_near), (level, level_near) = map(self._found, (as_they_are, procrustes, sphered))
+        if self.labels is None and not _related(turned_near):
             return procrustes, 0.0  # of two models that have nothing in common no one knows who is right
+        fits = _related(near)
+        nearer = any(_is_more(other - near, _ERRORS) for other in (turned_near, level_near))
+        by_chance = nearer and not stand_alike(self.v, self.u)
         precision = _precision(plain)
-        gain = precision[-1] - precision[0]
-        most, added = float(precision.sum(1).max() - precision[-1].sum()), float(gain.sum())
-        if fits and added > _ERRORS_CLEAR * _error(gain):
+        most, added = float(precision.sum(1).max() - precision[-1].sum()), precision[-1] - precision[0]
+        if fits and not by_chance and _is_more(added, _ERRORS_CLEAR):
             self.first_counts = self.labels is None  # further down a trained model agrees with itself
-            if self.labels is not None and added >= most:
+            if self.labels is not None and float(added.sum()) >= most:
                 return as_they_are, 1.0
-            fit: Fit = procrustes if _adds(turned, plain, _ERRORS) else as_they_are
-            found = turned if fit is procrustes else plain
-        else:
-            maps = [(procrustes, turned), *((other, self._found(other)[0]) for other in (whitened, sphered))]
-            shares = [self._share(*one) for one in maps]
-            reached = [_precision(found)[_SHARES.index(share)] for (_, found), share in zip(maps, shares, strict=True)]
-            best = max(range(len(maps)), key=lambda place: float(reached[place].sum()))
-            gain = reached[best] - reached[0]
-            best = best if float(gain.sum()) > _ERRORS_CLEAR * _error(gain) else 0
-            (fit, found), share = maps[best], shares[best]
-            if not (fits and _adds(plain, found, _ERRORS)):
-                return fit, share
-            fit, found = as_they_are, plain
-            return fit, self._share(fit, found)
-        return fit, self._cautious(self._counted(found))
+            fit: Fit = procrustes if _adds(turned, plain) else as_they_are
+            return fit, self._cautious(self._counted(turned if fit is procrustes else plain))
+        maps = (procrustes, whitened, sphered)
+        found = (turned, self._found(whitened)[0], level)
+        shares = [self._share(*one) for one in zip(maps, found, strict=True)]
+        reached = [_precision(one)[_SHARES.index(share)] for one, share in zip(found, shares, strict=True)]
+        best = max(range(len(maps)), key=lambda place: float(reached[place].sum()))
+        best = best if _is_more(reached[best] - reached[0], _ERRORS_CLEAR) else 0
+        if fits and not by_chance and _adds(plain, found[best]):
+            return as_they_are, self._share(as_they_are, plain)
+        return maps[best], shares[best]
 
     def _share(self, fit: Fit, found: torch.Tensor) -> float:
         """Return the share of a map, by labels no larger than what both models bear out."""
@@ -104,17 +99,19 @@ class ShareJudge:
     def _borne_out(self, fit: Fit) -> float:
         """Return the largest share up to which queries find what both models together find, as well as old ones do."""
         hits = self._by_both._found(fit)[0][..., 0]
-        worse = [float((hits[0] - one).sum()) > _ERRORS * _error(hits[0] - one) for one in hits]
+        worse = [_is_more(hits[0] - one, _ERRORS) for one in hits]
         return _SHARES[worse.index(True) - 1] if True in worse else _SHARES[-1]
 
-    def _found(self, fit: Fit) -> tuple[torch.Tensor, bool]:
-        """Return ``(shares, N, places)``, where each query finds something right, and whether the models, so mapped,
-        have to do with each other."""
+    def _found(self, fit: Fit) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``(shares, N, places)``, where each query finds something right, and ``(N,)``, the share of all items
+        that each mapped row puts below its own."""
         found = torch.zeros(len(_SHARES), len(self.u), self.depth, dtype=torch.float64)
+        below = torch.zeros(len(self.u), dtype=torch.float64)
         for queries in self.folds:
             mapped = fit(self.v[~queries], self.u[~queries])
-            found[:, queries.cpu()] = self._right(queries.nonzero()[:, 0], mapped, _SHARES).cpu()
-        return found, float(self.above.mean()) >= _RELATED
+            places, share = self._right(queries.nonzero()[:, 0], mapped, _SHARES)
+            found[:, queries.cpu()], below[queries.cpu()] = places.cpu(), share.double().cpu()
+        return found, below
 
     @staticmethod
     def _cautious(hits: torch.Tensor) -> float:
@@ -130,18 +127,20 @@ class ShareJudge:
     def finds(self, mapped: QueryMap, share: float) -> float:
         """Return what all queries together find: how many something right first, or the sum of their precisions."""
         queries = torch.arange(len(self.u), device=self.u.device)
-        return float(self._counted(self._right(queries, mapped, (share,)).cpu()).sum())
+        return float(self._counted(self._right(queries, mapped, (share,))[0].cpu()).sum())
 
     def _counted(self, found: torch.Tensor) -> torch.Tensor:
         return found[..., 0] if self.first_counts else _precision(found)
 
-    def _right(self, queries: torch.Tensor, mapped: QueryMap, shares: tuple[float, ...]) -> torch.Tensor:
-        found = []
+    def _right(
+        self, queries: torch.Tensor, mapped: QueryMap, shares: tuple[float, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found, below = [], []
         for numbers in queries.split(_BLOCK):
             u, v = self.u[numbers], normalize(mapped(self.v[numbers]), dim=1)
             old, new, cosine = u @ self.u.t(), v @ self.u.t(), (u * v).sum(1, keepdim=True)
             own = torch.arange(len(numbers), device=u.device), numbers
-            self.above[numbers] = (new < new[own][:, None]).float().mean(1)
+            below.append((new < new[own][:, None]).float().mean(1))
             old[own] = new[own] = -torch.inf
             first = []
             for share in shares:
@@ -149,7 +148,7 @@ class ShareJudge:
                 scores = new if share == 1 else old if share == 0 else a * old + b * new
                 first.append(scores.topk(self.depth, dim=1).indices)
             found.append(self._is_right(numbers, torch.stack(first)))
-        return torch.cat(found, dim=1)
+        return torch.cat(found, dim=1), torch.cat(below)
 
     def _is_right(self, numbers: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         if self.labels is not None:
@@ -162,11 +161,20 @@ def _precision(found: torch.Tensor) -> torch.Tensor:
     return (found.cumsum(2) / torch.arange(1, found.shape[2] + 1)).mean(2)
 
 
-def _adds(found: torch.Tensor, less: torch.Tensor, errors: float) -> bool:
-    """Tell whether the best share of ``found`` finds more than that of ``less``, by so many standard errors."""
+def _related(below: torch.Tensor) -> bool:
+    """Tell whether the two models, as mapped, have to do with each other."""
+    return float(below.mean()) >= _RELATED
+
+
+def _adds(found: torch.Tensor, less: torch.Tensor) -> bool:
+    """Tell whether the best share of ``found`` finds significantly more than that of ``less``."""
     one, other = (_precision(places) for places in (found, less))
-    more = one[one.sum(1).argmax()] - other[other.sum(1).argmax()]
-    return float(more.sum()) > errors * _error(more)
+    return _is_more(one[one.sum(1).argmax()] - other[other.sum(1).argmax()], _ERRORS)
+
+
+def _is_more(differences: torch.Tensor, errors: float) -> bool:
+    """Tell whether the sum of the queries' differences is above 0 by more than so many of its standard errors."""
+    return float(differences.sum()) > errors * _error(differences)
 
 
 def _error(differences: torch.Tensor) -> float:

@@ -15,6 +15,7 @@ _SHORT_ARC, _NEAR_OPPOSITE = 1e-4, 2e-3  # radians
 _SPHERING = 0.25  # power of both models' covariances, by which they are divided before a rotation is sought
 _WHITENING = 0.35  # power of the old rows' second moments, by which such queries are divided
 _AS_THEY_STAND = 0.2  # by which those are that the plain rotation gives
+_ALIKE = 0.9  # share of the best rotation's cosines that rows have without one, of models trained to fit
 
 
 class QueryMap(NamedTuple):
@@ -72,6 +73,12 @@ def sphered(source: torch.Tensor, target: torch.Tensor) -> QueryMap:
     left, _, right = torch.linalg.svd(first @ (source.t() @ centred).double() @ last, full_matrices=False)
     matrix = (left @ right @ whitening(second_moments(target), _WHITENING).double()).float()
     return QueryMap(matrix, mean @ matrix)
+
+
+def stand_alike(source: torch.Tensor, target: torch.Tensor) -> bool:
+    """Tell whether unit rows, as they are, have nearly the cosines to ``target`` that the best rotation would give."""
+    products = (source.t() @ target).double()
+    return float(products.diagonal().sum()) >= _ALIKE * float(torch.linalg.svdvals(products).sum())
 
 
 def interpolate(u: torch.Tensor, v: torch.Tensor, share: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from pml_compat._files import save_tensors
 from pml_compat.frozen import FrozenEmbeddings
 from pml_compat.serving import NumpyQueryBlend, QueryBlend, alignability, blend_share, query_blend
-from pml_compat.serving.rotation import interpolate
+from pml_compat.serving.rotation import interpolate, stand_alike
 from pml_compat.transformations import OrthogonalTransformation
 from tests import reference
 from tests.pairwise import pairwise
@@ -298,7 +298,7 @@ def test_without_labels_a_model_that_fits_is_blended_with_the_old_one(monkeypatc
     assert 0 < blend.share < 1
     right = torch.zeros(11, 600, 10, dtype=torch.float64)
     right[4:, :400] = 1  # by far more than the old one finds, and no blend finds more than the new one
-    monkeypatch.setattr(blend_share.ShareJudge, "_found", lambda self, fit: (right, True))
+    monkeypatch.setattr(blend_share.ShareJudge, "_found", lambda self, fit: (right, torch.ones(600)))
     assert QueryBlend().fit(old, new).share < 1
 
 
@@ -317,16 +317,17 @@ def test_a_model_that_fits_is_not_whitened(seed, tmp_path):
     np.testing.assert_allclose(NumpyQueryBlend(tmp_path / "blend.safetensors")(None, new.numpy()), alone, atol=1e-6)
 
 
-def judge_that_finds(monkeypatch, found, alone):
+def judge_that_finds(monkeypatch, found, alone, nearness=None):
     """A judge to which the models seem to fit; at half the share a map finds what ``found`` says, and at the share
-    ``alone`` a fifth."""
+    ``alone`` a fifth. A mapped row puts ``nearness`` of all items below its own, or all of them."""
     labels, old, new = items(n=200, noise=(1.2, 1.0), turned=False)
+    nearness = nearness or {}
 
     def found_by(self, fit):
         right = torch.zeros(11, 200, 10, dtype=torch.float64)
         right[5, : int(200 * found.get(fit, 0))] = 1
         right[alone, :40] = 1
-        return right, True
+        return right, torch.full((200,), nearness.get(fit, 1.0))
 
     monkeypatch.setattr(blend_share.ShareJudge, "_found", found_by)
     return blend_share.ShareJudge(normalize(old), normalize(new), labels, torch.Generator().manual_seed(0))
@@ -352,6 +353,30 @@ def test_of_two_models_that_fit_by_chance_the_new_one_is_turned_unless_no_rotati
     assert judge.choose()[0] is blend_share.as_they_are
 
 
+@pytest.mark.parametrize("nearer", [blend_share.procrustes, blend_share.sphered])
+def test_two_models_that_a_map_turns_and_brings_nearer_fit_by_chance(monkeypatch, nearer):
+    """Even where the new one by itself finds much more: of items that it knows by heart."""
+    found = {blend_share.as_they_are: 0.6, blend_share.procrustes: 0.5}
+    nearness = dict.fromkeys((blend_share.as_they_are, blend_share.procrustes, blend_share.sphered), 0.8)
+    judge = judge_that_finds(monkeypatch, found, alone=10, nearness=nearness)
+    for alike, at, taken in ((False, 0.8, "as_they_are"), (True, 0.81, "as_they_are"), (False, 0.81, "procrustes")):
+        monkeypatch.setattr(blend_share, "stand_alike", lambda source, target, alike=alike: alike)
+        nearness[nearer] = at
+        assert judge.choose()[0].__name__ == taken
+
+
+@pytest.mark.parametrize("angle", [0.3, 0.6])
+def test_models_stand_alike_where_a_rotation_adds_little(angle):
+    """All planes of two coordinates turned by an angle: cosines to the own row are its cosine, and 1 turned back."""
+    rows = normalize(torch.randn(500, 8, generator=torch.Generator().manual_seed(0)))
+    pairs = rows.view(500, 4, 2)
+    across = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=2)
+    turned = (math.cos(angle) * pairs + math.sin(angle) * across).flatten(1)
+    assert stand_alike(turned, rows) == (math.cos(angle) >= 0.9)
+    assert stand_alike(rows[:, :5], rows) and stand_alike(rows, rows[:, :5])
+    assert not stand_alike(rows.flip(1), rows)
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_with_labels_the_first_place_decides_on_the_share(monkeypatch, labelled):
     """Further down the new model, which knows the items by heart, finds more than it will of others."""
@@ -362,7 +387,11 @@ def test_with_labels_the_first_place_decides_on_the_share(monkeypatch, labelled)
     right = torch.zeros(11, 200, 10, dtype=torch.float64)
     right[3, :150, 0] = 1  # the best of share 0.3 is the first place, of 0.7 the others
     right[7, :100] = 1
-    monkeypatch.setattr(blend_share.ShareJudge, "_found", lambda self, fit: (right, fit is blend_share.procrustes))
+    monkeypatch.setattr(
+        blend_share.ShareJudge,
+        "_found",
+        lambda self, fit: (right, torch.full((200,), 1.0 * (fit is blend_share.procrustes))),
+    )
     assert judge.choose() == (blend_share.procrustes, 0.3 if labelled else 0.7)
 
 
@@ -375,7 +404,7 @@ def test_labels_give_no_larger_share_than_both_models_bear_out(monkeypatch):
         right = torch.zeros(11, 200, 10, dtype=torch.float64)
         for share in range(11):
             right[share, : 100 + 8 * share if self.labels is not None else 100 - 20 * max(0, share - 2)] = 1
-        return right, False
+        return right, torch.zeros(200)
 
     monkeypatch.setattr(blend_share.ShareJudge, "_found", found_by)
     assert judge.choose()[1] == 0.2
@@ -390,7 +419,7 @@ def test_what_both_models_find_bears_out_a_share_up_to_the_first_that_finds_clea
     for step, count in enumerate([150, 160, 149, 100, 170]):
         right[step, :count, 0] = 1
     asked = []
-    monkeypatch.setattr(blend_share.ShareJudge, "_found", lambda self, fit: asked.append(self.labels) or (right, True))
+    monkeypatch.setattr(blend_share.ShareJudge, "_found", lambda self, fit: asked.append(self.labels) or (right, None))
     assert judge._borne_out(blend_share.procrustes) == 0.2  # one query less is within two standard errors
     assert asked == [None] and judge.labels is not None
     right[:] = 1
