@@ -48,9 +48,9 @@ def fit_transformation(
     An untrained :class:`FCTTransformation`, :class:`FastFillTransformation` or
     :class:`ResidualBottleneckTransformation` is first made the closed-form linear map of all rows, as
     :meth:`LinearTransformation.fit` gives it (one pass over the data more). What is trained is what it adds to that,
-    and it is kept only where it retrieves better on rows that were held out. By the default loss an FCT then keeps
-    :math:`1 / (1 + m)` of what mapped rows differ by from their mean, where m is the mean cosine of the target's rows:
-    a row that says little lies near the mean, so near to all queries, and the less rows differ, the less that counts.
+    and it is kept only where it retrieves better on rows that were held out. By the default loss an FCT then keeps two
+    thirds of what mapped rows differ by from their mean: a row that says little lies near the mean, so near to all
+    queries, and the less rows differ, the less that counts.
 
     Adam with a learning rate that rises linearly over ``warmup_epochs`` and then falls as half a cosine, by epochs;
     from ``freeze_norm_at`` of the epochs on, batch normalisation uses the statistics gathered so far. Everything random

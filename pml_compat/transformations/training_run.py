@@ -17,6 +17,7 @@ from .pairs import moments_of
 from .selection import has_classes_to_spare, hold_out, is_better, retrieval_scores
 
 _SOME_ROWS = 8192  # of the target, for its mean
+_KEPT = 2 / 3  # of what trained rows differ by from it
 _STANDARD_ERRORS = 1.0  # by which what was trained has to be better than the closed form
 
 History = dict[str, Any]
@@ -180,15 +181,12 @@ class TrainingRun:
         return target
 
     def _shrink(self) -> None:
-        r"""Draw mapped rows towards their mean, the more, the more alike the target's rows are.
+        """Draw mapped rows towards their mean.
 
         A row that the map knows little about lies near the mean, and so near all queries: it is found by those that
-        are nothing like it. The less rows differ from their mean, the less being near it counts in a cosine. They keep
-        :math:`1 / (1 + m)` of what they differ by, where m is the mean cosine of two rows of the target.
+        are nothing like it. The less rows differ from their mean, the less being near it counts in a cosine.
         """
-        target = self._some_targets(_SOME_ROWS)
-        alike = torch.nn.functional.normalize(target, dim=1).mean(0).square().sum()
-        self.transformation.shrink(target.mean(0), float(1 / (1 + alike)))
+        self.transformation.shrink(self._some_targets(_SOME_ROWS).mean(0), _KEPT)
 
     def _steps(self, order: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), device=self.device, dtype=torch.float64)

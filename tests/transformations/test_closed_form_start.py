@@ -263,16 +263,13 @@ def test_what_a_linear_map_cannot_is_learned_and_kept(name):
 
 @pytest.mark.parametrize("name", ["fct", "fct_side"])
 @pytest.mark.parametrize("validation", [None, 0.0])
-def test_what_was_trained_is_drawn_to_the_mean_as_far_as_the_target_is_alike(name, validation, monkeypatch):
+def test_what_was_trained_keeps_two_thirds_of_what_it_differs_by_from_the_mean(name, validation, monkeypatch):
     drawn, (source, target, side), history = fitted(name, validation=validation, epochs=30)
     monkeypatch.setattr(TrainingRun, "_shrink", lambda run: None)
     plain, *_ = fitted(name, validation=validation, epochs=30)
     assert history["best_epoch"] >= 0
-    unit = target / target.square().sum(1, keepdim=True).sqrt()
-    alike = (unit @ unit.t()).mean()  # of all pairs, a row and itself too
-    assert alike > 0.02
     mean = target.mean(0)
-    expected = mean + (plain(source, side) - mean) / (1 + alike)
+    expected = mean + (plain(source, side) - mean) * 2 / 3
     torch.testing.assert_close(drawn(source, side), expected, rtol=1e-4, atol=1e-4)
 
 
