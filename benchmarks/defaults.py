@@ -10,8 +10,10 @@ from class weights as short as the methods'.
     python benchmarks/defaults.py --out runs/defaults --protocols digits digits_sgd --print
 
 A run is kept in a file of its own and never made twice. ``--held-out`` takes its test images from the training set, to
-choose settings by; such runs are kept apart. Without ``--cifar`` torchvision downloads CIFAR-100 to ``data/cifar100``;
-Fashion-MNIST is Debian's ``dataset-fashion-mnist``, the fonts' packages are named by ``examples/open_set/glyphs.py``.
+choose settings by; such runs are kept apart. So are those of ``--other-start``: all models of a run start from the same
+random weights, as two trainings by one script with one seed do; by it the old model, and that of the side-information,
+start from others. Without ``--cifar`` torchvision downloads CIFAR-100 to ``data/cifar100``; Fashion-MNIST is Debian's
+``dataset-fashion-mnist``, the fonts' packages are named by ``examples/open_set/glyphs.py``.
 """
 
 from __future__ import annotations
@@ -157,6 +159,7 @@ MAPPED_BACK = ("LCE, backward", "BC-Aligner", "BC-Aligner, rotation")
 LABEL_FREE = ("PointAlignment", "RAML", "CSD", "SSP", "D3still")
 HEAD = "CompatibleHead"
 HEADS: dict[str, Callable[[], torch.nn.Module] | None] = {HEAD: None, "CompatibleHead, D3still": D3StillLoss}
+OTHER_STARTS = {"old": 1000, "side": 2000}  # added to the seed
 MAPS = ("linear map", "FCT", "FCT, side-information")
 BLENDS = ("rotated query", "blended query", "blended query, no labels")
 TWO_STAGES = {"two stages, 10": 10, "two stages, 50": 50}
@@ -186,11 +189,13 @@ def measure(queries: torch.Tensor, gallery: torch.Tensor, labels: torch.Tensor) 
 class Runs:
     """All runs of one protocol, task loss and seed; what is trained is kept in ``folder``."""
 
-    def __init__(self, folder: Path, protocol: str, task: str, seed: int, held_out: bool) -> None:
+    def __init__(
+        self, folder: Path, protocol: str, task: str, seed: int, held_out: bool, other_start: bool = False
+    ) -> None:
         self.protocol: Protocol = PROTOCOLS[protocol]
-        self.folder = folder / protocol / task / f"{seed}{'_held_out' if held_out else ''}"
+        self.folder = folder / protocol / task / _name(seed, held_out, other_start)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.task, self.seed, self.held_out = TASKS[task], seed, held_out
+        self.task, self.seed, self.held_out, self.other_start = TASKS[task], seed, held_out, other_start
         self._problem: Problem | None = None
 
     @property
@@ -261,7 +266,7 @@ class Runs:
 
     def _base(self, which: str) -> tuple[torch.nn.Module, dict[str, Any]]:
         problem, protocol = self.problem, self.protocol
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.seed + (OTHER_STARTS.get(which, 0) if self.other_start else 0))
         network = protocol.network()
         if which == "side":
             upgrades.train_without_labels(protocol, network, problem.images[problem.old_rows])
@@ -369,13 +374,19 @@ def _percent(values: Any) -> Any:
     return values if isinstance(values, float) else " / ".join(f"{100 * value:.1f}" for value in values)
 
 
-def report(folder: Path, protocols: list[str], tasks: list[str], seeds: list[int], held_out: bool) -> str:
+def _name(seed: int, held_out: bool, other_start: bool) -> str:
+    return f"{seed}{'_held_out' if held_out else ''}{'_other_start' if other_start else ''}"
+
+
+def report(
+    folder: Path, protocols: list[str], tasks: list[str], seeds: list[int], held_out: bool, other_start: bool = False
+) -> str:
     """Return the matrix of what has been measured, a table a protocol: its methods by its task losses."""
     lines = []
     for protocol in protocols:
         columns = {}
         for task in tasks:
-            runs = [folder / protocol / task / f"{seed}{'_held_out' if held_out else ''}" for seed in seeds]
+            runs = [folder / protocol / task / _name(seed, held_out, other_start) for seed in seeds]
             if column := _column(runs, gains=len(tasks) < 3):
                 columns[task] = column
         if not columns:
@@ -429,6 +440,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=["independent", *CLOSED_METHODS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--held-out", action="store_true", help="test on held-out training images")
+    parser.add_argument("--other-start", action="store_true", help="the old model starts from other random weights")
     parser.add_argument("--cifar", type=Path, default=upgrades.DATA["cifar"])
     parser.add_argument("--fonts", type=Path, default=upgrades.DATA["fonts"])
     parser.add_argument("--threads", type=int, default=1)
@@ -439,12 +451,13 @@ def main() -> None:
     for seed in () if options.print else options.seeds:
         for protocol in options.protocols:
             for task in options.tasks or (TASKS if protocol.startswith("digits") else FEW_TASKS):
-                runs = Runs(options.out, protocol, task, seed, options.held_out)
+                runs = Runs(options.out, protocol, task, seed, options.held_out, options.other_start)
                 wanted = [*applicable(protocol, task)]
                 for method in dict.fromkeys(["independent", *(options.methods or wanted)]):
                     if method == "independent" or method in wanted:
                         runs.run(method)
-    print(report(options.out, options.protocols, options.tasks or list(TASKS), options.seeds, options.held_out))
+    apart = options.held_out, options.other_start
+    print(report(options.out, options.protocols, options.tasks or list(TASKS), options.seeds, *apart))
 
 
 if __name__ == "__main__":
