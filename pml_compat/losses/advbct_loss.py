@@ -56,7 +56,7 @@ class AdvBCTLoss(NamedTermsLoss):
         normalize: show D unit rows. False, as in the paper, shows it embeddings as both models give them.
         **kwargs: ``reducer`` (one loss a row; default: the mean over the samples outside), ``embedding_regularizer``,
             ``embedding_reg_weight``, ``collect_stats``, which also records ``discriminator_accuracy`` (0.5: the models
-            cannot be told apart), ``mean_radius_change`` (near 0 the boundaries are back at r; near ``mean |T - r|``, at T),
+            cannot be told apart), ``mean_radius_change`` (near 0 the boundaries are at r, near ``mean |T - r|`` at T),
             ``bounded_fraction`` of the batch and ``outside_fraction`` of those.
     Shape:
         - embeddings ``(N, D_new)``, carries the gradient, fitted to the old width (:func:`pml_compat.fit_width`);
