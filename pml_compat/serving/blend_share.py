@@ -66,12 +66,11 @@ class ShareJudge:
         (plain, near), (turned, turned_near), (level, level_near) = map(self._found, (as_they_are, procrustes, sphered))
         if self.labels is None and not _related(turned_near):
             return procrustes, 0.0  # of two models that have nothing in common no one knows who is right
-        fits = _related(near)
         nearer = any(_is_more(other - near, _ERRORS) for other in (turned_near, level_near))
-        by_chance = nearer and not stand_alike(self.v, self.u)
+        fits = _related(near) and (stand_alike(self.v, self.u) or not nearer)
         precision = _precision(plain)
         most, added = float(precision.sum(1).max() - precision[-1].sum()), precision[-1] - precision[0]
-        if fits and not by_chance and _is_more(added, _ERRORS_CLEAR):
+        if fits and _is_more(added, _ERRORS_CLEAR):
             self.first_counts = self.labels is None  # further down a trained model agrees with itself
             if self.labels is not None and float(added.sum()) >= most:
                 return as_they_are, 1.0
@@ -83,7 +82,7 @@ class ShareJudge:
         reached = [_precision(one)[_SHARES.index(share)] for one, share in zip(found, shares, strict=True)]
         best = max(range(len(maps)), key=lambda place: float(reached[place].sum()))
         best = best if _is_more(reached[best] - reached[0], _ERRORS_CLEAR) else 0
-        if fits and not by_chance and _adds(plain, found[best]):
+        if fits and _adds(plain, found[best]):
             return as_they_are, self._share(as_they_are, plain)
         return maps[best], shares[best]
 

@@ -17,7 +17,7 @@ from .pairs import moments_of
 from .selection import has_classes_to_spare, hold_out, is_better, retrieval_scores
 
 _SOME_ROWS = 8192  # of the target, for its mean
-_KEPT = 2 / 3  # of what trained rows differ by from it
+_KEPT = 2 / 3  # of what mapped rows differ by from that mean
 _STANDARD_ERRORS = 1.0  # by which what was trained has to be better than the closed form
 
 History = dict[str, Any]
